@@ -1,0 +1,94 @@
+"""NumPy arrays, memory maps and other subclasses that keep their elements as ndarray does."""
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from regkern.arrays.host import HostAdapter
+from regkern.dtypes import BFLOAT16, DTYPES, FLOAT64, DType
+
+
+class _ArrayHeader(ctypes.Structure):
+    """The start of NumPy's `PyArrayObject`, a part of its stable ABI: `ndarray.ctypes.data` takes nine times as long."""
+
+    _fields_ = (("object", ctypes.c_char * object.__basicsize__), ("data", ctypes.c_size_t))
+
+
+_header_at = _ArrayHeader.from_address
+# A product with 1 rounds to the result type as its constructor does, in a quarter of the time.
+_ONE32, _ONE64 = np.float32(1), np.float64(1)
+
+
+class NumpyAdapter(HostAdapter):
+    """Reads and makes `numpy.ndarray`."""
+
+    def owns(self, array_type: type) -> bool:
+        if issubclass(array_type, np.ma.MaskedArray):
+            raise TypeError(
+                "x: expected an array without a mask; got a MaskedArray; pass x.filled(0) or x.compressed()."
+            )
+        return issubclass(array_type, np.ndarray)
+
+    def memory(self, x: Any) -> tuple[int, int, DType, bool]:
+        return _header_at(id(x)).data, x.size, _dtypes[x.dtype], x.flags.forc
+
+    def strides(self, x: Any) -> Sequence[int]:
+        strides: tuple[int, ...] = x.strides
+        return strides
+
+    def scalar(self, value: float, dtype: DType) -> Any:
+        return (_ONE64 if dtype is FLOAT64 else _ONE32) * value
+
+    def empty_like(self, x: Any) -> Any:
+        return np.empty_like(x, subok=False)
+
+    def check_out(self, x: Any, out: Any) -> None:
+        if not isinstance(out, np.ndarray):
+            raise TypeError(
+                f"out: expected a numpy.ndarray; got {type(out).__name__}; make one by numpy.empty_like(x)."
+            )
+        if out.shape != x.shape:
+            raise ValueError(f"out: expected x's shape {x.shape}; got {out.shape}; make it by numpy.empty_like(x).")
+        if out.dtype != x.dtype:
+            raise TypeError(f"out: expected x's dtype {x.dtype}; got {out.dtype}; make it by numpy.empty_like(x).")
+        if not out.flags.writeable:
+            raise ValueError("out: expected a writable array; got a read-only one; pass a copy.")
+        if out is x:
+            return
+        if any(stride == 0 and length > 1 for stride, length in zip(out.strides, out.shape, strict=True)):
+            raise ValueError("out: expected one place in memory for each element; got a broadcast view; pass a copy.")
+        same = out.strides == x.strides and _header_at(id(out)).data == _header_at(id(x)).data
+        if not same and _may_overlap(x, out):
+            raise ValueError(
+                "out: expected x itself or memory of its own; got one that overlaps x in part; pass a copy."
+            )
+
+
+class _DTypes(dict[Any, DType]):
+    """What NumPy's dtypes mean to regkern; bfloat16 joins when first seen, since it comes from ml_dtypes."""
+
+    def __missing__(self, dtype: np.dtype[Any]) -> DType:
+        if not dtype.isnative:
+            raise TypeError(
+                f"x: expected a dtype in this machine's byte order; got {dtype.str}; "
+                "convert it by x.astype(x.dtype.newbyteorder('='))."
+            )
+        if dtype.name == "bfloat16" and dtype.type.__module__ == "ml_dtypes":
+            return self.setdefault(dtype, BFLOAT16)
+        raise TypeError(
+            f"x: expected an array of {', '.join(DTYPES)}; got dtype {dtype}; "
+            "convert it, for example by x.astype('float32')."
+        )
+
+
+def _may_overlap(x: np.ndarray[Any, Any], out: np.ndarray[Any, Any]) -> bool:
+    try:
+        return np.shares_memory(x, out, max_work=10_000)  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return True
+
+
+_dtypes = _DTypes({np.dtype(name): dtype for name, dtype in DTYPES.items() if dtype is not BFLOAT16})
+ADAPTER = NumpyAdapter()

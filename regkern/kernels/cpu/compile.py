@@ -1,0 +1,138 @@
+"""Compiles kernels with Numba, once per machine: the machine code is kept in regkern's cache folder.
+
+Numba's own cache keys a function by its source file's date and pickles what it closes over, which never hits for
+kernels made by a factory, misses changes in the functions they call, and races between processes on an index file.
+Here, a kernel is one file, whose name is the digest of all that can change its code; a damaged file is compiled again
+and replaced.
+"""
+
+import functools
+import hashlib
+import os
+import pickle
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import numba
+from numba.core import config
+from numba.core.caching import _Cache
+from numba.core.compiler import CompileResult
+from numba.core.serialize import dumps
+from numba.misc.appdirs import user_cache_dir
+
+# Lets LLVM reorder sums into vector lanes and fuse multiply and add. Without nnan and ninf: NaN and infinity must
+# propagate.
+FASTMATH = {"reassoc", "contract", "nsz"}
+
+CACHE_VARIABLE = "REGKERN_CACHE_DIR"
+
+
+def cache_folder() -> Path:
+    """Return where compiled kernels are kept: `$REGKERN_CACHE_DIR`, or the user's cache folder."""
+    return Path(os.environ.get(CACHE_VARIABLE) or user_cache_dir("regkern", appauthor=False))
+
+
+def compile_kernel(
+    body: Callable[..., Any], signature: Any, name: str, *, parallel: bool = False
+) -> Callable[..., Any]:
+    """Compile one kernel, or load it from the cache.
+
+    Args:
+        body: the kernel, in the Python that Numba compiles.
+        signature: its Numba signature with the type it returns.
+        name: unique among all kernels; with the signature it stands for the code in the cache.
+        parallel: whether `prange` loops run on Numba's threads.
+
+    Returns:
+        The compiled function itself, without Numba's dispatch on argument types. It releases the GIL.
+    """
+    dispatcher = numba.njit(body, parallel=parallel, nogil=True, fastmath=FASTMATH, error_model="numpy")
+    if config.DISABLE_JIT:
+        return body
+    dispatcher._cache = _KernelCache(f"{name}-parallel" if parallel else name)
+    entry_point: Callable[..., Any] = dispatcher.compile(signature)
+    return entry_point
+
+
+class _KernelCache(_Cache):  # type: ignore[misc]
+    """The interface that Numba's dispatcher asks, over one file per kernel."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    @property
+    def cache_path(self) -> str:
+        return str(cache_folder())
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        path = self._path(sig, target_context.codegen())
+        try:
+            digest, payload = _split(path.read_bytes())
+        except OSError:
+            return None
+        if hashlib.sha256(payload).digest() != digest:
+            return None
+        target_context.refresh()
+        return CompileResult._rebuild(target_context, *pickle.loads(payload))
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        path = self._path(sig, data.codegen)
+        payload = dumps(data._reduce())
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _replace(path, hashlib.sha256(payload).digest() + payload)
+        except OSError as error:
+            _warn_not_writable(str(path.parent), str(error))
+
+    def _path(self, sig: Any, codegen: Any) -> Path:
+        key = (sys.version, numba.__version__, llvmlite.__version__, _source_digest(), codegen.magic_tuple(), str(sig))
+        digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+        return cache_folder() / f"{self._name}-{digest}.kernel"
+
+    def enable(self) -> None: ...
+
+    def disable(self) -> None: ...
+
+    def flush(self) -> None: ...
+
+
+def _split(data: bytes) -> tuple[bytes, bytes]:
+    size = hashlib.sha256().digest_size
+    return data[:size], data[size:]
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file so that no reader, and no crash, ever sees a part of it."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+@functools.cache
+def _source_digest() -> str:
+    """Digest of all kernel sources: a kernel is compiled again when any function that it may call has changed."""
+    kernels = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for path in [kernels.parent / "dtypes.py", *sorted(kernels.rglob("*.py"))]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+@functools.cache  # one line per folder and reason, not one per kernel
+def _warn_not_writable(folder: str, reason: str) -> None:
+    warnings.warn(
+        f"regkern cannot keep compiled kernels in {folder} ({reason}), so every process compiles them again; "
+        f"set {CACHE_VARIABLE} to a writable folder.",
+        RuntimeWarning,
+        stacklevel=2,
+    )

@@ -1,0 +1,257 @@
+"""Element-wise kernels for the CPU: sums, gradients and proximal operators, each in one pass over memory.
+
+Three nested pieces make every kernel. An *operation* says what is done to one element. A *run* is a loop over
+elements one stride apart, which LLVM turns into vector code. A *driver* cuts an array into chunks of runs, for all
+threads or for one. The chunks depend on the array alone and their sums are added in a fixed order: the same bits for
+any number of threads.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numba import njit, prange, types
+
+from regkern.dtypes import DType
+from regkern.kernels.cpu.compile import FASTMATH
+from regkern.kernels.cpu.launch import Kernel
+from regkern.kernels.cpu.memory import make_narrow, make_view, make_widen
+from regkern.kernels.formulas import Formula
+
+# Elements per chunk. Smaller chunks cost more for their share of the launch, larger ones leave threads idle on
+# mid-sized arrays: 256x256 wants four (measured in bench/test_elementwise.py).
+CHUNK = 1 << 14
+# Bounds the partial sums to 256 KiB, whatever the array's size.
+MAX_CHUNKS = 1 << 14
+
+
+@dataclass(frozen=True, eq=False)
+class Operation:
+    """What a kernel does to each element besides summing: which value it writes, if any.
+
+    Attributes:
+        name: identifies it in the kernel cache.
+        sums: whether the formula's terms are summed.
+        update: makes ``(v, old, a, b) -> new`` from a formula, or None when nothing is written.
+    """
+
+    name: str
+    sums: bool
+    update: Callable[[Formula], Any] | None
+
+    @property
+    def writes(self) -> bool:
+        """Whether anything is written."""
+        return self.update is not None
+
+
+def _write_derivative(formula: Formula):
+    derivative = njit(formula.derivative)
+
+    @njit
+    def update(v, old, a, b):
+        return derivative(v, a, b)
+
+    return update
+
+
+def _add_derivative(formula: Formula):
+    derivative = njit(formula.derivative)
+
+    @njit
+    def update(v, old, a, b):
+        return old + derivative(v, a, b)
+
+    return update
+
+
+def _write_prox(formula: Formula):
+    prox = njit(formula.prox)
+
+    @njit
+    def update(v, old, a, b):
+        return prox(v, a, b)
+
+    return update
+
+
+SUMS = Operation("sums", True, None)
+GRADIENT = Operation("gradient", False, _write_derivative)
+ADD_GRADIENT = Operation("add_gradient", False, _add_derivative)
+SUMS_AND_GRADIENT = Operation("sums_and_gradient", True, _write_derivative)
+PROX = Operation("prox", False, _write_prox)
+
+
+class Kernels:
+    """The two kernels of one operation, formula and dtype; each is compiled when it is first called.
+
+    `flat(x, out, n, a, b)` and `strided(x, out, layout, a, b)` take addresses and return the formula's two sums. The
+    layout is an int64 array of three rows, shape and byte strides of x and of out, whose last column is the innermost
+    loop.
+    """
+
+    def __init__(self, operation: Operation, formula: Formula, dtype: DType, in_place: bool) -> None:
+        run = _make_run(operation, formula, dtype, in_place)
+        name = "-".join([operation.name, formula.name, dtype.name] + ["in_place"] * in_place)
+        sums = types.UniTuple(types.float64, 2)
+        factors = (types.float64, types.float64)
+        layout = types.Array(types.int64, 2, "C")
+        self.flat = Kernel(
+            _make_flat(run, dtype), sums(types.intp, types.intp, types.intp, *factors), name, parallel_from=4 * CHUNK
+        )
+        self.strided = Kernel(
+            _make_strided(run),
+            sums(types.intp, types.intp, layout, *factors),
+            f"{name}-strided",
+            parallel_from=2 * CHUNK,
+        )
+
+
+@functools.cache
+def kernels(operation: Operation, formula: Formula, dtype: DType, in_place: bool = False) -> Kernels:
+    """Return the kernels of one operation, formula and dtype; those in place write to x and take no notice of out.
+
+    They are kernels of their own because LLVM's overlap check would send an out that is x to a scalar loop: 27 times
+    slower.
+    """
+    return Kernels(operation, formula, dtype, in_place)
+
+
+def _make_run(operation: Operation, formula: Formula, dtype: DType, in_place: bool):
+    """Make ``run(x, x_stride, out, out_stride, n, a, b) -> (sum0, sum1)`` over n elements."""
+    itemsize = dtype.itemsize
+    view, strided_view = make_view(dtype), make_view(dtype, strided=True)
+    loop = _make_map_loop(operation, formula, dtype, in_place) if operation.writes else _make_sum_loop(formula, dtype)
+
+    @njit(fastmath=FASTMATH)
+    def run(x, x_stride, out, out_stride, n, a, b):
+        if x_stride == itemsize and out_stride == itemsize:
+            return loop(view(x, n, itemsize), view(out, n, itemsize), n, a, b)
+        return loop(strided_view(x, n, x_stride), strided_view(out, n, out_stride), n, a, b)
+
+    return run
+
+
+def _make_sum_loop(formula: Formula, dtype: DType):
+    widen, terms = make_widen(dtype), njit(formula.terms)
+
+    @njit(fastmath=FASTMATH, forceinline=True)
+    def loop(x, out, n, a, b):
+        sum0 = sum1 = 0.0
+        for i in range(n):
+            term0, term1 = terms(widen(x[i]))
+            sum0 += term0
+            sum1 += term1
+        return sum0, sum1
+
+    return loop
+
+
+def _make_map_loop(operation: Operation, formula: Formula, dtype: DType, in_place: bool):
+    widen, narrow, terms = make_widen(dtype), make_narrow(dtype), njit(formula.terms)
+    update, sums = operation.update(formula), operation.sums  # type: ignore[misc]
+
+    @njit(fastmath=FASTMATH, forceinline=True)
+    def loop(x, out, n, a, b):
+        target = x if in_place else out
+        sum0 = sum1 = 0.0
+        for i in range(n):
+            v = widen(x[i])
+            if sums:
+                term0, term1 = terms(v)
+                sum0 += term0
+                sum1 += term1
+            target[i] = narrow(update(v, widen(target[i]), a, b))
+        return sum0, sum1
+
+    return loop
+
+
+@njit
+def chunk_size(n):
+    """Elements per chunk of n: CHUNK, or more where that would make more than MAX_CHUNKS."""
+    return max(CHUNK, (n + MAX_CHUNKS - 1) // MAX_CHUNKS)
+
+
+@njit
+def combine(partial):
+    """Add the rows of an (m, 2) array pairwise, in place: the error grows with log(m)."""
+    m = len(partial)
+    while m > 1:
+        half = (m + 1) // 2
+        for i in range(m // 2):
+            partial[i, 0] = partial[2 * i, 0] + partial[2 * i + 1, 0]
+            partial[i, 1] = partial[2 * i, 1] + partial[2 * i + 1, 1]
+        if m % 2:
+            partial[half - 1] = partial[m - 1]
+        m = half
+    return partial[0, 0], partial[0, 1]
+
+
+def _make_flat(run, dtype: DType):
+    itemsize = dtype.itemsize
+
+    def flat(x, out, n, a, b):
+        if n <= CHUNK:
+            return run(x, itemsize, out, itemsize, n, a, b)
+        chunk = chunk_size(n)
+        partial = np.empty(((n + chunk - 1) // chunk, 2))
+        for c in prange(len(partial)):
+            start = c * chunk
+            partial[c] = run(
+                x + start * itemsize, itemsize, out + start * itemsize, itemsize, min(chunk, n - start), a, b
+            )
+        return combine(partial)
+
+    return flat
+
+
+def _make_strided(run):
+    def strided(x, out, layout, a, b):
+        inner, x_stride, out_stride = layout[:, -1]
+        rows = 1
+        for length in layout[0, :-1]:
+            rows *= length
+        chunk = chunk_size(rows * inner)
+        # A chunk is some whole rows or, of rows longer than a chunk, a piece of one.
+        piece = min(inner, chunk)
+        pieces = (inner + piece - 1) // piece
+        rows_per_chunk = max(1, chunk // inner)
+        partial = np.empty(((rows + rows_per_chunk - 1) // rows_per_chunk * pieces, 2))
+        for c in prange(len(partial)):
+            start = c % pieces * piece
+            first = c // pieces * rows_per_chunk
+            sum0 = sum1 = 0.0
+            for row in range(first, min(rows, first + rows_per_chunk)):
+                x_offset, out_offset = row_offsets(layout, row)
+                row0, row1 = run(
+                    x + x_offset + start * x_stride,
+                    x_stride,
+                    out + out_offset + start * out_stride,
+                    out_stride,
+                    min(piece, inner - start),
+                    a,
+                    b,
+                )
+                sum0 += row0
+                sum1 += row1
+            partial[c, 0] = sum0
+            partial[c, 1] = sum1
+        return combine(partial)
+
+    return strided
+
+
+@njit
+def row_offsets(layout, row):
+    """Byte offsets, in x and in out, of one run: `row` counts all but the last dimension in C order."""
+    x_offset = out_offset = 0
+    for axis in range(layout.shape[1] - 2, -1, -1):
+        length = layout[0, axis]
+        index = row % length
+        row //= length
+        x_offset += index * layout[1, axis]
+        out_offset += index * layout[2, axis]
+    return x_offset, out_offset

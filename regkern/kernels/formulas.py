@@ -1,0 +1,112 @@
+"""What an element-wise penalty is: one table, from which the kernels of every dtype and device are made.
+
+A penalty is ``P(x) = a * sum(terms(x_i)[0]) + b * sum(terms(x_i)[1])`` with factors a, b >= 0. Its functions work on
+one element in the accumulator's type, are compiled into the loops by Numba, and must let NaN through. A new
+element-wise regularizer is one new entry here and its class.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Formula:
+    """One element-wise penalty.
+
+    Attributes:
+        name: identifies it in the kernel cache.
+        terms: ``v -> (t0, t1)``, what is summed over the elements.
+        derivative: ``(v, a, b) -> dP/dv``. It is linear in (a, b), so a scale is passed by scaling them.
+        prox: ``(v, a, b) -> argmin_z a * t0(z) + b * t1(z) + (z - v)**2 / 2``, where a and b hold the step as well.
+    """
+
+    name: str
+    terms: Callable[[float], tuple[float, float]]
+    derivative: Callable[[float, float, float], float] | None = None
+    prox: Callable[[float, float, float], float] | None = None
+
+
+def _zero_terms(v: float) -> tuple[float, float]:
+    return 0.0, 0.0
+
+
+def _zero_derivative(v: float, a: float, b: float) -> float:
+    return 0.0
+
+
+def _zero_prox(v: float, a: float, b: float) -> float:
+    return v
+
+
+def _abs_terms(v: float) -> tuple[float, float]:
+    return abs(v), 0.0
+
+
+def _abs_derivative(v: float, a: float, b: float) -> float:
+    if v > 0.0:
+        return a
+    if v < 0.0:
+        return -a
+    return v  # zero has derivative zero, NaN stays
+
+
+def _abs_prox(v: float, a: float, b: float) -> float:
+    """Soft threshold (Parikh and Boyd, Proximal Algorithms, 2014, section 6.5.2)."""
+    if v > a:
+        return v - a
+    if v < -a:
+        return v + a
+    if v != v:
+        return v
+    return 0.0
+
+
+def _square_terms(v: float) -> tuple[float, float]:
+    return 0.0, v * v
+
+
+def _square_derivative(v: float, a: float, b: float) -> float:
+    return 2.0 * b * v
+
+
+def _square_prox(v: float, a: float, b: float) -> float:
+    """Shrinkage (Parikh and Boyd, section 6.1.1)."""
+    return v * (1.0 / (1.0 + 2.0 * b))  # the quotient does not change in the loop, and is taken out of it
+
+
+def _abs_square_terms(v: float) -> tuple[float, float]:
+    return abs(v), v * v
+
+
+def _abs_square_derivative(v: float, a: float, b: float) -> float:
+    d = 2.0 * b * v
+    if v > 0.0:
+        return d + a
+    if v < 0.0:
+        return d - a
+    return d
+
+
+def _abs_square_prox(v: float, a: float, b: float) -> float:
+    """Soft threshold, then shrinkage: the elastic net (Parikh and Boyd, section 6.5.3)."""
+    shrink = 1.0 / (1.0 + 2.0 * b)
+    if v > a:
+        return (v - a) * shrink
+    if v < -a:
+        return (v + a) * shrink
+    if v != v:
+        return v
+    return 0.0
+
+
+def _count_terms(v: float) -> tuple[float, float]:
+    return float(v == 0.0), float(v - v != 0.0)
+
+
+ZERO = Formula("zero", _zero_terms, _zero_derivative, _zero_prox)
+ABS = Formula("abs", _abs_terms, _abs_derivative, _abs_prox)
+SQUARE = Formula("square", _square_terms, _square_derivative, _square_prox)
+ABS_SQUARE = Formula("abs_square", _abs_square_terms, _abs_square_derivative, _abs_square_prox)
+
+# Zeros and non-finite values, for reports: two counts are two sums as well.
+COUNTS = Formula("counts", _count_terms)

@@ -1,0 +1,168 @@
+"""The functional interface: reductions of arrays to the sums and means that penalties are made of.
+
+Every function takes an array of a supported library with dtype float16, bfloat16, float32 or float64, of any shape
+and strides, read-only or not, and never writes to it or copies it. Elements are summed in float64; results are 0-d
+scalars of the array's library, float64 for float64 and float32 for the rest. NaN and infinity propagate.
+"""
+
+import math
+from typing import Any
+
+from regkern.arrays import ADAPTERS
+from regkern.kernels import formulas
+from regkern.kernels.formulas import Formula
+
+__all__ = ["abs_square_sums", "abs_sum", "gram_offdiagonal_mean", "square_sum"]
+
+
+def abs_sum(x: Any) -> Any:
+    """Return ``sum(|x_i|)``, the L1 norm of all elements.
+
+    Args:
+        x: an array of any shape; see the module for dtypes.
+
+    Returns:
+        A 0-d scalar of x's library; 0 for an empty array.
+
+    Raises:
+        TypeError: x is no array of a supported library, or its dtype is not supported.
+
+    Example:
+        >>> import numpy as np
+        >>> float(abs_sum(np.array([1.0, -2.0, 3.0])))
+        6.0
+    """
+    return ADAPTERS[type(x)].penalty(formulas.ABS, 1.0, 0.0, x)
+
+
+def square_sum(x: Any) -> Any:
+    """Return ``sum(x_i**2)``, the square of the L2 norm of all elements.
+
+    Args:
+        x: an array of any shape; see the module for dtypes.
+
+    Returns:
+        A 0-d scalar of x's library; 0 for an empty array.
+
+    Raises:
+        TypeError: x is no array of a supported library, or its dtype is not supported.
+
+    Example:
+        >>> import numpy as np
+        >>> float(square_sum(np.array([1.0, -2.0, 3.0])))
+        14.0
+    """
+    return ADAPTERS[type(x)].penalty(formulas.SQUARE, 0.0, 1.0, x)
+
+
+def abs_square_sums(x: Any) -> tuple[Any, Any]:
+    """Return ``(sum(|x_i|), sum(x_i**2))`` in one pass over x.
+
+    Args:
+        x: an array of any shape; see the module for dtypes.
+
+    Returns:
+        Two 0-d scalars of x's library.
+
+    Raises:
+        TypeError: x is no array of a supported library, or its dtype is not supported.
+
+    Example:
+        >>> import numpy as np
+        >>> [float(s) for s in abs_square_sums(np.array([1.0, -2.0, 3.0]))]
+        [6.0, 14.0]
+    """
+    adapter = ADAPTERS[type(x)]
+    abs_total, square_total, dtype = adapter.sums(formulas.ABS_SQUARE, x)
+    return adapter.scalar(abs_total, dtype), adapter.scalar(square_total, dtype)
+
+
+def zero_and_nonfinite_counts(x: Any) -> tuple[int, int]:
+    """Return how many elements are zero, of either sign, and how many are NaN or infinite.
+
+    Args:
+        x: an array of any shape; see the module for dtypes.
+
+    Raises:
+        TypeError: x is no array of a supported library, or its dtype is not supported.
+
+    Example:
+        >>> import numpy as np
+        >>> zero_and_nonfinite_counts(np.array([0.0, 1.0, np.nan]))
+        (1, 1)
+    """
+    zeros, nonfinite, _ = ADAPTERS[type(x)].sums(formulas.COUNTS, x)
+    return int(zeros), int(nonfinite)
+
+
+def gram_offdiagonal_mean(x: Any, mode: str = "rows") -> Any:
+    """Return the mean over unordered pairs i < j of ``|cos(x_i, x_j)|``, x_i being the rows or the columns of a matrix.
+
+    The n x n Gram matrix is never stored: memory beyond x grows with n * d.
+
+    Args:
+        x: a matrix; see the module for dtypes.
+        mode: "rows" or "columns".
+
+    Returns:
+        A 0-d scalar of x's library, in [0, 1]; 0 for fewer than two rows. A zero row has cosine 0 with every other.
+
+    Raises:
+        TypeError: x is no array of a supported library, or its dtype is not supported.
+        ValueError: x has not two dimensions, or the mode is another.
+
+    Example:
+        >>> import numpy as np
+        >>> float(gram_offdiagonal_mean(np.array([[1.0, 0.0], [0.0, 2.0], [0.0, -3.0]])))  # cosines 0, 0, -1
+        0.3333333333333333
+    """
+    check_mode(mode)
+    return orthogonal_penalty(1.0, x, mode)
+
+
+def orthogonal_penalty(factor: float, x: Any, mode: str) -> Any:
+    """Return ``factor`` times the mean |cosine| of a matrix's rows or columns."""
+    adapter = ADAPTERS[type(x)]
+    if len(x.shape) != 2:
+        raise ValueError(f"Inputs to OrthogonalRegularizer must have rank 2. Received: inputs.shape={tuple(x.shape)}")
+    return adapter.gram_penalty(factor, x, columns=mode == "columns")
+
+
+def check_mode(mode: str) -> None:
+    """Raise ValueError, as Keras words it, unless the mode is "rows" or "columns"."""
+    if mode not in ("rows", "columns"):
+        raise ValueError(
+            f'Invalid value for argument `mode`. Expected one of {{"rows", "columns"}}. Received: mode={mode}'
+        )
+
+
+def penalty(formula: Formula, a: float, b: float, x: Any) -> Any:
+    """Return the value of an element-wise penalty with factors a and b."""
+    return ADAPTERS[type(x)].penalty(formula, a, b, x)
+
+
+def value_and_grad(formula: Formula, a: float, b: float, x: Any) -> tuple[Any, Any]:
+    """Return the penalty and its gradient, a new array, in one pass over x."""
+    return ADAPTERS[type(x)].value_and_grad(formula, a, b, x)
+
+
+def grad(formula: Formula, a: float, b: float, x: Any, out: Any, scale: float, accumulate: bool) -> Any:
+    """Write ``scale * dP/dx`` to out, or add it, and return out."""
+    scale = _finite("scale", scale)
+    if accumulate and out is None:
+        raise ValueError("out: expected the array to add to, because accumulate=True; got None; pass out.")
+    return ADAPTERS[type(x)].grad(formula, a * scale, b * scale, x, out, accumulate)
+
+
+def prox(formula: Formula, a: float, b: float, x: Any, step: float, out: Any) -> Any:
+    """Write ``argmin_z step * P(z) + ||z - x||**2 / 2`` to out and return out."""
+    step = _finite("step", step)
+    if step < 0:
+        raise ValueError(f"step: expected a non-negative finite number; got {step!r}.")
+    return ADAPTERS[type(x)].prox(formula, a * step, b * step, x, out)
+
+
+def _finite(name: str, value: float) -> float:
+    if isinstance(value, str | bytes) or not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number; got {value!r}.")
+    return float(value)

@@ -1,0 +1,345 @@
+"""The regularizers: each is its configuration and its formula.
+
+They follow `keras.regularizers` (https://keras.io/api/layers/regularizers/) in names, defaults and configs.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from regkern import reductions
+from regkern.kernels.formulas import ABS, ABS_SQUARE, SQUARE, ZERO, Formula
+
+
+class Factor:
+    """An attribute that holds a non-negative float, checked when it is set and kept exactly as given."""
+
+    def __init__(self, default: float) -> None:
+        self._default = default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    if TYPE_CHECKING:  # without __get__ at run time, reading finds the instance's own attribute at full speed
+
+        def __get__(self, instance: object, owner: type) -> float: ...
+
+    def __set__(self, instance: object, value: Any) -> None:
+        state = vars(instance)
+        state[self._name] = self._default if value is None else self.check(value)
+        state.pop("_formula", None)
+
+    def check(self, value: Any) -> float:
+        """Return the value as a Python float.
+
+        Raises:
+            ValueError: it is no real number, a bool, NaN, infinite or negative.
+        """
+        if isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool):
+            try:
+                factor = float(value)
+            except OverflowError:  # an int beyond float's range
+                factor = math.inf
+            if 0.0 <= factor < math.inf:
+                return factor
+        raise ValueError(
+            f"Invalid value for argument {self._name}: expected a non-negative float. Received: {self._name}={value!r}"
+        )
+
+
+class Regularizer:
+    """The base class of regularizers; on its own, the penalty 0.
+
+    A subclass needs `__call__(x)`, which returns the penalty of an array, and for saving `get_config`.
+    `__call__` must not divide by a batch size: `activity_penalty` and Keras's layers do that.
+
+    Example:
+        >>> import numpy as np
+        >>> class Range(Regularizer):
+        ...     def __call__(self, x):
+        ...         return x.max() - x.min()
+        >>> float(Range()(np.array([1.0, 4.0])))
+        3.0
+    """
+
+    def __call__(self, x: Any) -> Any:
+        """Return the penalty of x."""
+        return 0.0
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the constructor's arguments, from which `from_config` makes an equal regularizer.
+
+        Raises:
+            NotImplementedError: the subclass does not define it.
+        """
+        raise NotImplementedError(f"{self} does not implement get_config()")
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """Make a regularizer from what `get_config` returned."""
+        return cls(**config)
+
+    def __repr__(self) -> str:
+        try:
+            config = self.get_config()
+        except NotImplementedError:
+            return super().__repr__()
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in config.items())})"
+
+
+class ElementwiseRegularizer(Regularizer):
+    """A penalty that is a sum over elements: what L1, L2 and L1L2 share."""
+
+    @cached_property
+    def _formula(self) -> tuple[Formula, float, float]:
+        """The formula and its two factors; worked out again when a factor is set."""
+        raise NotImplementedError
+
+    def __call__(self, x: Any) -> Any:
+        """Return the penalty of x.
+
+        Args:
+            x: an array of a supported library, dtype float16, bfloat16, float32 or float64, any shape and strides.
+
+        Returns:
+            A 0-d scalar of x's library: float64 for float64, float32 for the rest. It is summed in float64.
+
+        Raises:
+            TypeError: x is no such array.
+        """
+        formula, a, b = self._formula
+        return reductions.penalty(formula, a, b, x)
+
+    def value_and_grad(self, x: Any) -> tuple[Any, Any]:
+        """Return the penalty and its gradient dP/dx, a new array like x, in one pass over x.
+
+        The derivative of |x| at 0 is 0.
+
+        Raises:
+            TypeError: x is no array of a supported library and dtype.
+        """
+        return reductions.value_and_grad(*self._formula, x)
+
+    def grad(self, x: Any, out: Any = None, scale: float = 1.0, accumulate: bool = False) -> Any:
+        """Compute ``scale * dP/dx``.
+
+        Args:
+            x: an array, as for a call.
+            out: where to write, an array with x's shape and dtype, or x itself; None makes a new one.
+            scale: a finite factor.
+            accumulate: add to `out` instead of overwriting it, without a temporary array.
+
+        Returns:
+            `out`.
+
+        Raises:
+            TypeError: x or out is no array of a supported library and dtype.
+            ValueError: out is of another shape, read-only or overlaps x in part, is missing with accumulate,
+                or scale is not finite.
+        """
+        return reductions.grad(*self._formula, x, out, scale, accumulate)
+
+    def prox(self, x: Any, step: float, out: Any = None) -> Any:
+        """Compute the proximal operator ``argmin_z step * P(z) + ||z - x||**2 / 2``, which reaches exact zeros for L1.
+
+        Args:
+            x: an array, as for a call.
+            step: the step size, non-negative and finite; in proximal gradient descent the learning rate.
+            out: where to write, an array with x's shape and dtype, or x itself; None makes a new one.
+
+        Returns:
+            `out`.
+
+        Raises:
+            TypeError: x or out is no array of a supported library and dtype.
+            ValueError: step is negative, NaN or infinite, or out is of another shape, read-only or overlaps x in part.
+        """
+        return reductions.prox(*self._formula, x, step, out)
+
+
+class L1(ElementwiseRegularizer):
+    """``P(x) = l1 * sum(|x_i|)``.
+
+    Args:
+        l1: the factor; None means 0.01. The old spelling ``L1(l=...)`` is accepted.
+
+    Raises:
+        ValueError: the factor is not a non-negative finite real number.
+
+    Example:
+        >>> import numpy as np
+        >>> float(L1(0.5)(np.array([1.0, -3.0])))
+        2.0
+    """
+
+    l1 = Factor(0.01)
+
+    def __init__(self, l1: float | None = 0.01, **old: float) -> None:
+        self.l1 = _old_spelling(l1, old)
+
+    @cached_property
+    def _formula(self) -> tuple[Formula, float, float]:
+        return ABS, self.l1, 0.0
+
+    def get_config(self) -> dict[str, Any]:
+        """Return ``{"l1": l1}``."""
+        return {"l1": self.l1}
+
+
+class L2(ElementwiseRegularizer):
+    """``P(x) = l2 * sum(x_i**2)``.
+
+    Its gradient is ``2 * l2 * x``: as a weight decay in the sense of PyTorch's optimizers, l2 counts twice.
+
+    Args:
+        l2: the factor; None means 0.01. The old spelling ``L2(l=...)`` is accepted.
+
+    Raises:
+        ValueError: the factor is not a non-negative finite real number.
+
+    Example:
+        >>> import numpy as np
+        >>> float(L2(0.5)(np.array([1.0, -3.0])))
+        5.0
+    """
+
+    l2 = Factor(0.01)
+
+    def __init__(self, l2: float | None = 0.01, **old: float) -> None:
+        self.l2 = _old_spelling(l2, old)
+
+    @cached_property
+    def _formula(self) -> tuple[Formula, float, float]:
+        return SQUARE, 0.0, self.l2
+
+    def get_config(self) -> dict[str, Any]:
+        """Return ``{"l2": l2}``."""
+        return {"l2": self.l2}
+
+
+class L1L2(ElementwiseRegularizer):
+    """``P(x) = l1 * sum(|x_i|) + l2 * sum(x_i**2)``, the elastic net, in one pass over x.
+
+    A term whose factor is 0 is left out, as in Keras, so that an infinity in x does not make it NaN.
+
+    Args:
+        l1: the factor of the absolute values; None means 0.0.
+        l2: the factor of the squares; None means 0.0.
+
+    Raises:
+        ValueError: a factor is not a non-negative finite real number.
+
+    Example:
+        >>> import numpy as np
+        >>> float(L1L2(l1=1.0, l2=0.5)(np.array([1.0, -3.0])))
+        9.0
+    """
+
+    l1 = Factor(0.0)
+    l2 = Factor(0.0)
+
+    def __init__(self, l1: float | None = 0.0, l2: float | None = 0.0) -> None:
+        self.l1 = l1
+        self.l2 = l2
+
+    @cached_property
+    def _formula(self) -> tuple[Formula, float, float]:
+        l1, l2 = self.l1, self.l2
+        if l1 and l2:
+            return ABS_SQUARE, l1, l2
+        return (ABS if l1 else SQUARE if l2 else ZERO), l1, l2
+
+    def get_config(self) -> dict[str, Any]:
+        """Return ``{"l1": l1, "l2": l2}``."""
+        return {"l1": self.l1, "l2": self.l2}
+
+
+class OrthogonalRegularizer(Regularizer):
+    """``P(x) = factor * mean over pairs i < j of |cos(x_i, x_j)|``, over the rows or the columns of a matrix.
+
+    It is 0 where all rows are orthogonal to each other and `factor` where all are parallel or antiparallel. Fewer
+    than two rows give 0. A zero row has cosine 0 with every other. The n x n matrix of all cosines is never stored.
+
+    Args:
+        factor: the factor; None means 0.01.
+        mode: "rows" or "columns".
+
+    Raises:
+        ValueError: the factor is not a non-negative finite real number, or the mode is another.
+
+    Example:
+        >>> import numpy as np
+        >>> float(OrthogonalRegularizer(0.5)(np.array([[1.0, 2.0], [-1.0, -2.0]])))
+        0.5
+    """
+
+    factor = Factor(0.01)
+
+    def __init__(self, factor: float | None = 0.01, mode: str = "rows") -> None:
+        self.factor = factor
+        reductions.check_mode(mode)
+        self.mode = mode
+
+    def __call__(self, x: Any) -> Any:
+        """Return the penalty of a matrix.
+
+        Args:
+            x: an array of a supported library with two dimensions; dtypes and strides as for `L1`.
+
+        Returns:
+            A 0-d scalar of x's library: float64 for float64, float32 for the rest.
+
+        Raises:
+            TypeError: x is no array of a supported library and dtype.
+            ValueError: x has not two dimensions.
+        """
+        return reductions.orthogonal_penalty(self.factor, x, self.mode)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return ``{"factor": factor, "mode": mode}``."""
+        return {"factor": self.factor, "mode": self.mode}
+
+
+def _old_spelling(value: float | None, old: dict[str, float]) -> float | None:
+    """Return the factor given as ``l=``, as Keras 2 spelled it, else the value."""
+    value = old.pop("l", value)
+    if old:
+        raise TypeError(f"unexpected keyword argument {next(iter(old))!r}")
+    return value
+
+
+def activity_penalty(regularizer: Any, outputs: Any) -> Any:
+    """Return ``regularizer(outputs) / batch size``: a layer's activity penalty, independent of the batch's size.
+
+    Args:
+        regularizer: a regularizer or any callable that returns the penalty of an array.
+        outputs: an array whose axis 0 is the batch.
+
+    Returns:
+        A 0-d scalar of the outputs' library; 0 for an empty batch.
+
+    Raises:
+        ValueError: outputs has no dimension.
+
+    Example:
+        >>> import numpy as np
+        >>> float(activity_penalty(L2(1.0), np.ones((4, 3))))
+        3.0
+    """
+    if len(outputs.shape) == 0:
+        raise ValueError("outputs: expected a batch on axis 0; got an array without dimensions.")
+    return regularizer(outputs) / max(1, outputs.shape[0])
+
+
+def l1_l2(l1: float | None = 0.01, l2: float | None = 0.01) -> L1L2:
+    """Make ``L1L2(l1, l2)``, with Keras's defaults for this name: 0.01 and 0.01."""
+    return L1L2(l1=l1, l2=l2)
+
+
+l1 = L1
+l2 = L2
+orthogonal_regularizer = OrthogonalRegularizer
