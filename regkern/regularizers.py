@@ -76,7 +76,7 @@ class Regularizer:
         Raises:
             NotImplementedError: the subclass does not define it.
         """
-        raise NotImplementedError(f"{self} does not implement get_config()")
+        raise NotImplementedError(f"{type(self).__name__} does not implement get_config()")
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
@@ -273,7 +273,7 @@ class OrthogonalRegularizer(Regularizer):
 
     Example:
         >>> import numpy as np
-        >>> float(OrthogonalRegularizer(0.5)(np.array([[1.0, 2.0], [-1.0, -2.0]])))
+        >>> float(OrthogonalRegularizer(0.5)(np.array([[0.0, 2.0], [0.0, -3.0]])))
         0.5
     """
 

@@ -58,7 +58,7 @@ def register_keras_serializable(package: str = "Custom", name: str | None = None
         >>> @register_keras_serializable(package="Example")
         ... def total(x):
         ...     return x.sum()
-        >>> serialize(total)["registered_name"]
+        >>> serialize(total)["config"]
         'Example>total'
 
     See https://keras.io/api/models/model_saving_apis/serialization_utils/.

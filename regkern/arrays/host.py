@@ -102,8 +102,10 @@ class HostAdapter(ABC):
         address, size, dtype, contiguous = self.memory(x)
         out_address = address if out is x else self.memory(out)[0]
         both = kernels(operation, formula, dtype, operation.writes and out_address == address)
+        if size == 0:
+            return 0.0, 0.0
         sums: tuple[float, float]
-        if not contiguous or self.strides(out) != self.strides(x):
+        if size > 1 and not (contiguous and self.strides(out) == self.strides(x)):
             (offset, out_offset), shape, strides = merge(x.shape, self.strides(x), self.strides(out))
             address += offset
             out_address += out_offset

@@ -12,12 +12,11 @@ def merge(shape: Sequence[int], *operands: Strides) -> tuple[list[int], list[int
     Fortran order and any transpose of a contiguous array become one dimension.
 
     Args:
-        shape: the shape that all operands share.
+        shape: the shape that all operands share, of two elements or more.
         operands: each operand's strides in bytes, any sign, 0 where an axis is broadcast.
 
     Returns:
-        Byte offsets of each operand's first element to visit; lengths; strides of each operand. There is always
-        a dimension: a single element is one of length 1, and an empty array one of length 0.
+        Byte offsets of each operand's first element to visit; lengths; strides of each operand.
     """
     offsets = [0] * len(operands)
     dimensions = []
@@ -40,4 +39,4 @@ def merge(shape: Sequence[int], *operands: Strides) -> tuple[list[int], list[int
         else:
             lengths.append(length)
             merged.append(strides)
-    return offsets, lengths, [list(column) for column in zip(*merged, strict=True)] or [[] for _ in operands]
+    return offsets, lengths, [list(column) for column in zip(*merged, strict=True)]

@@ -55,7 +55,7 @@ class NumpyAdapter(HostAdapter):
             raise TypeError(f"out: expected x's dtype {x.dtype}; got {out.dtype}; make it by numpy.empty_like(x).")
         if not out.flags.writeable:
             raise ValueError("out: expected a writable array; got a read-only one; pass a copy.")
-        if out is x:
+        if out is x or out.size == 0:
             return
         if any(stride == 0 and length > 1 for stride, length in zip(out.strides, out.shape, strict=True)):
             raise ValueError("out: expected one place in memory for each element; got a broadcast view; pass a copy.")

@@ -100,7 +100,7 @@ def _abs_square_prox(v: float, a: float, b: float) -> float:
 
 
 def _count_terms(v: float) -> tuple[float, float]:
-    return float(v == 0.0), float(v - v != 0.0)
+    return (1.0 if v == 0.0 else 0.0), (1.0 if v - v != 0.0 else 0.0)
 
 
 ZERO = Formula("zero", _zero_terms, _zero_derivative, _zero_prox)

@@ -32,6 +32,19 @@ FASTMATH = {"reassoc", "contract", "nsz"}
 CACHE_VARIABLE = "REGKERN_CACHE_DIR"
 
 
+def _digest_sources() -> str:
+    kernels = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for path in [kernels.parent / "dtypes.py", *sorted(kernels.rglob("*.py"))]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+# A kernel is compiled again when any function that it may call has changed. Read at import, like the code itself: later,
+# the files may be those of an upgrade.
+_SOURCES = _digest_sources()
+
+
 def cache_folder() -> Path:
     """Return where compiled kernels are kept: `$REGKERN_CACHE_DIR`, or the user's cache folder."""
     return Path(os.environ.get(CACHE_VARIABLE) or user_cache_dir("regkern", appauthor=False))
@@ -90,7 +103,7 @@ class _KernelCache(_Cache):  # type: ignore[misc]
             _warn_not_writable(str(path.parent), str(error))
 
     def _path(self, sig: Any, codegen: Any) -> Path:
-        key = (sys.version, numba.__version__, llvmlite.__version__, _source_digest(), codegen.magic_tuple(), str(sig))
+        key = (sys.version, numba.__version__, llvmlite.__version__, _SOURCES, codegen.magic_tuple(), str(sig))
         digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
         return cache_folder() / f"{self._name}-{digest}.kernel"
 
@@ -116,16 +129,6 @@ def _replace(path: Path, data: bytes) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
-
-
-@functools.cache
-def _source_digest() -> str:
-    """Digest of all kernel sources: a kernel is compiled again when any function that it may call has changed."""
-    kernels = Path(__file__).parent.parent
-    digest = hashlib.sha256()
-    for path in [kernels.parent / "dtypes.py", *sorted(kernels.rglob("*.py"))]:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 @functools.cache  # one line per folder and reason, not one per kernel

@@ -1,0 +1,75 @@
+"""The case tables that the tests share: dtypes, sizes, layouts, regularizers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+
+import regkern as rk
+from regkern.dtypes import DTYPES
+from regkern.kernels.cpu.elementwise import CHUNK
+
+NUMPY_DTYPES = {name: np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name) for name in DTYPES}
+
+# Around every block: vector registers, their unrolled loops, a chunk, the parallel threshold, an odd number of chunks.
+SIZES = sorted(
+    {0, 1, 2, 3}
+    | {block + offset for block in (8, 16, 32, 64, 256, CHUNK, 4 * CHUNK) for offset in (-1, 0, 1)}
+    | {7 * CHUNK + 5}
+)
+
+REGULARIZERS = {
+    "L1": rk.L1(0.03),
+    "L2": rk.L2(0.2),
+    "L1L2": rk.L1L2(0.03, 0.2),
+    "L1L2 of l1 alone": rk.L1L2(l1=0.03),
+    "L1L2 of l2 alone": rk.L1L2(l2=0.2),
+    "L1L2 of zero": rk.L1L2(),
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way to lay elements out in memory: a shape, and a view of that shape over a larger array."""
+
+    shape: tuple[int, ...]
+    base: tuple[int, ...]
+    view: Callable[[np.ndarray], np.ndarray]
+
+
+LAYOUTS = {
+    "0-d": Layout((), (), lambda base: base),
+    "C order": Layout((30, 40), (30, 40), lambda base: base),
+    "Fortran order": Layout((30, 40), (40, 30), lambda base: base.T),
+    "transpose of three": Layout((5, 6, 7), (7, 5, 6), lambda base: base.transpose(1, 2, 0)),
+    "every second": Layout((500,), (1000,), lambda base: base[::2]),
+    "reversed": Layout((999,), (999,), lambda base: base[::-1]),
+    "reversed, every third": Layout((334,), (1000,), lambda base: base[::-3]),
+    "columns": Layout((300, 4), (300, 10), lambda base: base[:, 3:7]),
+    "column": Layout((300,), (300, 10), lambda base: base[:, 3]),
+    "rows reversed": Layout((30, 40), (30, 40), lambda base: base[::-1]),
+    "both reversed": Layout((30, 40), (30, 40), lambda base: base[::-1, ::-1]),
+    "inner of four": Layout((3, 4, 5, 6), (5, 4, 9, 6), lambda base: base[1:4, :, 2:7, :]),
+    "six dimensions": Layout((2, 3, 2, 3, 2, 3), (3, 2, 3, 2, 3, 4), lambda base: base.T[1:3]),
+    "length one": Layout((1, 50, 1), (9, 50, 9), lambda base: base[4:5, :, 2:3]),
+    "long rows": Layout((3, 2 * CHUNK + 1), (3, 2 * CHUNK + 9), lambda base: base[:, 4:-4]),
+    "long strided": Layout((3 * CHUNK + 1,), (6 * CHUNK + 2,), lambda base: base[::2]),
+    "many short rows": Layout((2 * CHUNK, 3), (2 * CHUNK, 5), lambda base: base[:, :3]),
+    "empty": Layout((3, 0, 4), (3, 0, 8), lambda base: base[:, :, ::2]),
+}
+READ_ONLY_LAYOUTS = {
+    "broadcast rows": Layout((30, 40), (40,), lambda base: np.broadcast_to(base, (30, 40))),
+    "broadcast columns": Layout((30, 40), (30, 1), lambda base: np.broadcast_to(base, (30, 40))),
+    "broadcast scalar": Layout((30, 40), (), lambda base: np.broadcast_to(base, (30, 40))),
+}
+
+
+def make(layout: Layout, dtype: str, seed: int = 0) -> np.ndarray:
+    """Return a view with the layout over standard normal values, a tenth of them zero."""
+    rng = np.random.default_rng(seed)
+    values = rng.standard_normal(layout.base) * (rng.random(layout.base) > 0.1)
+    base = np.asarray(values, NUMPY_DTYPES[dtype])
+    view = layout.view(base)
+    assert view.shape == layout.shape
+    return view

@@ -1,0 +1,304 @@
+"""Factors, identifiers and configs: every row of the contract."""
+
+import json
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+import regkern as rk
+
+CLASSES = {"l1": rk.L1, "l2": rk.L2, "factor": rk.OrthogonalRegularizer}
+
+GOOD_FACTORS = [
+    0,
+    1,
+    0.0,
+    0.1,
+    1e-300,
+    1e300,
+    np.float32(0.1),
+    np.float64(0.1),
+    np.float16(0.5),
+    np.int32(3),
+    np.uint8(2),
+]
+BAD_FACTORS = [
+    True,
+    np.bool_(True),
+    "0.1",
+    float("nan"),
+    float("inf"),
+    -float("inf"),
+    np.float32("nan"),
+    -1,
+    -1e-30,
+    np.int8(-1),
+    10**400,
+    [0.1],
+    np.array(0.1),
+    np.array([0.1]),
+    0.1j,
+    np.complex64(1),
+    object(),
+]
+
+
+@pytest.mark.parametrize("value", GOOD_FACTORS, ids=repr)
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_factor_is_a_python_float_kept_exactly(name, value):
+    kept = CLASSES[name](value).get_config()[name]
+    assert type(kept) is float
+    assert kept == float(value)
+
+
+@pytest.mark.parametrize("value", BAD_FACTORS)
+@pytest.mark.parametrize("name", CLASSES)
+def test_bad_factors_are_named(name, value):
+    with pytest.raises(ValueError, match="expected a non-negative float") as error:
+        CLASSES[name](value)
+    assert f"argument {name}:" in str(error.value)
+    assert f"{name}={value!r}" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["l1", "l2"])
+def test_bad_factors_of_l1l2_are_named(name):
+    with pytest.raises(ValueError, match=rf"argument {name}: expected a non-negative float\. Received: {name}=-1"):
+        rk.L1L2(**{name: -1})
+
+
+def test_a_factor_set_later_is_checked_and_nothing_changes():
+    regularizer = rk.L2(0.5)
+    with pytest.raises(ValueError, match="expected a non-negative float"):
+        regularizer.l2 = -1
+    assert regularizer.l2 == 0.5
+
+
+def test_none_means_the_default():
+    assert rk.L1(None).l1 == 0.01
+    assert rk.L2(None).l2 == 0.01
+    assert rk.L1L2(None, None).get_config() == {"l1": 0.0, "l2": 0.0}
+
+
+def test_defaults():
+    assert rk.L1().get_config() == {"l1": 0.01}
+    assert rk.L2().get_config() == {"l2": 0.01}
+    assert rk.L1L2().get_config() == {"l1": 0.0, "l2": 0.0}
+    assert rk.l1_l2().get_config() == {"l1": 0.01, "l2": 0.01}
+    assert rk.OrthogonalRegularizer().get_config() == {"factor": 0.01, "mode": "rows"}
+    assert (rk.l1, rk.l2, rk.orthogonal_regularizer) == (rk.L1, rk.L2, rk.OrthogonalRegularizer)
+
+
+@pytest.mark.parametrize("cls", [rk.L1, rk.L2])
+def test_the_old_spelling(cls):
+    regularizer = cls(l=0.3)
+    assert list(regularizer.get_config().values()) == [0.3]
+    assert "l" not in regularizer.get_config()
+    with pytest.raises(TypeError, match="unexpected keyword argument 'factor'"):
+        cls(factor=0.3)
+
+
+@pytest.mark.parametrize("cls", [rk.L1L2, rk.OrthogonalRegularizer])
+def test_other_keywords(cls):
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        cls(l=0.3)
+
+
+IDENTIFIERS = {
+    "l1": "L1(l1=0.01)",
+    "L1": "L1(l1=0.01)",
+    "l2": "L2(l2=0.01)",
+    "L2": "L2(l2=0.01)",
+    "l1l2": "L1L2(l1=0.0, l2=0.0)",
+    "L1L2": "L1L2(l1=0.0, l2=0.0)",
+    "l1_l2": "L1L2(l1=0.01, l2=0.01)",
+    "orthogonal_regularizer": "OrthogonalRegularizer(factor=0.01, mode='rows')",
+    "OrthogonalRegularizer": "OrthogonalRegularizer(factor=0.01, mode='rows')",
+}
+
+
+@pytest.mark.parametrize("identifier", IDENTIFIERS)
+def test_string_identifiers(identifier):
+    assert repr(rk.get(identifier)) == IDENTIFIERS[identifier]
+    assert repr(rk.deserialize(identifier)) == IDENTIFIERS[identifier]
+
+
+def test_get():
+    instance = rk.L1(0.5)
+    assert rk.get(None) is None
+    assert isinstance(rk.get(rk.L2), rk.L2)
+    assert rk.get(instance) is instance
+    assert rk.get(abs) is abs
+    assert repr(rk.get({"class_name": "L2", "config": {"l2": 0.5}})) == "L2(l2=0.5)"
+
+
+NOT_INTERPRETED = [
+    "typo",
+    "",
+    3,
+    0.1,
+    [rk.L1()],
+    {},
+    {"config": {}},
+    {"class_name": 3, "config": {}},
+    {"class_name": "Dense", "config": {}},
+    {"class_name": "L2", "config": "l2"},
+    {"class_name": "os.system", "config": "true"},
+    {"module": "os", "class_name": "system", "config": "true", "registered_name": None},
+    {"module": "other", "class_name": "L2", "config": {}, "registered_name": None},
+    {"module": None, "class_name": "L2", "config": {}, "registered_name": "Other>L2"},
+    {"module": "builtins", "class_name": "function", "config": "eval", "registered_name": "function"},
+]
+
+
+@pytest.mark.parametrize("identifier", NOT_INTERPRETED, ids=str)
+def test_what_stands_for_nothing(identifier):
+    with pytest.raises(ValueError, match="Could not interpret regularizer identifier"):
+        rk.get(identifier)
+
+
+BUILT_IN = [rk.L1(0.1), rk.L2(0.2), rk.L1L2(0.1, 0.2), rk.OrthogonalRegularizer(0.3, "columns")]
+
+
+@pytest.mark.parametrize("regularizer", BUILT_IN, ids=repr)
+@pytest.mark.parametrize("legacy", [False, True])
+def test_built_in_configs(regularizer, legacy):
+    config = rk.serialize(regularizer, use_legacy_format=legacy)
+    name = type(regularizer).__name__
+    expected = {"class_name": name, "config": regularizer.get_config()}
+    if not legacy:
+        expected |= {"module": "keras.regularizers", "registered_name": None}
+    assert config == expected
+    again = rk.deserialize(json.loads(json.dumps(config)), use_legacy_format=legacy)
+    assert type(again) is type(regularizer)
+    assert again.get_config() == regularizer.get_config()
+    assert type(again).from_config(again.get_config()).get_config() == regularizer.get_config()
+
+
+@pytest.mark.parametrize("module", ["keras.regularizers", "tf_keras.regularizers", "regkern.regularizers", None])
+@pytest.mark.parametrize("registered_name", [None, "L1L2"])
+def test_configs_of_the_family(module, registered_name):
+    config = {
+        "module": module,
+        "class_name": "L1L2",
+        "config": {"l1": 0.1, "l2": 0.2},
+        "registered_name": registered_name,
+    }
+    assert repr(rk.get(config)) == "L1L2(l1=0.1, l2=0.2)"
+
+
+def test_a_legacy_config_with_the_old_spelling():
+    assert repr(rk.get({"class_name": "L1", "config": {"l": 0.3}})) == "L1(l1=0.3)"
+
+
+def test_none_is_serialized_as_none():
+    assert rk.serialize(None) is None
+    assert rk.deserialize(None) is None
+
+
+class Custom(rk.Regularizer):
+    def __init__(self, strength=1.0):
+        self.strength = strength
+
+    def __call__(self, x):
+        return self.strength * x.max()
+
+    def get_config(self):
+        return {"strength": self.strength}
+
+
+class WithoutConfig(rk.Regularizer):
+    def __call__(self, x):
+        return x.max()
+
+
+@rk.register_keras_serializable(package="Tests")
+class Registered(Custom):
+    pass
+
+
+@rk.register_keras_serializable("Tests", name="renamed")
+def registered_function(x):
+    return x.min()
+
+
+def plain_function(x):
+    return x.min()
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_custom_objects(legacy):
+    config = rk.serialize(Custom(2.0), use_legacy_format=legacy)
+    with pytest.raises(ValueError, match="registered by register_keras_serializable"):
+        rk.deserialize(config)
+    assert rk.deserialize(config, custom_objects={"Custom": Custom}).strength == 2.0
+    with rk.CustomObjectScope({"Custom": Custom}):
+        assert rk.deserialize(config).strength == 2.0
+        assert rk.get("Custom").strength == 1.0
+        with rk.custom_object_scope({"Inner": Custom}):
+            assert rk.get("Custom").strength == rk.get("Inner").strength
+    with pytest.raises(ValueError, match="Could not interpret"):
+        rk.get("Custom")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_registered_objects(legacy):
+    config = rk.serialize(Registered(3.0), use_legacy_format=legacy)
+    assert "Tests>Registered" in config.values()
+    again = rk.deserialize(config)
+    assert type(again) is Registered
+    assert again.strength == 3.0
+    assert rk.deserialize(rk.serialize(registered_function, use_legacy_format=legacy)) is registered_function
+    assert rk.get("Tests>renamed") is registered_function
+
+
+def test_functions():
+    config = rk.serialize(plain_function)
+    assert config == {
+        "module": "builtins",
+        "class_name": "function",
+        "config": "plain_function",
+        "registered_name": "function",
+    }
+    assert rk.deserialize(config, custom_objects={"plain_function": plain_function}) is plain_function
+    assert rk.serialize(plain_function, use_legacy_format=True) == "plain_function"
+
+
+def test_a_subclass_of_a_built_in_is_not_taken_for_it():
+    class L2(rk.L2):
+        pass
+
+    config = rk.serialize(L2(0.5))
+    assert config["module"] is None
+    assert type(rk.deserialize(config, custom_objects={"L2": L2})) is L2
+
+
+def test_registering_needs_a_config():
+    with pytest.raises(ValueError, match=r"does not have a get_config\(\) method"):
+        rk.register_keras_serializable()(type("Bare", (), {}))
+
+
+def test_scopes_belong_to_their_thread():
+    with rk.CustomObjectScope({"Custom": Custom}), ThreadPoolExecutor(1) as pool:
+        elsewhere = pool.submit(rk.get, "Custom")
+    with pytest.raises(ValueError, match="Could not interpret"):
+        elsewhere.result()
+
+
+def test_the_base_class():
+    assert rk.Regularizer()(np.ones(3)) == 0.0
+    with pytest.raises(NotImplementedError, match=r"does not implement get_config\(\)"):
+        rk.Regularizer().get_config()
+    with pytest.raises(NotImplementedError):
+        rk.serialize(WithoutConfig())
+    assert rk.get(WithoutConfig)(np.array([1.0, 2.0])) == 2.0
+    assert "WithoutConfig object" in repr(WithoutConfig())
+
+
+@pytest.mark.parametrize("regularizer", BUILT_IN, ids=repr)
+def test_pickling(regularizer):
+    x = np.random.default_rng(0).standard_normal((4, 5))
+    again = pickle.loads(pickle.dumps(regularizer))
+    assert again(x) == regularizer(x)
+    assert again.get_config() == regularizer.get_config()

@@ -1,0 +1,113 @@
+"""Threads, forks and the kernel cache, in fresh processes: the same bits, and no process ends."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAD = """
+import numpy as np, regkern as rk
+x = np.random.default_rng(0).standard_normal(1_000_003).astype(np.float32)
+def everything(x):
+    r = rk.L1L2(0.1, 0.2)
+    value, gradient = r.value_and_grad(x)
+    parts = [r(x), value, gradient, r.grad(x), r.prox(x, 0.1), r(x[::2]), r(x[:999_999].reshape(-1, 9)[:, 2:8])]
+    parts.append(rk.OrthogonalRegularizer()(x[:300 * 500].reshape(300, 500)))
+    return b"".join(np.asarray(part).tobytes() for part in parts)
+"""
+
+
+def run(code: str, **environment: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-W", "error::RuntimeWarning", "-c", HEAD + code],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        check=False,
+    )
+    assert result.returncode == 0, f"{result.returncode}: {result.stderr}"
+    return result.stdout
+
+
+DIGEST = "import hashlib; print(hashlib.sha256(everything(x)).hexdigest())"
+LAYERS = ["workqueue", "omp"]
+
+
+@pytest.fixture(scope="module")
+def digest():
+    return run(DIGEST, NUMBA_NUM_THREADS="1")
+
+
+@pytest.mark.parametrize("threads", ["2", "3", "7"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_the_same_bits_for_any_threads_and_layer(digest, layer, threads):
+    assert run(DIGEST, NUMBA_NUM_THREADS=threads, NUMBA_THREADING_LAYER=layer) == digest
+
+
+def test_the_same_bits_for_an_argument_of_set_num_threads(digest):
+    assert run("import numba; numba.set_num_threads(1);" + DIGEST, NUMBA_NUM_THREADS="4") == digest
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_many_python_threads_at_once(layer):
+    code = """
+from concurrent.futures import ThreadPoolExecutor
+expected = everything(x)
+with ThreadPoolExecutor(8) as pool:
+    print(all(result == expected for result in pool.map(everything, [x] * 40)))
+"""
+    assert run(code, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2") == "True\n"
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("before", ["everything(x)", "None"])
+def test_a_forked_child_computes(layer, before):
+    code = f"""
+import os, sys, warnings
+warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 on fork with threads
+{before}
+child = os.fork()
+if child == 0:
+    os._exit(everything(x) != everything(x))
+print(os.waitpid(child, 0)[1], len(everything(x)) > 0)
+"""
+    assert run(code, NUMBA_THREADING_LAYER=layer) == "0 True\n"
+
+
+def test_a_cold_cache_fills_and_a_warm_one_is_used(tmp_path):
+    code = "rk.L2(0.1)(x[:10])"
+    run(code, REGKERN_CACHE_DIR=str(tmp_path))
+    (kernel,) = tmp_path.iterdir()
+    assert re.fullmatch(r"sums-square-float32-[0-9a-f]{16}\.kernel", kernel.name)
+    written = kernel.stat().st_mtime_ns
+    run(code, REGKERN_CACHE_DIR=str(tmp_path))
+    assert kernel.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty"])
+def test_a_damaged_cache_file_is_replaced(tmp_path, damage):
+    code = "print(rk.L2(0.1)(x[:10]) > 0)"
+    run(code, REGKERN_CACHE_DIR=str(tmp_path))
+    (kernel,) = tmp_path.iterdir()
+    good = kernel.read_bytes()
+    kernel.write_bytes({"truncated": good[: len(good) // 2], "garbage": os.urandom(len(good)), "empty": b""}[damage])
+    assert run(code, REGKERN_CACHE_DIR=str(tmp_path)) == "True\n"
+    replaced = kernel.stat().st_mtime_ns
+    assert run(code, REGKERN_CACHE_DIR=str(tmp_path)) == "True\n"
+    assert kernel.stat().st_mtime_ns == replaced
+
+
+def test_a_cache_folder_that_cannot_be_made_costs_one_warning(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    code = """
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    print(rk.L1L2(0.1, 0.1)(x) > 0, rk.L1(0.1)(x) > 0, [str(w.message)[:39] for w in caught])
+"""
+    folder = str(Path(tmp_path) / "file" / "cache")
+    expected = "True True ['regkern cannot keep compiled kernels in']\n"
+    assert run(code, REGKERN_CACHE_DIR=folder) == expected
