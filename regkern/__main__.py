@@ -1,0 +1,32 @@
+"""The command: `regkern`, or `python -m regkern`."""
+
+import io
+import sys
+import warnings
+from typing import Any
+
+_USED_BY_THE_COMMAND = ("click", "rich")
+
+
+def main() -> None:
+    """Run the command line; exits with 0, or with another status and one line on stderr."""
+    try:
+        from regkern.cli import cli
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _USED_BY_THE_COMMAND:
+            raise
+        sys.exit(f"regkern: the command needs {package}, which is not installed; pip install 'regkern[report]'")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names may hold what the terminal's encoding lacks
+    warnings.showwarning = _show_in_one_line
+    cli(prog_name="regkern")
+
+
+def _show_in_one_line(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"Warning: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Which regularizer a tensor gets: ordered rules over names, of which the first that matches wins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from regkern.serialization import get
+
+_EXPECTED = "expected 'GLOB=none' or 'GLOB=IDENTIFIER:factor=value,...', as in '*kernel*=l1_l2:l1=1e-5,l2=1e-4'"
+
+
+class RuleError(ValueError):
+    """A rule that does not parse, or that cannot be applied to a tensor; the text is one sentence."""
+
+
+class Rules:
+    """Ordered rules: globs over names and, for each, a regularizer or None, which means no penalty.
+
+    Globs are those of `fnmatch.fnmatchcase`: ``*`` matches anything, dots and slashes included; case counts.
+
+    Args:
+        regularizers: globs and their regularizers, in the order in which they are tried.
+
+    Example:
+        >>> import regkern as rk
+        >>> rules = Rules({"*bias*": None, "*": rk.L2(1e-4)})
+        >>> rules.find("dense.bias"), rules.find("dense.kernel")
+        (('*bias*', None), ('*', L2(l2=0.0001)))
+    """
+
+    def __init__(self, regularizers: Mapping[str, Any]) -> None:
+        self.regularizers = dict(regularizers)
+
+    def find(self, name: str) -> tuple[str | None, Any]:
+        """Return the first glob that matches the name, and its regularizer; (None, None) where none does."""
+        for glob, regularizer in self.regularizers.items():
+            if fnmatchcase(name, glob):
+                return glob, regularizer
+        return None, None
+
+    def unused(self, names: Iterable[str]) -> list[str]:
+        """Return the globs that no name falls to: they match none, or an earlier rule takes all that they match."""
+        used = {self.find(name)[0] for name in names}
+        return [glob for glob in self.regularizers if glob not in used]
+
+    def __str__(self) -> str:
+        rules = (f"{glob} = {regularizer or 'none'}" for glob, regularizer in self.regularizers.items())
+        return "; ".join(rules)
+
+
+def parse_rules(texts: Iterable[str]) -> Rules:
+    """Parse rules as the command line spells them; of two rules with the same glob, the first wins.
+
+    Raises:
+        RuleError: one does not parse.
+    """
+    regularizers: dict[str, Any] = {}
+    for text in texts:
+        glob, regularizer = parse_rule(text)
+        regularizers.setdefault(glob, regularizer)
+    return Rules(regularizers)
+
+
+def parse_rule(text: str) -> tuple[str, Any]:
+    """Parse one rule.
+
+    Args:
+        text: ``GLOB=IDENTIFIER``, ``GLOB=IDENTIFIER:keyword=value,...`` or ``GLOB=none``. The identifier is one that
+            `regkern.get` takes; keywords that are left out have the identifier's defaults.
+
+    Returns:
+        The glob and the regularizer, or None for "none".
+
+    Raises:
+        RuleError: the rule has another form, or the regularizer does not take what it says.
+
+    Example:
+        >>> parse_rule("*kernel*=l1_l2:l1=1e-5,l2=1e-4")
+        ('*kernel*', L1L2(l1=1e-05, l2=0.0001))
+    """
+    glob, equals, regularizer = (part.strip() for part in text.partition("="))
+    if not (glob and equals and regularizer):
+        raise RuleError(f"rule {text!r}: {_EXPECTED}.")
+    if regularizer.lower() == "none":
+        return glob, None
+    identifier, colon, keywords = regularizer.partition(":")
+    try:
+        defaults = get(identifier.strip())
+        arguments = _keywords(keywords) if colon else {}
+        return glob, type(defaults).from_config({**defaults.get_config(), **arguments})
+    except (ValueError, TypeError) as error:
+        raise RuleError(f"rule {text!r}: {error}") from error
+
+
+def _keywords(text: str) -> dict[str, float | str]:
+    arguments: dict[str, float | str] = {}
+    for part in text.split(","):
+        keyword, equals, value = (piece.strip() for piece in part.partition("="))
+        if not (keyword and equals and value) or keyword in arguments:
+            raise ValueError(f"{_EXPECTED}, each keyword once; got {part!r}.")
+        try:
+            arguments[keyword] = float(value)
+        except ValueError:  # a mode; the regularizer judges it
+            arguments[keyword] = value
+    return arguments

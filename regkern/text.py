@@ -1,0 +1,39 @@
+"""How names and numbers are spelled for people: in tables, pictures and errors."""
+
+
+def printable(text: str) -> str:
+    """Return the text with control characters, terminal escapes and the like spelled as Python escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def elided(text: str, length: int) -> str:
+    """Shorten a name to so many characters by its middle: its start and its end say most."""
+    if len(text) <= length:
+        return text
+    kept = max(length - 1, 0)
+    tail = kept * 3 // 5
+    return f"{text[: kept - tail]}…{text[len(text) - tail :]}"
+
+
+def number(value: float, digits: int = 5) -> str:
+    """Spell a number with so many digits, and an exponent as short as it can be.
+
+    Example:
+        >>> number(1234567.0)
+        '1.2346e6'
+    """
+    mantissa, e, exponent = f"{value:.{digits}g}".partition("e")
+    return f"{mantissa}e{int(exponent)}" if e else mantissa
+
+
+def share(part: int, whole: int) -> str:
+    """Spell a percentage, which is 0% or 100% of none or all alone.
+
+    Example:
+        >>> share(1, 8), share(1, 10**6), share(10**6 - 1, 10**6), share(0, 0)
+        ('12.5%', '<0.01%', '>99.9%', '0%')
+    """
+    percent = 100 * part / whole if whole else 0.0
+    if 0 < percent < 0.01:
+        return "<0.01%"
+    return ">99.9%" if 99.9 < percent < 100 else f"{percent:.3g}%"

@@ -1,0 +1,444 @@
+"""Reads weight files: the tensors of a file, each of which is read, or mapped, when it is asked for.
+
+A file cannot run code here: pickled objects are refused, and of PyTorch's files the weights alone are read. What a
+header says is checked against the file before memory is mapped by it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import math
+import os
+import pickle
+import re
+import stat
+import struct
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from regkern.dtypes import DTYPES
+from regkern.text import printable
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_KERAS_WEIGHTS = "model.weights.h5"
+
+# Tags of the safetensors format (https://github.com/huggingface/safetensors) that NumPy has a dtype for.
+_SAFETENSORS_DTYPES = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "C64": "<c8",
+    "BOOL": "?",
+    **{f"{kind}{bits}": f"<{kind.lower()}{bits // 8}" for kind in "IU" for bits in (8, 16, 32, 64)},
+}
+
+# PyTorch's dtypes that NumPy, or ml_dtypes, has under the same name.
+_TORCH_DTYPES = {
+    *("float16", "bfloat16", "float32", "float64", "complex64", "complex128", "bool"),
+    *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)),
+}
+
+
+class WeightsError(ValueError):
+    """A weight file that cannot be read; the text is one sentence: file, what was expected, what came, what to do."""
+
+    def __init__(self, path: Path, expected: str, got: str, action: str) -> None:
+        super().__init__(printable(f"{path}: expected {expected}; got {got}; {action}."))
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One tensor of an open file.
+
+    Attributes:
+        path: the file.
+        name: its name in the file.
+        shape: its lengths.
+        dtype: NumPy's name of its dtype, or the format's where NumPy has none; of a byte-swapped dtype, such as
+            ">f4", NumPy's code.
+    """
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    _read: Callable[[], Array]
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether regkern evaluates the dtype."""
+        return self.dtype in DTYPES
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes that regkern evaluates: 0 where it does not evaluate the dtype."""
+        return self.size * DTYPES[self.dtype].itemsize if self.evaluated else 0
+
+    def load(self) -> Array:
+        """Return the elements: a read-only memory map where the format allows it, else an array in memory.
+
+        Raises:
+            WeightsError: this part of the file is damaged, or NumPy has no such dtype.
+        """
+        with _explained(self.path, f"readable elements of {self.name}"):
+            return self._read()
+
+
+class _Format(NamedTuple):
+    kind: str
+    read: Callable[[Path, ExitStack], list[Tensor]]
+
+
+@contextmanager
+def open_weights(path: str | os.PathLike[str]) -> Iterator[list[Tensor]]:
+    """Open a weight file, whose suffix says its format, and give its tensors; they are readable until it is closed.
+
+    Formats: .npy, .npz, .safetensors, .h5 and .hdf5 (Keras's and others), .keras, and PyTorch's .pt, .pth and .bin.
+
+    Raises:
+        WeightsError: there is no such file, or it is unreadable, damaged, without tensors or of another format.
+
+    Example:
+        >>> import pathlib, regkern
+        >>> with open_weights(pathlib.Path(regkern.__file__).parent / "data" / "demo.safetensors") as tensors:
+        ...     tensors[0].name, tensors[0].load().shape
+        ('dense_1.bias', (128,))
+    """
+    path = Path(path)
+    _check_file(path)
+    found = _FORMATS.get(path.suffix.lower())
+    if found is None:
+        raise WeightsError(
+            path,
+            f"a weight file ({', '.join(_FORMATS)})",
+            f"the suffix {path.suffix!r}" if path.suffix else "a name without a suffix",
+            "save the weights in one of these formats, or rename the file",
+        )
+    with ExitStack() as stack:
+        with _explained(path, found.kind):
+            tensors = found.read(path, stack)
+            if not tensors:
+                raise WeightsError(path, f"{found.kind} with tensors", "one without any", "save the weights again")
+        yield tensors
+
+
+def _check_file(path: Path) -> None:
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise WeightsError(path, "a file", "a folder", "pass the weight files in it")
+        if not stat.S_ISREG(mode):  # opening a pipe would wait for its writer
+            raise WeightsError(path, "a regular file", "a pipe or device", "save the weights to a file")
+        with path.open("rb") as file:
+            if not file.read(1):
+                raise WeightsError(path, "a weight file", "an empty file", "save the weights again")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise WeightsError(path, "a file", "no file of that name", "check the path") from error
+    except PermissionError as error:
+        raise WeightsError(path, "a readable file", "no permission to read it", "change its mode or owner") from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, WeightsError):
+            raise
+        raise WeightsError(path, "a readable file", _reason(error), "check the path") from error
+
+
+@contextmanager
+def _explained(path: Path, expected: str) -> Iterator[None]:
+    """Turn whatever a format's library raises into one sentence.
+
+    Damaged files make these libraries raise nearly anything: KeyError, struct.error, RuntimeError, MemoryError.
+    """
+    try:
+        yield
+    except WeightsError:
+        raise
+    except Exception as error:
+        raise WeightsError(
+            path, expected, f"one that is damaged or cut short ({_reason(error)})", "get or save it again"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    text = lines[0].rstrip(".")
+    text = text if len(text) <= 160 else text[:159] + "…"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _library(name: str, path: Path, extra: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise WeightsError(
+            path, f"{name} to read it with", "an environment without it", f"pip install 'regkern[{extra}]'"
+        ) from error
+
+
+def _bfloat16(path: Path) -> np.dtype[Any]:
+    dtype: np.dtype[Any] = np.dtype(_library("ml_dtypes", path, "report").bfloat16)
+    return dtype
+
+
+def _dtype_name(dtype: np.dtype[Any]) -> str:
+    return dtype.name if dtype.isnative else dtype.str
+
+
+def _map(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int) -> Array:
+    if 0 in shape:  # nothing to map
+        return np.empty(shape, dtype)
+    return np.memmap(path, dtype, "r", offset, shape)
+
+
+def _in_natural_order(tensors: list[Tensor]) -> list[Tensor]:
+    """Sort by name, layer 10 after layer 2, for formats that do not keep the order in which a model has its layers."""
+    return sorted(tensors, key=lambda tensor: re.sub(r"\d+", lambda digits: digits[0].zfill(20), tensor.name))
+
+
+def _refuse_objects(path: Path, dtype: np.dtype[Any]) -> None:
+    if dtype.hasobject:
+        raise WeightsError(
+            path,
+            "an array of numbers",
+            "pickled Python objects, which could run code and are never read",
+            "save it as numbers, for example by numpy.save(path, numpy.stack(x))",
+        )
+
+
+def _read_npy(path: Path, stack: ExitStack) -> list[Tensor]:
+    with path.open("rb") as file:
+        shape, dtype = _npy_header(file)
+    _refuse_objects(path, dtype)
+    array = np.lib.format.open_memmap(path, mode="r")
+    return [Tensor(path, path.stem, shape, _dtype_name(dtype), lambda: array)]
+
+
+def _npy_header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    version = np.lib.format.read_magic(file)
+    # Version 3 differs from 2 in the encoding of field names alone.
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(file)
+    return shape, dtype
+
+
+def _read_npz(path: Path, stack: ExitStack) -> list[Tensor]:
+    archive = stack.enter_context(zipfile.ZipFile(path))
+    tensors = []
+    for info in archive.infolist():
+        if not info.filename.endswith(".npy"):
+            continue
+        name = info.filename.removesuffix(".npy")
+        with archive.open(info) as member:
+            shape, dtype = _npy_header(member)
+            elements = info.file_size - member.tell()
+        _refuse_objects(path, dtype)
+        if elements != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{name} has {elements} bytes, and its header says {math.prod(shape) * dtype.itemsize}")
+        tensors.append(Tensor(path, name, shape, _dtype_name(dtype), partial(_npz_member, archive, info)))
+    return tensors
+
+
+def _npz_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Array:
+    with archive.open(info) as member:
+        array: Array = np.lib.format.read_array(member, allow_pickle=False)
+        member.read(1)  # at the end, zipfile compares the checksum
+    return array
+
+
+def _read_safetensors(path: Path, stack: ExitStack) -> list[Tensor]:
+    # Opening checks the whole header: lengths against shapes, offsets against each other and the file.
+    stack.enter_context(_library("safetensors", path, "report").safe_open(path, framework="numpy"))
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    tensors = []
+    for name, entry in header.items():
+        shape, tag, offset = tuple(entry["shape"]), entry["dtype"], 8 + length + entry["data_offsets"][0]
+        if tag in _SAFETENSORS_DTYPES or tag == "BF16":
+            dtype = _bfloat16(path) if tag == "BF16" else np.dtype(_SAFETENSORS_DTYPES[tag])
+            tensors.append(Tensor(path, name, shape, _dtype_name(dtype), partial(_map, path, dtype, shape, offset)))
+        else:
+            tensors.append(Tensor(path, name, shape, tag.lower(), partial(_no_dtype, path, name, tag)))
+    return _in_natural_order(tensors)
+
+
+def _no_dtype(path: Path, name: str, dtype: str) -> Array:
+    raise WeightsError(path, f"a dtype that NumPy has for {name}", dtype, "convert it, for example to bfloat16")
+
+
+def _read_h5(path: Path, stack: ExitStack) -> list[Tensor]:
+    file = stack.enter_context(_library("h5py", path, "report").File(path, "r"))
+    return _datasets(path, file, 0)
+
+
+def _read_keras(path: Path, stack: ExitStack) -> list[Tensor]:
+    h5py = _library("h5py", path, "report")
+    archive = stack.enter_context(zipfile.ZipFile(path))
+    if _KERAS_WEIGHTS not in archive.namelist():
+        raise WeightsError(
+            path, f"a Keras model, a zip with {_KERAS_WEIGHTS}", "a zip without it", "save it again by model.save(path)"
+        )
+    info = archive.getinfo(_KERAS_WEIGHTS)
+    with archive.open(info) as member:
+        while member.read(1 << 20):  # to its end, where zipfile compares the checksum
+            pass
+    if info.compress_type == zipfile.ZIP_STORED:  # what Keras writes
+        start = _member_start(path, info)
+        window = io.BufferedReader(_Window(stack.enter_context(path.open("rb")), start, info.file_size))
+        return _datasets(path, stack.enter_context(h5py.File(window, "r")), start)
+    member = stack.enter_context(archive.open(info))
+    return _datasets(path, stack.enter_context(h5py.File(member, "r")), None)
+
+
+def _member_start(path: Path, info: zipfile.ZipInfo) -> int:
+    """Return where a zip member's bytes begin: after its local header, which zipfile has checked."""
+    with path.open("rb") as file:
+        file.seek(info.header_offset)
+        name_length, extra_length = struct.unpack_from("<HH", file.read(30), 26)
+    return int(info.header_offset + 30 + name_length + extra_length)
+
+
+class _Window(io.RawIOBase):
+    """A part of a file as a file of its own. zipfile's reads from its start again whenever HDF5 seeks back."""
+
+    def __init__(self, file: io.BufferedReader, start: int, size: int) -> None:
+        self._file, self._start, self._size, self._position = file, start, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        return self._position
+
+    def readinto(self, buffer: Any, /) -> int:
+        self._file.seek(self._start + self._position)
+        view = memoryview(buffer)[: max(0, self._size - self._position)]
+        count = self._file.readinto(view)
+        self._position += count
+        return count
+
+
+def _datasets(path: Path, file: Any, start: int | None) -> list[Tensor]:
+    """Return the datasets of an open HDF5 file that begins at a byte of `path`, or at none if it is compressed."""
+    h5py = _library("h5py", path, "report")
+    found: dict[str, Any] = {}
+
+    def visit(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset) and item.shape is not None:
+            found[name] = item
+
+    file.visititems(visit)  # follows neither soft nor external links, and visits each object once
+    names = {name: _layer_name(name, item) for name, item in found.items()}
+    if len(set(names.values())) < len(names):
+        names = {name: name for name in found}
+    return _in_natural_order([_dataset(path, names[name], item, start) for name, item in found.items()])
+
+
+def _layer_name(name: str, item: Any) -> str:
+    """Put a layer's own name into its path: Keras 3 saves layer "stem" as layers/conv2d/vars/0 and an attribute."""
+    match = re.fullmatch(r"((?:.+/)?layers)/[^/]+/vars/([^/]+)", name)
+    own_name = item.parent.attrs.get("name") if match else None
+    return f"{match[1]}/{own_name}/vars/{match[2]}" if match and isinstance(own_name, str) and own_name else name
+
+
+def _dataset(path: Path, name: str, item: Any, start: int | None) -> Tensor:
+    if item.external or item.is_virtual:
+        raise WeightsError(path, f"{name} to be in this file", "a link to other files", "copy it by h5repack")
+    dtype = item.dtype
+    if dtype.str == "|V2" and item.attrs.get("dtype") == "bfloat16":  # as Keras marks it
+        dtype = _bfloat16(path)
+
+    def read() -> Array:
+        # Without elements written, a contiguous dataset has no storage yet and reads as its fill value.
+        stored = item.chunks is None and item.id.get_storage_size() == item.size * dtype.itemsize
+        offset = item.id.get_offset() if stored else None
+        if start is not None and offset is not None:
+            return _map(path, dtype, item.shape, start + offset)
+        return np.asarray(item[()]).view(dtype)
+
+    return Tensor(path, name, item.shape, _dtype_name(dtype), read)
+
+
+def _read_torch(path: Path, stack: ExitStack) -> list[Tensor]:
+    torch = _library("torch", path, "torch")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on pickle protocols and the like
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:
+        refused = re.search(r"GLOBAL ([\w.]+)|TorchScript archive", str(error))
+        if refused is None:
+            if isinstance(error, pickle.UnpicklingError):  # its text is on weights_only, whatever the file is
+                raise ValueError("not what torch.save writes") from error
+            raise
+        raise WeightsError(
+            path,
+            "tensors alone",
+            f"a file that needs code to be run ({refused[1] or refused[0]})",
+            "save the weights only, by torch.save(model.state_dict(), path)",
+        ) from error
+    return [_torch_tensor(torch, path, name or path.stem, tensor) for name, tensor in _flatten(torch, content, ())]
+
+
+def _flatten(torch: Any, item: Any, keys: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    if isinstance(item, torch.Tensor):
+        yield ".".join(keys), item
+    elif isinstance(item, Mapping):
+        for key, value in item.items():
+            yield from _flatten(torch, value, (*keys, str(key)))
+    elif isinstance(item, list | tuple):
+        for index, value in enumerate(item):
+            yield from _flatten(torch, value, (*keys, str(index)))
+
+
+def _torch_tensor(torch: Any, path: Path, name: str, tensor: Any) -> Tensor:
+    shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+    if tensor.layout != torch.strided:
+        dtype = str(tensor.layout).removeprefix("torch.")
+    elif tensor.device.type == "meta":  # a shape without elements
+        dtype = "meta"
+    elif dtype in _TORCH_DTYPES:
+        return Tensor(path, name, shape, dtype, partial(_torch_elements, torch, path, tensor))
+    return Tensor(path, name, shape, dtype, partial(_no_dtype, path, name, dtype))
+
+
+def _torch_elements(torch: Any, path: Path, tensor: Any) -> Array:
+    plain = tensor.detach().resolve_neg().resolve_conj()
+    if tensor.dtype == torch.bfloat16:  # unknown to NumPy, so it crosses as its bits
+        bits: Array = plain.view(torch.int16).numpy()
+        return bits.view(_bfloat16(path))
+    array: Array = plain.numpy()
+    return array
+
+
+_FORMATS = {
+    ".npy": _Format("a NumPy .npy file", _read_npy),
+    ".npz": _Format("a NumPy .npz file", _read_npz),
+    ".safetensors": _Format("a safetensors file", _read_safetensors),
+    ".h5": _Format("an HDF5 file", _read_h5),
+    ".hdf5": _Format("an HDF5 file", _read_h5),
+    ".keras": _Format("a Keras model, a zip", _read_keras),
+    ".pt": _Format("a PyTorch file", _read_torch),
+    ".pth": _Format("a PyTorch file", _read_torch),
+    ".bin": _Format("a PyTorch file", _read_torch),
+}

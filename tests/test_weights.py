@@ -1,0 +1,431 @@
+"""Weight files, written by the libraries that own the formats: what is read, and what is refused and how."""
+
+import io
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import warnings
+import zipfile
+from pathlib import Path
+
+import h5py
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from regkern.weights import WeightsError, open_weights
+
+TENSORS = {
+    "half": np.linspace(-1, 1, 6).astype(np.float16).reshape(2, 3),
+    "single": np.linspace(-2, 2, 12).astype(np.float32).reshape(3, 4),
+    "double": np.linspace(-3, 3, 5),
+    "brain": np.linspace(-4, 4, 8).astype(ml_dtypes.bfloat16).reshape(2, 2, 2),
+    "scalar": np.array(1.5, np.float32),
+    "empty": np.zeros((0, 3), np.float32),
+    "steps": np.arange(4),
+    "mask": np.array([True, False]),
+}
+FLOATS = {"half", "single", "double", "brain", "scalar", "empty"}
+
+
+def write_npz(path, tensors):
+    np.savez(path, **tensors)
+
+
+def write_compressed_npz(path, tensors):
+    np.savez_compressed(path, **tensors)
+
+
+def write_safetensors(path, tensors):
+    save_file(tensors, path, metadata={"format": "np"})
+
+
+def write_h5(path, tensors, **options):
+    with h5py.File(path, "w", **options) as file:
+        for name, x in tensors.items():
+            file[name] = x.view("V2") if x.dtype == ml_dtypes.bfloat16 else x
+            if x.dtype == ml_dtypes.bfloat16:
+                file[name].attrs["dtype"] = "bfloat16"
+
+
+def write_h5_after_userblock(path, tensors):
+    write_h5(path, tensors, userblock_size=512)
+
+
+def as_torch(x):
+    if x.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(x.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(x.copy())
+
+
+def write_torch(path, tensors):
+    torch.save({name: as_torch(x) for name, x in tensors.items()}, path)
+
+
+def write_legacy_torch(path, tensors):
+    torch.save({name: as_torch(x) for name, x in tensors.items()}, path, _use_new_zipfile_serialization=False)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "write", "mapped"),
+    [
+        (".npz", write_npz, False),
+        (".npz", write_compressed_npz, False),
+        (".safetensors", write_safetensors, True),
+        (".h5", write_h5, True),
+        (".hdf5", write_h5_after_userblock, True),
+        (".pt", write_torch, False),
+        (".pth", write_legacy_torch, False),
+        (".BIN", write_torch, False),
+    ],
+)
+def test_formats(tmp_path, suffix, write, mapped):
+    path = tmp_path / f"weights{suffix}"
+    tensors = {name: x for name, x in TENSORS.items() if suffix != ".npz" or name != "brain"}  # NumPy saves it as V2
+    write(path, tensors)
+    with open_weights(path) as found:
+        assert {tensor.name for tensor in found} == set(tensors)
+        for tensor in found:
+            x = tensor.load()
+            expected = tensors[tensor.name]
+            assert tensor.dtype == expected.dtype.name
+            assert tensor.shape == x.shape == expected.shape
+            assert tensor.evaluated is (tensor.name in FLOATS)
+            assert tensor.nbytes == (expected.nbytes if tensor.name in FLOATS else 0)
+            np.testing.assert_array_equal(x.astype(np.float64), expected.astype(np.float64))
+            if mapped and x.size:
+                assert isinstance(x, np.memmap)
+                assert not x.flags.writeable
+
+
+@pytest.mark.parametrize("x", [TENSORS["single"], TENSORS["single"].T, np.asfortranarray(TENSORS["half"])])
+def test_npy_is_mapped_in_either_order(tmp_path, x):
+    np.save(tmp_path / "kernel.npy", x)
+    with open_weights(tmp_path / "kernel.npy") as (tensor,):
+        assert (tensor.name, tensor.shape, tensor.dtype) == ("kernel", x.shape, x.dtype.name)
+        assert isinstance(tensor.load(), np.memmap)
+        np.testing.assert_array_equal(tensor.load(), x)
+
+
+@pytest.fixture(scope="module")
+def keras_files(tmp_path_factory):
+    """The files that Keras writes, and what is in them."""
+    os.environ.setdefault("KERAS_BACKEND", "numpy")
+    folder = tmp_path_factory.mktemp("keras")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Keras's own: __array__ without copy, HDF5 called legacy
+        import keras
+
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="stem"), keras.layers.Dense(2)])
+        model.compile("sgd", "mse")
+        model.save(folder / "model.keras")
+        model.save_weights(folder / "model.weights.h5")
+        model.save(folder / "legacy.h5")
+        brain = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, dtype=keras.DTypePolicy("bfloat16"))])
+        brain.save_weights(folder / "brain.weights.h5")
+        kernels = [np.asarray(layer.kernel.numpy()) for layer in (*model.layers, *brain.layers)]
+    with (
+        zipfile.ZipFile(folder / "model.keras") as archive,
+        zipfile.ZipFile(folder / "packed.keras", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in archive.namelist():
+            packed.writestr(name, archive.read(name))
+    return folder, kernels
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "index", "mapped"),
+    [
+        ("model.keras", "layers/stem/vars/0", 0, True),
+        ("packed.keras", "layers/stem/vars/0", 0, False),
+        ("model.weights.h5", "layers/stem/vars/0", 0, True),
+        ("legacy.h5", "model_weights/stem/sequential/stem/kernel", 0, True),
+        ("brain.weights.h5", "layers/dense_1/vars/0", 2, True),
+    ],
+)
+def test_keras(keras_files, file, name, index, mapped):
+    folder, kernels = keras_files
+    with open_weights(folder / file) as tensors:
+        found = {tensor.name: tensor for tensor in tensors}
+        x = found[name].load()
+        assert isinstance(x, np.memmap) is mapped
+        assert x.dtype == kernels[index].dtype
+        np.testing.assert_array_equal(x, kernels[index])
+
+
+def test_h5_layouts(tmp_path):
+    path = tmp_path / "layouts.h5"
+    with h5py.File(path, "w", userblock_size=1024) as file:
+        file.create_dataset("chunked", data=np.ones((4, 4), np.float32), chunks=(2, 2), compression="gzip")
+        file.create_dataset("unwritten", (3,), np.float32, fillvalue=2.0)
+        file["no_shape"] = h5py.Empty("f4")
+        file["text"] = "hello"
+        file["swapped"] = np.ones(2, ">f4")
+        file["again"] = file["chunked"]
+        file["loop"] = h5py.SoftLink("/")
+    with open_weights(path) as tensors:
+        found = {tensor.name: tensor for tensor in tensors}
+        assert {name: tensor.dtype for name, tensor in found.items() if not tensor.evaluated} == {
+            "text": "object",
+            "swapped": ">f4",
+        }
+        sums = {name: float(tensor.load().sum()) for name, tensor in found.items() if tensor.evaluated}
+        assert sorted(sums.values()) == [6.0, 16.0]  # the chunked one under one of its two names
+
+
+def test_torch_containers(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    content = {
+        "model": {"layers": [torch.nn.Parameter(torch.ones(2, 3)), torch.ones(3, 2).T]},
+        "epoch": 3,
+        "note": "text",
+        "eighth": torch.zeros(2, dtype=torch.float8_e4m3fn),
+        "sparse": torch.eye(3).to_sparse(),
+        "nowhere": torch.empty(2, device="meta"),
+    }
+    torch.save(content, path)
+    with open_weights(path) as tensors:
+        dtypes = {tensor.name: tensor.dtype for tensor in tensors}
+        assert dtypes == {
+            "model.layers.0": "float32",
+            "model.layers.1": "float32",
+            "eighth": "float8_e4m3fn",
+            "sparse": "sparse_coo",
+            "nowhere": "meta",
+        }
+        assert [float(tensor.load().sum()) for tensor in tensors if tensor.evaluated] == [6.0, 6.0]
+        with pytest.raises(WeightsError, match="eighth"):
+            tensors[2].load()
+
+
+def test_layers_are_in_natural_order(tmp_path):
+    write_safetensors(tmp_path / "x.safetensors", {f"layer.{i}.w": np.ones(1, np.float32) for i in range(12)})
+    with open_weights(tmp_path / "x.safetensors") as tensors:
+        assert [tensor.name for tensor in tensors] == [f"layer.{i}.w" for i in range(12)]
+
+
+def test_safetensors_dtypes_that_numpy_lacks(tmp_path):
+    header = {"w": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}
+    (tmp_path / "x.safetensors").write_bytes(safetensors(header, bytes(4)))
+    with open_weights(tmp_path / "x.safetensors") as (tensor,):
+        assert (tensor.dtype, tensor.evaluated) == ("f8_e4m3", False)
+        with pytest.raises(WeightsError, match="F8_E4M3"):
+            tensor.load()
+
+
+# Bad input: what is written, and what the sentence says.
+
+
+class Code:
+    """What a pickle may hold: a call of any function."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("ran"),)
+
+
+def safetensors(header, body):
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + body
+
+
+def saved(write, tensors=None):
+    """The bytes of a file that a writer makes."""
+    path = Path(f"good-{write.__name__}{'.npz' if 'npz' in write.__name__ else ''}")
+    write(path, tensors or {"w": np.arange(1000, dtype=np.float32)})
+    return path.read_bytes()
+
+
+def npy(x, **options):
+    file = io.BytesIO()
+    np.save(file, x, **options)
+    return file.getvalue()
+
+
+def zipped(**members):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name.replace("__", "."), data)
+    return file.getvalue()
+
+
+def torch_saved(content, **options):
+    file = io.BytesIO()
+    torch.save(content, file, **options)
+    return file.getvalue()
+
+
+def corrupted(data, part):
+    """Change one bit of the elements, that is of what a checksum is for."""
+    at = data.index(part) + len(part) // 2
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+ELEMENTS = np.arange(1000, dtype=np.float32).tobytes()
+ENTRY = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
+OBJECTS = np.array([Code()], dtype=object)
+
+BAD = {
+    # file: (how its bytes are made, what the sentence contains)
+    "empty.npy": (lambda: b"", "empty file"),
+    "empty.safetensors": (lambda: b"", "empty file"),
+    "empty.pt": (lambda: b"", "empty file"),
+    "garbage.npy": (lambda: b"garbage" * 99, "expected a NumPy .npy file"),
+    "garbage.npz": (lambda: b"garbage" * 99, "expected a NumPy .npz file"),
+    "garbage.safetensors": (lambda: b"garbage" * 99, "expected a safetensors file"),
+    "garbage.h5": (lambda: b"garbage" * 99, "expected an HDF5 file"),
+    "garbage.keras": (lambda: b"garbage" * 99, "expected a Keras model"),
+    "garbage.pt": (lambda: b"garbage" * 99, "expected a PyTorch file"),
+    "cut.npy": (lambda: npy(np.arange(1000.0))[:4000], "cut short"),
+    "cut.npz": (lambda: saved(write_npz)[:2000], "cut short"),
+    "cut.safetensors": (lambda: saved(write_safetensors)[:-8], "cut short"),
+    "cut.h5": (lambda: saved(write_h5)[:3000], "cut short"),
+    "cut.pt": (lambda: saved(write_torch)[:3000], "cut short"),
+    "cut-legacy.pt": (lambda: saved(write_legacy_torch)[:3000], "cut short"),
+    "unknown.gguf": (lambda: b"GGUF", "got the suffix '.gguf'"),
+    "no-suffix": (lambda: b"data", "a name without a suffix"),
+    "objects.npy": (lambda: npy(OBJECTS), "never read"),
+    "objects.npz": (lambda: zipped(w__npy=npy(OBJECTS)), "never read"),
+    "pickle.npy": (lambda: pickle.dumps(Code()), "expected a NumPy .npy file"),
+    "code.pt": (lambda: torch_saved({"w": Code()}), "needs code to be run"),
+    "code-legacy.pt": (lambda: torch_saved(Code(), _use_new_zipfile_serialization=False), "needs code to be run"),
+    "module.pt": (lambda: torch_saved(torch.nn.Linear(2, 2)), "torch.save(model.state_dict(), path)"),
+    "pickle.bin": (lambda: pickle.dumps({"w": 1}), "not what torch.save writes"),
+    "nothing.pt": (lambda: torch_saved({"epoch": 1}), "got one without any"),
+    "nothing.npz": (lambda: zipped(readme__txt=b"hello"), "got one without any"),
+    "nothing.safetensors": (lambda: safetensors({}, b""), "got one without any"),
+    "length.safetensors": (lambda: struct.pack("<Q", 1 << 60) + b"{}", "header too large"),
+    "shape.safetensors": (lambda: safetensors({"w": {**ENTRY, "shape": [400]}}, bytes(16)), "shape"),
+    "huge.safetensors": (lambda: safetensors({"w": {**ENTRY, "shape": [1 << 62, 8]}}, bytes(16)), "overflow"),
+    "beyond.safetensors": (lambda: safetensors({"w": {**ENTRY, "data_offsets": [4000, 4016]}}, bytes(16)), "offset"),
+    "overlap.safetensors": (lambda: safetensors({"v": ENTRY, "w": ENTRY}, bytes(16)), "offset"),
+    "longer.safetensors": (lambda: safetensors({"w": ENTRY}, bytes(99)), "not fully covered"),
+    "no-weights.keras": (lambda: zipped(config__json=b"{}"), "a zip without it"),
+    "member.npz": (lambda: zipped(w__npy=npy(np.arange(9.0))[:-8]), "its header says 72"),
+}
+
+
+@pytest.mark.parametrize("file", BAD)
+def test_bad_files(tmp_path, monkeypatch, file):
+    monkeypatch.chdir(tmp_path)
+    make, text = BAD[file]
+    Path(file).write_bytes(make())
+    with pytest.raises(WeightsError) as caught, open_weights(file):
+        pass
+    assert_one_sentence(caught.value, file, text)
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "write"), [("sum.npz", write_npz), ("sum-packed.npz", write_compressed_npz)], ids=["stored", "deflated"]
+)
+def test_checksum_of_npz(tmp_path, monkeypatch, file, write):
+    monkeypatch.chdir(tmp_path)
+    data = saved(write)
+    middle = data[len(data) // 2 :][:8]
+    Path(file).write_bytes(corrupted(data, ELEMENTS if write is write_npz else middle))
+    with open_weights(file) as (tensor,), pytest.raises(WeightsError) as caught:
+        tensor.load()
+    assert_one_sentence(caught.value, file, "expected readable elements of w")
+
+
+def test_checksum_of_keras(tmp_path, keras_files):
+    folder, kernels = keras_files
+    path = tmp_path / "corrupted.keras"
+    path.write_bytes(corrupted((folder / "model.keras").read_bytes(), kernels[0].tobytes()))
+    with pytest.raises(WeightsError) as caught, open_weights(path):
+        pass
+    assert_one_sentence(caught.value, str(path), "Bad CRC-32")
+
+
+def test_links_to_other_files(tmp_path):
+    (tmp_path / "secret.bin").write_bytes(bytes(16))
+    with h5py.File(tmp_path / "external.h5", "w") as file:
+        file.create_dataset("w", (4,), np.float32, external=[(str(tmp_path / "secret.bin"), 0, 16)])
+    with pytest.raises(WeightsError, match="a link to other files"), open_weights(tmp_path / "external.h5"):
+        pass
+
+
+@pytest.mark.parametrize(("name", "text"), [("missing.npy", "no file of that name"), ("folder.npy", "got a folder")])
+def test_bad_paths(tmp_path, name, text):
+    (tmp_path / "folder.npy").mkdir()
+    with pytest.raises(WeightsError) as caught, open_weights(tmp_path / name):
+        pass
+    assert_one_sentence(caught.value, str(tmp_path / name), text)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX")
+def test_pipe_does_not_block(tmp_path):
+    os.mkfifo(tmp_path / "pipe.npy")
+    with pytest.raises(WeightsError, match="a pipe or device"), open_weights(tmp_path / "pipe.npy"):
+        pass
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="needs POSIX")
+def test_unreadable(tmp_path):
+    path = tmp_path / "locked.npy"
+    np.save(path, np.ones(3))
+    path.chmod(0)
+    root = os.geteuid() == 0  # root reads everything, so be nobody for a moment
+    for parent in [tmp_path, *tmp_path.parents] if root else ():
+        if not parent.stat().st_mode & 0o001:
+            parent.chmod(parent.stat().st_mode | 0o011)
+    if root:
+        os.seteuid(65534)
+    try:
+        with pytest.raises(WeightsError) as caught, open_weights(path):
+            pass
+    finally:
+        if root:
+            os.seteuid(0)
+    assert_one_sentence(caught.value, str(path), "no permission to read it")
+
+
+def test_names_cannot_reach_the_terminal(tmp_path):
+    path = tmp_path / "a\x1b[31m\nb.npy"
+    with pytest.raises(WeightsError) as caught, open_weights(path):
+        pass
+    assert r"a\x1b[31m\nb.npy" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("library", "file", "extra"),
+    [("torch", "x.pt", "torch"), ("h5py", "x.h5", "report"), ("safetensors", "x.safetensors", "report")],
+)
+def test_missing_library(tmp_path, library, file, extra):
+    (tmp_path / file).write_bytes(b"data")
+    code = (
+        f"import sys; sys.modules[{library!r}] = None\n"
+        "from regkern.weights import open_weights, WeightsError\n"
+        "try:\n    open_weights(sys.argv[1]).__enter__()\nexcept WeightsError as error:\n    print(error)"
+    )
+    result = subprocess.run([sys.executable, "-c", code, tmp_path / file], capture_output=True, text=True, check=True)
+    assert f"{library} to read it with" in result.stdout
+    assert f"pip install 'regkern[{extra}]'" in result.stdout
+
+
+def test_reading_imports_no_other_library(tmp_path):
+    write_safetensors(tmp_path / "x.safetensors", {"w": np.ones(3, np.float32)})
+    code = (
+        "import sys; from regkern.weights import open_weights\n"
+        "with open_weights(sys.argv[1]) as tensors: tensors[0].load()\n"
+        "print({'torch', 'h5py', 'keras', 'numba'} & set(sys.modules))"
+    )
+    path = str(tmp_path / "x.safetensors")
+    result = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
+
+
+def assert_one_sentence(error, file, text):
+    message = str(error)
+    assert message.startswith(file)
+    assert text in message
+    assert "expected" in message
+    assert "got" in message
+    assert "\n" not in message
+    assert len(message) < len(file) + 400
