@@ -39,6 +39,7 @@ _NOTHING = "-"
 _HEADERS = ("tensor", "shape", "dtype", "sum |x|", "sum x²", "cosine\n(rows)", "zeros", "non-\nfinite", "penalty")
 _COSINE, _NONFINITE = 5, 7  # columns that may be left out
 _SHORTEST_NAME = 12
+_NARROWEST = 64
 # Spaces between columns, a line under the header and above the totals.
 _BOX = Box("    \n    \n -- \n    \n    \n -- \n    \n    \n")
 
@@ -216,6 +217,7 @@ def _console() -> Console:
     console = Console(highlight=False, emoji=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 10_000  # a pipe or a file has no edge
+    console.width = max(console.width, _NARROWEST)
     return console
 
 
@@ -223,7 +225,7 @@ def _print_report(path: Path, rules: Rules, report: Report, *, cosine: bool) -> 
     console = _console()
     console.print(Text(printable(str(path)), "bold"), overflow="fold", soft_wrap=True)
     console.print(Text(f"penalty: {printable(str(rules))}"), soft_wrap=True)
-    console.print(_table(report, cosine, console.width))
+    console.print(_table(report, cosine, console.width), soft_wrap=True)
     for line in _notes(report):
         console.print(Text(line))
     if report.comparison:
@@ -250,8 +252,11 @@ def _table(report: Report, cosine: bool, width: int) -> Table:
         gap = 1
         shown = [i for i in shown if i != _NONFINITE or totals.nonfinite]
     # What the other columns leave is for the names.
-    longest = max(width - sum(widths[i] + gap for i in shown[1:]), _SHORTEST_NAME)
+    others = sum(widths[i] + gap for i in shown[1:])
+    longest = max(width - others, _SHORTEST_NAME)
     table = Table(box=_BOX, show_edge=False, show_footer=True, footer_style="bold", padding=(0, gap - 1, 0, 0))
+    # Where the terminal is narrower than this, lines run over its edge: a number cut short would be another number.
+    table.width = others + min(longest, widths[0]) + gap - 1
     for i in shown:
         justify: Literal["left", "right"] = "left" if _HEADERS[i] in ("tensor", "dtype") else "right"
         table.add_column(_HEADERS[i], footer[i], justify=justify, no_wrap=True, vertical="bottom")
@@ -296,7 +301,7 @@ def _notes(report: Report) -> Iterator[str]:
 def _comparison(report: Report) -> Table:
     table = Table(box=_BOX, show_edge=False, padding=(0, 1, 0, 0))
     table.add_column("both sums by", no_wrap=True)
-    for header in ("time", "GB/s", "times", "largest relative\ndifference"):
+    for header in ("time", "GB/s", "x regkern", "largest relative\ndifference"):
         table.add_column(header, justify="right", no_wrap=True, vertical="bottom")
     fastest = report.comparison[0].seconds
     for way in report.comparison:

@@ -1,12 +1,9 @@
 """What all libraries share whose arrays lie in the host's memory: the CPU kernels run them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
-from regkern.arrays.layout import merge
+from regkern.arrays.layout import Strides, loops
 from regkern.dtypes import DType
 from regkern.kernels.cpu import gram
 from regkern.kernels.cpu.elementwise import (
@@ -37,7 +34,7 @@ class HostAdapter(ABC):
         """
 
     @abstractmethod
-    def strides(self, x: Any) -> Sequence[int]:
+    def strides(self, x: Any) -> Strides:
         """Return x's strides in bytes."""
 
     @abstractmethod
@@ -104,14 +101,15 @@ class HostAdapter(ABC):
         both = kernels(operation, formula, dtype, operation.writes and out_address == address)
         if size == 0:
             return 0.0, 0.0
-        sums: tuple[float, float]
-        if size > 1 and not (contiguous and self.strides(out) == self.strides(x)):
-            (offset, out_offset), shape, strides = merge(x.shape, self.strides(x), self.strides(out))
-            address += offset
-            out_address += out_offset
-            if len(shape) > 1 or strides != [[dtype.itemsize]] * 2:
-                layout = np.array([shape, *strides], np.int64)
-                sums = both.strided.for_size(size)(address, out_address, layout, a, b)
-                return sums
-        sums = both.flat.for_size(size)(address, out_address, size, a, b)
-        return sums
+        if contiguous and self.strides(out) == self.strides(x):
+            sum0, sum1 = both.flat.for_size(size)(address, out_address, size, a, b)
+            return sum0, sum1
+        offset, out_offset, repeats, layout = loops(x.shape, self.strides(x), self.strides(out))
+        address += offset
+        out_address += out_offset
+        visited = size // repeats
+        if visited == 1 or layout[1:].tolist() == [[dtype.itemsize], [dtype.itemsize]]:
+            sum0, sum1 = both.flat.for_size(visited)(address, out_address, visited, a, b)
+        else:
+            sum0, sum1 = both.strided.for_size(visited)(address, out_address, layout, a, b)
+        return repeats * sum0, repeats * sum1

@@ -1,42 +1,53 @@
 """Strided memory as loops: which dimensions a kernel must walk, innermost last."""
 
-from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
 
-Strides = Sequence[int]
+import numpy as np
+
+Strides = tuple[int, ...]
 
 
-def merge(shape: Sequence[int], *operands: Strides) -> tuple[list[int], list[int], list[list[int]]]:
-    """Merge dimensions that follow each other in memory, in all operands at once.
+@lru_cache(maxsize=1024)  # a program has few layouts and meets each of them often
+def loops(shape: tuple[int, ...], x: Strides, out: Strides) -> tuple[int, int, int, np.ndarray[Any, Any]]:
+    """Merge dimensions that follow each other in memory, in x and in out at once.
 
-    Element-wise work may visit elements in any order, so the order is memory's, as the first operand has it: C order,
-    Fortran order and any transpose of a contiguous array become one dimension.
+    Element-wise work may visit elements in any order, so the order is memory's, as x has it: C order, Fortran order and
+    any transpose of a contiguous array become one dimension.
 
     Args:
-        shape: the shape that all operands share, of two elements or more.
-        operands: each operand's strides in bytes, any sign, 0 where an axis is broadcast.
+        shape: the shape that both share, without a zero.
+        x: x's strides in bytes, of any sign, 0 where an axis is broadcast.
+        out: out's strides in bytes.
 
     Returns:
-        Byte offsets of each operand's first element to visit; lengths; strides of each operand.
+        Byte offsets of the first elements to visit in x and in out; how often each element is repeated by axes that
+        are broadcast in both; and an int64 array of three rows: lengths, strides of x, strides of out.
     """
-    offsets = [0] * len(operands)
+    x_start = out_start = 0
+    repeats = 1
     dimensions = []
-    for length, *strides in zip(shape, *operands, strict=True):
+    for length, x_stride, out_stride in zip(shape, x, out, strict=True):
+        if x_stride == out_stride == 0:
+            repeats *= length
+            continue
         if length == 1:
             continue
-        if strides[0] < 0:  # visit from the other end
-            offsets = [offset + (length - 1) * stride for offset, stride in zip(offsets, strides, strict=True)]
-            strides = [-stride for stride in strides]
-        dimensions.append((length, strides))
-    # Broadcast axes go outermost, where the repeated rows are still in the cache.
-    dimensions.sort(key=lambda dimension: dimension[1][0] or float("inf"), reverse=True)
+        if x_stride < 0:  # visit from the other end
+            x_start += (length - 1) * x_stride
+            out_start += (length - 1) * out_stride
+            x_stride, out_stride = -x_stride, -out_stride
+        dimensions.append((length, x_stride, out_stride))
+    # Axes that are broadcast in x alone go outermost, where the repeated rows are still in the cache.
+    dimensions.sort(key=lambda dimension: dimension[1] or float("inf"), reverse=True)
 
-    lengths: list[int] = []
-    merged: list[list[int]] = []
-    for length, strides in dimensions:
-        if merged and merged[-1] == [length * stride for stride in strides]:
-            lengths[-1] *= length
-            merged[-1] = strides
+    merged: list[tuple[int, int, int]] = []
+    for length, x_stride, out_stride in dimensions:
+        outer = merged[-1] if merged else None
+        if outer and outer[1:] == (length * x_stride, length * out_stride):
+            merged[-1] = (outer[0] * length, x_stride, out_stride)
         else:
-            lengths.append(length)
-            merged.append(strides)
-    return offsets, lengths, [list(column) for column in zip(*merged, strict=True)]
+            merged.append((length, x_stride, out_stride))
+    # A single element is one dimension as well.
+    layout = np.array(merged or [(1, 0, 0)], np.int64).T.copy()
+    return x_start, out_start, repeats, layout

@@ -1,17 +1,17 @@
 """NumPy arrays, memory maps and other subclasses that keep their elements as ndarray does."""
 
 import ctypes
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from regkern.arrays.host import HostAdapter
+from regkern.arrays.layout import Strides
 from regkern.dtypes import BFLOAT16, DTYPES, FLOAT64, DType
 
 
 class _ArrayHeader(ctypes.Structure):
-    """The start of NumPy's `PyArrayObject`, a part of its stable ABI: `ndarray.ctypes.data` takes nine times as long."""
+    """The start of NumPy's `PyArrayObject`, a part of its stable ABI; `ndarray.ctypes.data` takes nine times longer."""
 
     _fields_ = (("object", ctypes.c_char * object.__basicsize__), ("data", ctypes.c_size_t))
 
@@ -34,8 +34,8 @@ class NumpyAdapter(HostAdapter):
     def memory(self, x: Any) -> tuple[int, int, DType, bool]:
         return _header_at(id(x)).data, x.size, _dtypes[x.dtype], x.flags.forc
 
-    def strides(self, x: Any) -> Sequence[int]:
-        strides: tuple[int, ...] = x.strides
+    def strides(self, x: Any) -> Strides:
+        strides: Strides = x.strides
         return strides
 
     def scalar(self, value: float, dtype: DType) -> Any:

@@ -40,8 +40,8 @@ def _digest_sources() -> str:
     return digest.hexdigest()
 
 
-# A kernel is compiled again when any function that it may call has changed. Read at import, like the code itself: later,
-# the files may be those of an upgrade.
+# A kernel is compiled again when any function that it may call has changed. Read at import, like the code itself:
+# later, the files may be those of an upgrade.
 _SOURCES = _digest_sources()
 
 
