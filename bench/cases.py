@@ -1,0 +1,188 @@
+"""What is measured, and what it must reach: one table, which the tests, `python -m bench` and the tables read.
+
+A ratio is a peer's time over regkern's: 2.0 means that regkern takes half as long.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+L1, L2, STEP = 1e-5, 1e-4, 0.1
+KERAS_BACKENDS = ("keras (numpy)", "torch", "jax", "tensorflow")
+BARE_PRODUCTS = ("numpy x @ x.T", "numpy x @ y.T", "torch x @ x.T", "torch x @ y.T")
+
+VALUE_PEERS = ("numpy", "blas", "numexpr", "keras (numpy)", "torch", "torch.compile", "jax", "bare read")
+STRIDED_PEERS = ("numpy", "torch", "C order")
+GRAM_PEERS = (*KERAS_BACKENDS, *BARE_PRODUCTS, "peak FMA")
+
+LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "C": lambda x: x,
+    "transpose": lambda x: x.T,
+    "Fortran": np.asfortranarray,
+    "x[::2]": lambda x: x[::2],
+    "x[:, ::2]": lambda x: x[:, ::2],
+    "x[:, 3:7]": lambda x: x[:, 3:7],
+    "x[::-1]": lambda x: x[::-1],
+    "x[:, ::-1]": lambda x: x[:, ::-1],
+    "broadcast": lambda x: np.broadcast_to(x[0], x.shape),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a case must reach: the fastest of some peers over regkern.
+
+    Attributes:
+        against: names of peers; the fastest that could be measured counts.
+        at_least: the least ratio.
+        text: the target in the words of the table.
+    """
+
+    against: tuple[str, ...]
+    at_least: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing that regkern and its peers compute.
+
+    Attributes:
+        kind: which function of `peers.py`: value, value_and_grad, accumulate, prox, gram, gram_columns, gram_and_grad.
+        shape: of the array from which the layout makes a view.
+        peers: names of the peers beside regkern; those that are not installed are left out, and it is said.
+        dtype: of the elements.
+        layout: a key of LAYOUTS.
+        values: "weights" are normal with deviation 0.05, "subnormal" have no normal float32 among them.
+        targets: what must be reached.
+    """
+
+    kind: str
+    shape: tuple[int, int]
+    peers: tuple[str, ...]
+    dtype: str = "float32"
+    layout: str = "C"
+    values: str = "weights"
+    targets: tuple[Target, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The case in words: kind, shape, and what is not the default."""
+        words = [self.kind.replace("_", " "), "x".join(map(str, self.shape))]
+        words += [word for word in (self.dtype, self.layout, self.values) if word not in ("float32", "C", "weights")]
+        return " ".join(words)
+
+    def array(self) -> np.ndarray:
+        """Make the array, the same at every call."""
+        x = np.random.default_rng(0).standard_normal(self.shape, np.float32)
+        x *= 1e-40 if self.values == "subnormal" else 0.05
+        if self.dtype == "bfloat16":
+            import ml_dtypes
+
+            x = x.astype(ml_dtypes.bfloat16)
+        return LAYOUTS[self.layout](x.astype(self.dtype, copy=False))
+
+    def small(self) -> Case:
+        """Make the same case of a size that runs in no time: for a smoke run."""
+        rows, columns = self.shape
+        return dataclasses.replace(self, shape=(min(rows, 48), min(columns, 32)))
+
+
+def over(peer: str, at_least: float, text: str | None = None) -> Target:
+    return Target((peer,), at_least, text or f"{at_least:g}x {peer}")
+
+
+def _value(shape: tuple[int, int], *targets: Target, **fields) -> Case:
+    return Case("value", shape, VALUE_PEERS, targets=targets, **fields)
+
+
+def _layout(shape: tuple[int, int], layout: str, target: Target, peers: tuple[str, ...] = STRIDED_PEERS) -> Case:
+    return Case("value", shape, peers, layout=layout, targets=(target,))
+
+
+def _gram(shape: tuple[int, int], keras: float, bare: float | None = None) -> Case:
+    targets = [Target(KERAS_BACKENDS, keras, f"{keras:g}x the fastest Keras backend")]
+    if bare is not None:
+        targets.append(Target(BARE_PRODUCTS, 1 / bare, f"at most {bare:.2f} of the bare product"))
+        targets.append(over("peak FMA", 0.8, "0.8 of peak FLOP/s"))
+    return Case("gram", shape, GRAM_PEERS, targets=tuple(targets))
+
+
+_LIKE_C = over("C order", 1 / 1.1, "within 1.1x of C order")
+_LIKE_NUMPY = over("numpy", 1.0, "no slower than numpy")
+_16_BIT_PEERS = ("numpy", "keras (numpy)", "torch", "jax", "bare read")
+_WRITING_PEERS = ("numpy", "numexpr", "torch", "jax", "bare copy")
+
+ELEMENTWISE = (
+    _value((10, 10), over("numpy", 2.5), over("keras (numpy)", 50)),
+    _value((256, 256), over("numpy", 5), over("torch", 3), over("jax", 5)),
+    _value((1024, 1024), over("numpy", 10), over("blas", 1.8), over("jax", 2)),
+    _value(
+        (4096, 4096),
+        over("numpy", 15),
+        over("jax", 2),
+        over("torch", 10),
+        over("bare read", 0.9, "0.9 of read bandwidth"),
+    ),
+    Case("value", (1024, 1024), _16_BIT_PEERS, dtype="float16", targets=(over("numpy", 10),)),
+    Case("value", (1024, 1024), _16_BIT_PEERS, dtype="bfloat16", targets=(over("numpy", 10),)),
+    _value((1024, 1024), dtype="float64"),
+    Case("value", (1024, 1024), ("numpy", "blas", "torch", "jax"), values="subnormal"),
+    Case("value_and_grad", (4096, 4096), _WRITING_PEERS, targets=(over("numpy", 5),)),
+    Case("value_and_grad", (1024, 1024), _WRITING_PEERS),
+    Case("accumulate", (4096, 4096), _WRITING_PEERS),
+    Case("prox", (4096, 4096), _WRITING_PEERS),
+    _layout((1024, 1024), "transpose", _LIKE_C),
+    _layout((4096, 4096), "transpose", _LIKE_C),
+    _layout((1024, 1024), "Fortran", _LIKE_C),
+    _layout((4096, 4096), "Fortran", _LIKE_C),
+    _layout((2048, 1024), "x[::2]", _LIKE_NUMPY),
+    _layout((1024, 2048), "x[:, ::2]", _LIKE_NUMPY),
+    _layout((1024, 1024), "x[:, 3:7]", _LIKE_NUMPY),
+    _layout((65536, 64), "x[:, 3:7]", _LIKE_NUMPY),
+    _layout((1024, 1024), "x[::-1]", _LIKE_NUMPY, ("numpy", "C order")),
+    _layout((1024, 1024), "x[:, ::-1]", _LIKE_NUMPY, ("numpy", "C order")),
+    _layout((1024, 1024), "broadcast", _LIKE_NUMPY, ("numpy", "C order")),
+)
+
+GRAM = (
+    _gram((64, 64), 2.5),
+    _gram((256, 256), 2.5),
+    _gram((1024, 1024), 3, 0.70),
+    _gram((4096, 1024), 4, 0.65),
+    _gram((8192, 256), 5, 0.60),
+    _gram((16384, 512), 5, 0.60),
+    Case(
+        "gram_columns", (1024, 4096), ("rows mode",), targets=(over("rows mode", 1 / 1.1, "within 1.1x of rows mode"),)
+    ),
+    Case("gram_and_grad", (4096, 1024), ("torch", "jax", "peak FMA"), targets=(over("torch", 3),)),
+)
+
+CASES = (*ELEMENTWISE, *GRAM)
+
+
+@dataclass(frozen=True)
+class Check:
+    """A measurement that is no ratio of times in one process; `at_most` is its bound."""
+
+    at_most: float
+    text: str
+
+
+CHECKS = {
+    "import regkern / import numpy": Check(1.3, "under 1.3"),
+    "first penalty, 10x10 / bare cached Numba": Check(1.25, "under 1.25"),
+    "first penalty, 1024x1024 / bare cached Numba": Check(1.25, "under 1.25"),
+    "memory beyond the input, value 4096x4096, MiB": Check(1.0, "under 1 MiB"),
+    "memory beyond the input, value 16384x8192, MiB": Check(1.0, "under 1 MiB"),
+    "memory beyond the input, accumulate 4096x4096, MiB": Check(1.0, "no temporary"),
+    "memory beyond the input, gram 100000x64, MB": Check(250.0, "under 250 MB"),
+    "accuracy, abs sum of 10^8 float32, ulp": Check(1.0, "within 1 ulp"),
+    "accuracy, square sum of 10^8 float32, ulp": Check(1.0, "within 1 ulp"),
+    "accuracy, abs sum of 10^8 float64, relative": Check(1e-14, "under 1e-14"),
+    "accuracy, square sum of 10^8 float64, relative": Check(1e-14, "under 1e-14"),
+}

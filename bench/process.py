@@ -1,0 +1,148 @@
+"""Measures what only a fresh process shows: the import, the first penalty, and the peak of memory."""
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+_IMPORT = """
+import time
+start = time.perf_counter()
+import {module}
+print(time.perf_counter() - start)
+"""
+
+_FIRST_PENALTY = """
+import numpy as np
+import regkern as rk
+x = np.ones({shape}, np.float32)
+print(rk.L1L2(1e-5, 1e-4)(x))
+"""
+
+_BARE_NUMBA = """
+import numpy as np
+from numba import njit, prange
+
+@njit({options}, cache=True, fastmath={{"reassoc", "contract", "nsz"}})
+def l1_l2(x):
+    abs_sum = square_sum = 0.0
+    for i in prange(x.size):
+        v = np.float64(x[i])
+        abs_sum += abs(v)
+        square_sum += v * v
+    return 1e-5 * abs_sum + 1e-4 * square_sum
+
+x = np.ones({shape}, np.float32)
+print(np.float32(l1_l2(x.ravel())))
+"""
+
+# The peak of resident memory, which the kernel lets a process set back. Threads and code are there before.
+_PEAK = """
+import numpy as np
+{setup}
+
+def status(field):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(field))
+
+warm = np.full({warm}, 0.5, np.float32)
+run(warm)
+x = np.full({shape}, 0.5, np.float32)
+{prepare}
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")
+before = status("VmRSS")
+run(x)
+print(status("VmHWM") - before)
+"""
+
+_VALUE = {
+    "regkern": "import regkern as rk\nreg = rk.L1L2(1e-5, 1e-4)\nrun = lambda x: reg(x)",
+    "numpy": "run = lambda x: 1e-5 * np.abs(x).sum() + 1e-4 * np.square(x).sum()",
+    "torch": "import torch\n"
+    "def run(x):\n    t = torch.from_numpy(x)\n    return 1e-5 * t.abs().sum() + 1e-4 * t.square().sum()",
+}
+_ACCUMULATE = {
+    "regkern": "import regkern as rk\nreg = rk.L1L2(1e-5, 1e-4)\nout = np.zeros((1024, 1024), np.float32)\n"
+    "run = lambda x: reg.grad(x, out, accumulate=True)",
+    "numpy": "out = np.zeros((1024, 1024), np.float32)\n"
+    "def run(x):\n    global out\n    out += 1e-5 * np.sign(x) + 2e-4 * x",
+}
+_GRAM = {"regkern": "import regkern as rk\nreg = rk.OrthogonalRegularizer(0.01)\nrun = lambda x: reg(x)"}
+
+
+def _python(script: str, **environment: str) -> str:
+    """Run a script in a fresh process at the repository's root and return what it printed."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    process = subprocess.run(
+        [sys.executable, "-c", script], env=environment, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return process.stdout
+
+
+def import_seconds(module: str) -> float:
+    """Seconds that `import module` takes in a fresh process, without the interpreter's own start."""
+    return float(_python(_IMPORT.format(module=module)))
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def compare_imports(rounds: int) -> dict[str, float]:
+    """Return the median seconds of importing NumPy, regkern and, beside them, Numba."""
+    modules = ("numpy", "regkern", "numba")
+    samples = [[import_seconds(module) for module in modules] for _ in range(rounds + 1)]
+    return dict(zip(modules, map(statistics.median, zip(*samples[1:], strict=True)), strict=True))
+
+
+def compare_first_penalties(shape: tuple[int, int], rounds: int) -> dict[str, float]:
+    """Return median seconds of whole processes that evaluate one penalty, all with warm caches.
+
+    The bare function has the dispatcher of Numba, Numba's own cache, and as many threads as regkern would use.
+    """
+    parallel = shape[0] * shape[1] > 1 << 16
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "bare.py").write_text(_BARE_NUMBA.format(shape=shape, options=f"parallel={parallel}"))
+        runs = {
+            "numpy": "import numpy as np\nx = np.ones((10, 10), np.float32)\nprint(np.abs(x).sum())",
+            "bare": f"import sys; sys.path.insert(0, {folder!r}); import bare",
+            "regkern": _FIRST_PENALTY.format(shape=shape),
+        }
+        samples = [[_seconds(lambda s=script: _python(s)) for script in runs.values()] for _ in range(rounds + 1)]
+    return dict(zip(runs, map(statistics.median, zip(*samples[1:], strict=True)), strict=True))
+
+
+def peak_kib(setup: str, shape: tuple[int, int], prepare: str = "", warm: tuple[int, int] = (1024, 1024)) -> int:
+    """KiB by which the resident memory rises above what it was before the call, at its peak."""
+    return int(_python(_PEAK.format(setup=textwrap.dedent(setup), shape=shape, prepare=prepare, warm=warm)))
+
+
+def peak_of_value(shape: tuple[int, int]) -> dict[str, float]:
+    """Peak memory in MiB beyond the input of one value, by peer."""
+    return {name: peak_kib(setup, shape) / 1024 for name, setup in _VALUE.items()}
+
+
+def peak_of_accumulate(shape: tuple[int, int]) -> dict[str, float]:
+    """Peak memory in MiB beyond the input and the array that the gradient is added to, by peer."""
+    prepare = f"out = np.full({shape}, 0.5, np.float32)"
+    return {name: peak_kib(setup, shape, prepare) / 1024 for name, setup in _ACCUMULATE.items()}
+
+
+def peak_of_gram(shape: tuple[int, int]) -> dict[str, float]:
+    """Peak memory in MB beyond the input of the orthogonal penalty."""
+    return {name: peak_kib(setup, shape, warm=(256, 64)) * 1024 / 1e6 for name, setup in _GRAM.items()}
+
+
+def ratio(seconds: dict[str, float], over: str) -> float:
+    """Return regkern's time over another's."""
+    return seconds["regkern"] / seconds[over]

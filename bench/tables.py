@@ -1,0 +1,187 @@
+"""Turns results into tables and a picture: `python -m bench.tables [RESULTS.json]`.
+
+It writes the README's table, the tables of bench/README.md, each between `<!-- bench:start -->` and
+`<!-- bench:end -->`, and docs/bench.svg.
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from bench.cases import CASES, CHECKS, Case, Target
+
+ROOT = Path(__file__).parent.parent
+START, END = "<!-- bench:start -->", "<!-- bench:end -->"
+PLOTTED = ("numpy", "blas", "numexpr", "keras (numpy)", "torch", "torch.compile", "jax", "bare read", "bare copy")
+Results = dict[str, Any]
+
+
+def seconds(value: float) -> str:
+    """Format a time with three significant digits."""
+    for unit, factor in (("s", 1), ("ms", 1e3), ("us", 1e6)):
+        if value * factor >= 1:
+            return f"{value * factor:.3g} {unit}"
+    return f"{value * 1e9:.3g} ns"
+
+
+def ratio(value: float) -> str:
+    """Format a ratio: two decimals near 1, fewer further away."""
+    return f"{value:.0f}x" if value >= 100 else f"{value:.1f}x" if value >= 10 else f"{value:.2f}x"
+
+
+def _markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    header = list(header)
+    lines = [header, ["---"] * len(header), *map(list, rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _measured_cases(results: Results) -> Iterator[tuple[Case, dict[str, dict[str, float]]]]:
+    for case in CASES:
+        if case.name in results["cases"]:
+            yield case, results["cases"][case.name]["peers"]
+
+
+def fastest(target: Target, rows: dict[str, dict[str, float]]) -> str | None:
+    """Name the fastest peer that a target is set against, or None where none was measured."""
+    there = [name for name in target.against if name in rows]
+    return min(there, key=lambda name: rows[name]["median"], default=None)
+
+
+def target_rows(results: Results) -> Iterator[tuple[str, str, str, str, bool]]:
+    """Yield what was asked for: case, regkern's figure, target, measured, met."""
+    for case, rows in _measured_cases(results):
+        for target in case.targets:
+            name = fastest(target, rows)
+            if name is not None:
+                found = rows[name]["ratio"]
+                text = ratio(found) if found >= 1 or target.at_least >= 1 else f"{found:.2f}"
+                text += f" ({name})" if len(target.against) > 1 else ""
+                yield case.name, seconds(rows["regkern"]["median"]), target.text, text, found >= target.at_least
+    for name, check in CHECKS.items():
+        if name in results["checks"]:
+            measured = results["checks"][name]["measured"]
+            yield name, "", check.text, f"{measured:.3g}", measured <= check.at_most
+
+
+def machine_line(results: Results) -> str:
+    """Say where the figures come from."""
+    machine = results["machine"]
+    versions = ", ".join(f"{package} {version}" for package, version in machine["versions"].items())
+    return (
+        f"Measured on {machine['cpu']}, {machine['cores']} cores, {machine['system']}, {machine['date']}; "
+        f"Python {machine['python']}, {versions}."
+    )
+
+
+def targets_table(results: Results) -> str:
+    """The README's table: each target and what was measured."""
+    rows = [
+        (case, own, target, measured, "yes" if met else "**no**")
+        for case, own, target, measured, met in target_rows(results)
+    ]
+    return _markdown(("case (float32 L1L2 unless said)", "regkern", "target", "measured", "met"), rows)
+
+
+def peers_table(case: Case, results: Results) -> str:
+    """Every peer of one case: median, spread, ratio and bytes per second."""
+    row = results["cases"][case.name]
+    lines = []
+    for name, peer in row["peers"].items():
+        rate = f"{row['bytes'] / peer['median'] / 1e9:.2f}"
+        lines.append((name, seconds(peer["median"]), seconds(peer["iqr"]), ratio(peer["ratio"]), rate))
+    return f"### {case.name}\n\n" + _markdown(("", "median", "IQR", "over regkern", "input GB/s"), lines)
+
+
+def checks_table(results: Results) -> str:
+    """Everything beside the bare ratio that belongs to a check."""
+    rows = []
+    for name in CHECKS:
+        if name in results["checks"]:
+            values = results["checks"][name]
+            rows.append((name, ", ".join(f"{key} {value:.3g}" for key, value in values.items() if key != "measured")))
+    return _markdown(("check", "all figures (seconds for processes, relative errors for accuracy)"), rows)
+
+
+def full_tables(results: Results) -> str:
+    """The tables of bench/README.md."""
+    parts = [machine_line(results), targets_table(results), "## Checks", checks_table(results), "## Every peer"]
+    parts += [peers_table(case, results) for case, _ in _measured_cases(results)]
+    skipped = results["skipped"]
+    if skipped:
+        parts.append("Left out: " + "; ".join(f"{name} ({reason})" for name, reason in skipped.items()) + ".")
+    return "\n\n".join(parts)
+
+
+def put_between_markers(path: Path, text: str) -> None:
+    """Replace what is between the markers of a file; say so where there are none."""
+    old = path.read_text() if path.exists() else ""
+    if START not in old or END not in old:
+        print(f"{path.relative_to(ROOT)}: no markers {START} and {END}; left as it is")
+        return
+    before, rest = old.split(START, 1)
+    path.write_text(f"{before}{START}\n{text}\n{END}{rest.split(END, 1)[1]}")
+
+
+INK = "#7d7d7d"  # reads on white and on black
+COLOURS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377", "#dd8452")  # after Paul Tol's bright
+
+
+def plot(results: Results, path: Path) -> None:
+    """Draw every case as a line of dots on a logarithmic axis: how many times longer each peer takes."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot, rc_context
+
+    rows = [(case.name, peers) for case, peers in _measured_cases(results) if case.layout == "C"]
+    names = list(dict.fromkeys(name for _, peers in rows for name in peers if name != "regkern"))
+    with rc_context({"text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK}):
+        figure, axes = pyplot.subplots(figsize=(9, 0.34 * len(rows) + 1.8))
+        for index, name in enumerate(names):
+            points = [(peers[name]["ratio"], line) for line, (_, peers) in enumerate(rows) if name in peers]
+            axes.scatter(*zip(*points, strict=True), s=38, label=name, **_marker(index))
+        _decorate(axes, [name for name, _ in rows])
+        figure.legend(loc="outside lower center", ncols=5, frameon=False)
+        path.parent.mkdir(exist_ok=True)
+        figure.savefig(path, transparent=True, bbox_inches="tight", metadata={"Date": None})
+        pyplot.close(figure)
+
+
+def _marker(index: int) -> dict[str, Any]:
+    return {"color": COLOURS[index % len(COLOURS)], "marker": "oDs^"[index // len(COLOURS) % 4], "linewidths": 0}
+
+
+def _decorate(axes: Any, names: list[str]) -> None:
+    axes.set_xscale("log")
+    axes.axvline(1, color=INK, linewidth=1)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel("time over regkern's (right of the line: regkern is faster)")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    axes.grid(axis="y", color=INK, alpha=0.25, linewidth=0.6)
+    axes.tick_params(length=0)
+    for side in ("top", "right", "left", "bottom"):
+        axes.spines[side].set_visible(False)
+
+
+def write(path: Path) -> None:
+    """Write everything that is made from one machine's results."""
+    results = json.loads(path.read_text())
+    readme = f"{targets_table(results)}\n\n{machine_line(results)}"
+    put_between_markers(ROOT / "README.md", readme)
+    put_between_markers(ROOT / "bench/README.md", full_tables(results))
+    plot(results, ROOT / "docs/bench.svg")
+
+
+def main() -> None:
+    """Take the results named on the command line, or the latest."""
+    files = sys.argv[1:] or sorted(Path(__file__).parent.glob("results/*.json"), key=lambda file: file.stat().st_mtime)
+    if not files:
+        raise SystemExit("No results yet: run `python -m bench` first.")
+    write(Path(files[-1]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,9 @@
+"""Element-wise penalties, their gradients and proximal operators: `python -m pytest bench -k elementwise`."""
+
+from bench.cases import ELEMENTWISE
+from bench.conftest import parametrize
+
+
+@parametrize(ELEMENTWISE)
+def test_elementwise(run_peer, case, peer):
+    run_peer(case, peer)
