@@ -199,9 +199,12 @@ def _progress(tensors: Sequence[Tensor], cosine: bool) -> Iterator[Callable[[Ten
     matrices = [tensor.shape for tensor in tensors if cosine and tensor.evaluated and len(tensor.shape) == 2]
     long = nbytes > _LONG_BYTES or sum(rows**2 * columns for rows, columns in matrices) > _LONG_PRODUCTS
     console = Console(stderr=True)
+    if not (long and console.is_terminal):
+        yield lambda tensor: None
+        return
     name = TextColumn("{task.description}", markup=False)
     columns = (SpinnerColumn(), BarColumn(), DownloadColumn(), TimeElapsedColumn(), name)
-    with Progress(*columns, console=console, transient=True, disable=not (long and console.is_terminal)) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=nbytes)
         started: list[Tensor] = []
 
