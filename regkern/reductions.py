@@ -5,12 +5,17 @@ and strides, read-only or not, and never writes to it or copies it. Elements are
 scalars of the array's library, float64 for float64 and float32 for the rest. NaN and infinity propagate.
 """
 
+from __future__ import annotations
+
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from regkern.arrays import ADAPTERS
 from regkern.kernels import formulas
 from regkern.kernels.formulas import Formula
+
+if TYPE_CHECKING:
+    from regkern.arrays.host import HostAdapter
 
 __all__ = ["abs_square_sums", "abs_sum", "gram_offdiagonal_mean", "square_sum"]
 
@@ -120,12 +125,46 @@ def gram_offdiagonal_mean(x: Any, mode: str = "rows") -> Any:
     return orthogonal_penalty(1.0, x, mode)
 
 
-def orthogonal_penalty(factor: float, x: Any, mode: str) -> Any:
-    """Return ``factor`` times the mean |cosine| of a matrix's rows or columns."""
+def orthogonal_penalty(factor: float, x: Any, mode: str, leading_axes: str | None = None) -> Any:
+    """Return `factor` times the mean |cosine| of a matrix's rows or columns."""
     adapter = ADAPTERS[type(x)]
-    if len(x.shape) != 2:
+    mean, dtype = adapter.gram_mean(_matrices(adapter, x, leading_axes), columns=mode == "columns")
+    return adapter.scalar(factor * mean, dtype)
+
+
+def orthogonal_value_and_grad(factor: float, x: Any, mode: str, leading_axes: str | None) -> tuple[Any, Any]:
+    """Return the orthogonal penalty and its gradient, a new array."""
+    adapter = ADAPTERS[type(x)]
+    matrices = _matrices(adapter, x, leading_axes)
+    out = adapter.empty_like(matrices)
+    mean, dtype = adapter.gram_gradient(factor, matrices, out, columns=mode == "columns", accumulate=False)
+    return adapter.scalar(factor * mean, dtype), out.reshape(x.shape)
+
+
+def orthogonal_grad(
+    factor: float, x: Any, mode: str, leading_axes: str | None, out: Any, scale: float, accumulate: bool
+) -> Any:
+    """Write ``scale * dP/dx`` of the orthogonal penalty to out, or add it, and return out."""
+    scale = _finite("scale", scale)
+    _check_accumulate(out, accumulate)
+    if out is None:
+        return orthogonal_value_and_grad(factor * scale, x, mode, leading_axes)[1]
+    adapter = ADAPTERS[type(x)]
+    adapter.check_out(x, out)
+    matrices, target = _matrices(adapter, x, leading_axes), _matrices(adapter, out, leading_axes, copy=False)
+    adapter.gram_gradient(factor * scale, matrices, target, columns=mode == "columns", accumulate=accumulate)
+    return out
+
+
+def _matrices(adapter: HostAdapter, x: Any, leading_axes: str | None, *, copy: bool = True) -> Any:
+    """Return x with the axes before the last two treated as asked for: none, merged into the rows, or a batch."""
+    if leading_axes is None and len(x.shape) != 2:
         raise ValueError(f"Inputs to OrthogonalRegularizer must have rank 2. Received: inputs.shape={tuple(x.shape)}")
-    return adapter.gram_penalty(factor, x, columns=mode == "columns")
+    if len(x.shape) < 2:
+        raise ValueError(
+            f"Inputs to OrthogonalRegularizer must have rank 2 or more. Received: inputs.shape={tuple(x.shape)}"
+        )
+    return adapter.flatten_leading(x, copy=copy) if leading_axes == "flatten" and len(x.shape) > 2 else x
 
 
 def check_mode(mode: str) -> None:
@@ -134,6 +173,12 @@ def check_mode(mode: str) -> None:
         raise ValueError(
             f'Invalid value for argument `mode`. Expected one of {{"rows", "columns"}}. Received: mode={mode}'
         )
+
+
+def check_leading_axes(leading_axes: str | None) -> None:
+    """Raise ValueError unless leading_axes is None, "flatten" or "batch"."""
+    if leading_axes not in (None, "flatten", "batch"):
+        raise ValueError(f'leading_axes: expected None, "flatten" or "batch"; got {leading_axes!r}.')
 
 
 def penalty(formula: Formula, a: float, b: float, x: Any) -> Any:
@@ -149,8 +194,7 @@ def value_and_grad(formula: Formula, a: float, b: float, x: Any) -> tuple[Any, A
 def grad(formula: Formula, a: float, b: float, x: Any, out: Any, scale: float, accumulate: bool) -> Any:
     """Write ``scale * dP/dx`` to out, or add it, and return out."""
     scale = _finite("scale", scale)
-    if accumulate and out is None:
-        raise ValueError("out: expected the array to add to, because accumulate=True; got None; pass out.")
+    _check_accumulate(out, accumulate)
     return ADAPTERS[type(x)].grad(formula, a * scale, b * scale, x, out, accumulate)
 
 
@@ -160,6 +204,11 @@ def prox(formula: Formula, a: float, b: float, x: Any, step: float, out: Any) ->
     if step < 0:
         raise ValueError(f"step: expected a non-negative finite number; got {step!r}.")
     return ADAPTERS[type(x)].prox(formula, a * step, b * step, x, out)
+
+
+def _check_accumulate(out: Any, accumulate: bool) -> None:
+    if accumulate and out is None:
+        raise ValueError("out: expected the array to add to, because accumulate=True; got None; pass out.")
 
 
 def _finite(name: str, value: float) -> float:

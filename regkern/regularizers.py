@@ -262,46 +262,80 @@ class OrthogonalRegularizer(Regularizer):
     """``P(x) = factor * mean over pairs i < j of |cos(x_i, x_j)|``, over the rows or the columns of a matrix.
 
     It is 0 where all rows are orthogonal to each other and `factor` where all are parallel or antiparallel. Fewer
-    than two rows give 0. A zero row has cosine 0 with every other. The n x n matrix of all cosines is never stored.
+    than two rows give 0. A zero row has cosine 0 with every other. The n x n matrix of all cosines is never stored:
+    memory beyond x grows with n * d.
 
     Args:
         factor: the factor; None means 0.01.
         mode: "rows" or "columns".
+        leading_axes: what becomes of the axes before the last two. None takes matrices alone, as Keras does. "flatten"
+            merges them into the rows: a convolution kernel (h, w, in, out) is regularised as (h * w * in, out), its
+            filters by mode "columns". "batch" takes each matrix by itself and sums the penalties; `activity_penalty`
+            and Keras's layers then divide by the batch's size.
 
     Raises:
-        ValueError: the factor is not a non-negative finite real number, or the mode is another.
+        ValueError: the factor is not a non-negative finite real number, or the mode or leading_axes is another.
 
     Example:
         >>> import numpy as np
         >>> float(OrthogonalRegularizer(0.5)(np.array([[0.0, 2.0], [0.0, -3.0]])))
         0.5
+        >>> filters = np.random.default_rng(0).standard_normal((3, 3, 16, 32))
+        >>> float(OrthogonalRegularizer(1.0, "columns", leading_axes="flatten")(filters)) < 0.1
+        True
     """
 
     factor = Factor(0.01)
 
-    def __init__(self, factor: float | None = 0.01, mode: str = "rows") -> None:
-        self.factor = factor
+    def __init__(self, factor: float | None = 0.01, mode: str = "rows", leading_axes: str | None = None) -> None:
         reductions.check_mode(mode)
+        reductions.check_leading_axes(leading_axes)
+        self.factor = factor
         self.mode = mode
+        self.leading_axes = leading_axes
 
     def __call__(self, x: Any) -> Any:
         """Return the penalty of a matrix.
 
         Args:
-            x: an array of a supported library with two dimensions; dtypes and strides as for `L1`.
+            x: an array of a supported library with two dimensions, or more with leading_axes; dtypes and strides as for
+                `L1`. Where strides do not allow leading axes to be merged, "flatten" copies.
 
         Returns:
             A 0-d scalar of x's library: float64 for float64, float32 for the rest.
 
         Raises:
             TypeError: x is no array of a supported library and dtype.
-            ValueError: x has not two dimensions.
+            ValueError: x has another number of dimensions.
         """
-        return reductions.orthogonal_penalty(self.factor, x, self.mode)
+        return reductions.orthogonal_penalty(self.factor, x, self.mode, self.leading_axes)
+
+    def value_and_grad(self, x: Any) -> tuple[Any, Any]:
+        """Return the penalty and its gradient dP/dx, a new array like x.
+
+        With unit rows u_i and ``v_i = sum over j != i of sign(cos_ij) u_j`` the gradient of row i is
+        ``factor / pairs / |x_i| * (v_i - (v_i . u_i) u_i)``. The derivative of |cos| at cosine 0 is 0; a zero row's
+        gradient is 0.
+
+        Raises:
+            TypeError, ValueError: as for a call.
+        """
+        return reductions.orthogonal_value_and_grad(self.factor, x, self.mode, self.leading_axes)
+
+    def grad(self, x: Any, out: Any = None, scale: float = 1.0, accumulate: bool = False) -> Any:
+        """Compute ``scale * dP/dx``; arguments, result and errors as for `L1`, derivatives as in `value_and_grad`."""
+        return reductions.orthogonal_grad(self.factor, x, self.mode, self.leading_axes, out, scale, accumulate)
+
+    def prox(self, x: Any, step: float, out: Any = None) -> Any:
+        """Raise NotImplementedError: the proximal operator of this penalty has no closed form."""
+        raise NotImplementedError("OrthogonalRegularizer has no proximal operator in closed form; use its gradient.")
 
     def get_config(self) -> dict[str, Any]:
-        """Return ``{"factor": factor, "mode": mode}``."""
-        return {"factor": self.factor, "mode": self.mode}
+        """Return ``{"factor": factor, "mode": mode}``, Keras's own, and leading_axes only where it is used."""
+        config: dict[str, Any] = {"factor": self.factor, "mode": self.mode}
+        if self.leading_axes is not None:
+            config["leading_axes"] = self.leading_axes
+        return config
 
 
 def _old_spelling(value: float | None, old: dict[str, float]) -> float | None:

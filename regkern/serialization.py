@@ -33,6 +33,9 @@ _IDENTIFIERS: dict[str, Callable[[], Regularizer]] = {
     "OrthogonalRegularizer": OrthogonalRegularizer,
 }
 
+# A config of these alone can be read by Keras.
+_KERAS_ARGUMENTS = {"l1", "l2", "factor", "mode"}
+
 # Top-level packages whose configs mean regkern's own classes; another package's "L2" is another class.
 _FAMILY = ("keras", "tf_keras", "tensorflow", "regkern")
 
@@ -162,8 +165,9 @@ def serialize(regularizer: Any, use_legacy_format: bool = False) -> Any:
     registered_name = None if built_in else _registered_names.get(cls, cls.__name__)
     if use_legacy_format:
         return {"class_name": registered_name or cls.__name__, "config": config}
+    module = "keras.regularizers" if config.keys() <= _KERAS_ARGUMENTS else "regkern.regularizers"
     return {
-        "module": "keras.regularizers" if built_in else None,
+        "module": module if built_in else None,
         "class_name": cls.__name__,
         "config": config,
         "registered_name": registered_name,

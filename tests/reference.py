@@ -42,3 +42,20 @@ def mean_abs_cosine(x):
 
 def orthogonal(regularizer: rk.OrthogonalRegularizer, x):
     return regularizer.factor * mean_abs_cosine(x if regularizer.mode == "rows" else x.T)
+
+
+def orthogonal_gradient(regularizer: rk.OrthogonalRegularizer, x):
+    x = np.asarray(x, np.longdouble)
+    x = x if regularizer.mode == "rows" else x.T
+    n = len(x)
+    if n < 2 or x.shape[1] == 0:
+        return np.zeros(x.shape if regularizer.mode == "rows" else x.T.shape)
+    norms = np.sqrt(np.square(x).sum(axis=1, keepdims=True))
+    inverse = np.divide(1, norms, out=np.zeros_like(norms), where=norms != 0)
+    unit = x * inverse
+    gram = unit @ unit.T
+    signs = np.sign(gram)
+    np.fill_diagonal(signs, 0)
+    v = signs @ unit
+    gradient = regularizer.factor / (n * (n - 1) / 2) * inverse * (v - (v * unit).sum(axis=1, keepdims=True) * unit)
+    return np.asarray(gradient if regularizer.mode == "rows" else gradient.T, np.float64)

@@ -87,6 +87,27 @@ def test_a_cold_cache_fills_and_a_warm_one_is_used(tmp_path):
     assert kernel.stat().st_mtime_ns == written
 
 
+def test_kernels_that_were_compiled_by_different_processes_do_not_mix(tmp_path):
+    """Each process numbers its functions from one; without names of their own, one dtype's loops serve another."""
+    code = """
+import sys
+for name in sys.argv[1].split():
+    y = x[:7000].astype(name)
+    r, o = rk.L1L2(0.1, 0.2), rk.OrthogonalRegularizer(1.0)
+    print(float(r(y)), float(r(y[::2])), float(r.prox(y, 0.5).sum()), float(o(y.reshape(100, 70))))
+"""
+
+    def values(names, folder):
+        arguments = [sys.executable, "-c", HEAD + code, names]
+        return subprocess.check_output(arguments, text=True, env=os.environ | {"REGKERN_CACHE_DIR": str(folder)})
+
+    apart = [values(name, tmp_path / name) for name in ("float32", "float64", "float16")]
+    for name in ("float32", "float64"):
+        for kernel in (tmp_path / name).iterdir():
+            kernel.rename(tmp_path / "float16" / kernel.name)
+    assert values("float32 float64 float16", tmp_path / "float16") == "".join(apart)
+
+
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "empty"])
 def test_a_damaged_cache_file_is_replaced(tmp_path, damage):
     code = "print(rk.L2(0.1)(x[:10]) > 0)"

@@ -3,6 +3,8 @@
 from abc import ABC, abstractmethod
 from typing import Any
 
+import numpy as np
+
 from regkern.arrays.layout import Strides, loops
 from regkern.dtypes import DType
 from regkern.kernels.cpu import gram
@@ -46,6 +48,10 @@ class HostAdapter(ABC):
         """Return a new array with x's shape, dtype and order of axes."""
 
     @abstractmethod
+    def flatten_leading(self, x: Any, *, copy: bool) -> Any:
+        """Return x as a matrix with its last axis as columns: a view; where strides allow none, a copy or an error."""
+
+    @abstractmethod
     def check_out(self, x: Any, out: Any) -> None:
         """Raise TypeError or ValueError unless `out` can take an element-wise result of x."""
 
@@ -78,13 +84,32 @@ class HostAdapter(ABC):
         """Write the proximal operator's result to out; a new array where out is None."""
         return self._map(PROX, formula, a, b, x, out)
 
-    def gram_penalty(self, factor: float, x: Any, *, columns: bool) -> Any:
-        """Return factor times the mean |cosine| over pairs of rows, or of columns, of a matrix."""
+    def gram_mean(self, x: Any, *, columns: bool) -> tuple[float, DType]:
+        """Return the mean |cosine| over pairs of rows, or of columns, summed over the matrices in x, and x's dtype."""
+        dtype, matrices, lengths, strides = self._matrices(x, columns)
+        return sum(gram.mean(dtype, matrix, *lengths, *strides) for matrix in matrices), dtype
+
+    def gram_gradient(self, factor: float, x: Any, out: Any, *, columns: bool, accumulate: bool) -> tuple[float, DType]:
+        """Write factor times the gradient of `gram_mean` to out, or add it, and return the mean as well."""
+        dtype, matrices, lengths, strides = self._matrices(x, columns)
+        _, outs, _, out_strides = self._matrices(out, columns)
+        total = 0.0
+        for matrix, target in zip(matrices, outs, strict=True):
+            total += gram.mean_and_gradient(dtype, matrix, *lengths, *strides, target, *out_strides, factor, accumulate)
+        return total, dtype
+
+    def _matrices(self, x: Any, columns: bool) -> tuple[DType, list[int], tuple[int, int], tuple[int, int]]:
+        """Return x's dtype, the addresses of its matrices, and their lengths and strides: of rows, then of depth."""
         address, _, dtype, _ = self.memory(x)
-        (n, d), (row_stride, depth_stride) = x.shape, self.strides(x)
+        *batch, n, d = x.shape
+        *batch_strides, row_stride, depth_stride = self.strides(x)
+        addresses = [
+            address + sum(i * stride for i, stride in zip(index, batch_strides, strict=True))
+            for index in np.ndindex(*batch)
+        ]
         if columns:
-            n, d, row_stride, depth_stride = d, n, depth_stride, row_stride
-        return self.scalar(factor * gram.offdiagonal_mean(dtype, address, n, d, row_stride, depth_stride), dtype)
+            return dtype, addresses, (d, n), (depth_stride, row_stride)
+        return dtype, addresses, (n, d), (row_stride, depth_stride)
 
     def _map(self, operation: Operation, formula: Formula, a: float, b: float, x: Any, out: Any) -> Any:
         if out is None:

@@ -1,6 +1,7 @@
 """NumPy arrays, memory maps and other subclasses that keep their elements as ndarray does."""
 
 import ctypes
+import math
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,14 @@ class NumpyAdapter(HostAdapter):
 
     def empty_like(self, x: Any) -> Any:
         return np.empty_like(x, subok=False)
+
+    def flatten_leading(self, x: Any, *, copy: bool) -> Any:
+        flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+        if not copy and x.size and not np.may_share_memory(flat, x):
+            raise ValueError(
+                "out: expected leading axes that follow each other in memory; got strides that do not; pass a copy."
+            )
+        return flat
 
     def check_out(self, x: Any, out: Any) -> None:
         if not isinstance(out, np.ndarray):

@@ -15,6 +15,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import llvmlite
@@ -51,7 +52,7 @@ def cache_folder() -> Path:
 
 
 def compile_kernel(
-    body: Callable[..., Any], signature: Any, name: str, *, parallel: bool = False
+    body: Callable[..., Any], signature: Any, name: str, *, parallel: bool = False, fastmath: bool = True
 ) -> Callable[..., Any]:
     """Compile one kernel, or load it from the cache.
 
@@ -60,16 +61,47 @@ def compile_kernel(
         signature: its Numba signature with the type it returns.
         name: unique among all kernels; with the signature it stands for the code in the cache.
         parallel: whether `prange` loops run on Numba's threads.
+        fastmath: whether LLVM may reorder sums and fuse products into them.
 
     Returns:
         The compiled function itself, without Numba's dispatch on argument types. It releases the GIL.
     """
-    dispatcher = numba.njit(body, parallel=parallel, nogil=True, fastmath=FASTMATH, error_model="numpy")
+    name = f"{name}-parallel" if parallel else name
+    dispatcher = numba.njit(
+        _named(body, name), parallel=parallel, nogil=True, fastmath=FASTMATH if fastmath else False, error_model="numpy"
+    )
     if config.DISABLE_JIT:
         return body
-    dispatcher._cache = _KernelCache(f"{name}-parallel" if parallel else name)
+    dispatcher._cache = _KernelCache(name)
     entry_point: Callable[..., Any] = dispatcher.compile(signature)
     return entry_point
+
+
+def inner(name: str, **options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Make a `numba.njit` for functions that are made by a factory and called by kernels.
+
+    Numba tells such functions apart by a number that it counts up in each process. Kernels of several processes meet in
+    the cache, and of two functions with one symbol the first that is loaded serves both: a float64 kernel would run
+    float32 code. So each has a symbol of its own, and so have the kernels.
+
+    Args:
+        name: what the factory was called for.
+        options: Numba's.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        return numba.njit(**options)(_named(function, name))
+
+    return decorate
+
+
+def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """Copy a function, with a qualified name that is unique, from which Numba makes its symbol."""
+    copy = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    copy.__qualname__ = f"{function.__qualname__}.{name}"
+    return copy
 
 
 class _KernelCache(_Cache):  # type: ignore[misc]

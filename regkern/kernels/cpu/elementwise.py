@@ -15,7 +15,7 @@ import numpy as np
 from numba import njit, prange, types
 
 from regkern.dtypes import DType
-from regkern.kernels.cpu.compile import FASTMATH
+from regkern.kernels.cpu.compile import FASTMATH, inner
 from regkern.kernels.cpu.launch import Kernel
 from regkern.kernels.cpu.memory import make_narrow, make_view, make_widen
 from regkern.kernels.formulas import Formula
@@ -54,7 +54,7 @@ class Operation:
 def _write_derivative(formula: Formula):
     derivative = njit(formula.derivative)
 
-    @njit
+    @inner(formula.name)
     def update(v, old, a, b):
         return derivative(v, a, b)
 
@@ -64,7 +64,7 @@ def _write_derivative(formula: Formula):
 def _add_derivative(formula: Formula):
     derivative = njit(formula.derivative)
 
-    @njit
+    @inner(formula.name)
     def update(v, old, a, b):
         return old + derivative(v, a, b)
 
@@ -74,7 +74,7 @@ def _add_derivative(formula: Formula):
 def _write_prox(formula: Formula):
     prox = njit(formula.prox)
 
-    @njit
+    @inner(formula.name)
     def update(v, old, a, b):
         return prox(v, a, b)
 
@@ -97,8 +97,8 @@ class Kernels:
     """
 
     def __init__(self, operation: Operation, formula: Formula, dtype: DType, in_place: bool) -> None:
-        run = _make_run(operation, formula, dtype, in_place)
         name = "-".join([operation.name, formula.name, dtype.name] + ["in_place"] * in_place)
+        run = _make_run(name, operation, formula, dtype, in_place)
         sums = types.UniTuple(types.float64, 2)
         factors = (types.float64, types.float64)
         layout = types.Array(types.int64, 2, "C")
@@ -123,13 +123,16 @@ def kernels(operation: Operation, formula: Formula, dtype: DType, in_place: bool
     return Kernels(operation, formula, dtype, in_place)
 
 
-def _make_run(operation: Operation, formula: Formula, dtype: DType, in_place: bool):
+def _make_run(name: str, operation: Operation, formula: Formula, dtype: DType, in_place: bool):
     """Make ``run(x, x_stride, out, out_stride, n, a, b) -> (sum0, sum1)`` over n elements."""
     itemsize = dtype.itemsize
     view, strided_view = make_view(dtype), make_view(dtype, strided=True)
-    loop = _make_map_loop(operation, formula, dtype, in_place) if operation.writes else _make_sum_loop(formula, dtype)
+    if operation.writes:
+        loop = _make_map_loop(name, operation, formula, dtype, in_place)
+    else:
+        loop = _make_sum_loop(name, formula, dtype)
 
-    @njit(fastmath=FASTMATH)
+    @inner(name, fastmath=FASTMATH)
     def run(x, x_stride, out, out_stride, n, a, b):
         contiguous = x_stride == itemsize and out_stride == itemsize
         block = VECTOR_BLOCK if contiguous else SCALAR_BLOCK
@@ -150,10 +153,10 @@ def _make_run(operation: Operation, formula: Formula, dtype: DType, in_place: bo
     return run
 
 
-def _make_sum_loop(formula: Formula, dtype: DType):
+def _make_sum_loop(name: str, formula: Formula, dtype: DType):
     widen, terms = make_widen(dtype), njit(formula.terms)
 
-    @njit(fastmath=FASTMATH, forceinline=True)
+    @inner(name, fastmath=FASTMATH, forceinline=True)
     def loop(x, out, n, a, b):
         sum0 = sum1 = 0.0
         for i in range(n):
@@ -165,11 +168,11 @@ def _make_sum_loop(formula: Formula, dtype: DType):
     return loop
 
 
-def _make_map_loop(operation: Operation, formula: Formula, dtype: DType, in_place: bool):
+def _make_map_loop(name: str, operation: Operation, formula: Formula, dtype: DType, in_place: bool):
     widen, narrow, terms = make_widen(dtype), make_narrow(dtype), njit(formula.terms)
     update, sums = operation.update(formula), operation.sums  # type: ignore[misc]
 
-    @njit(fastmath=FASTMATH, forceinline=True)
+    @inner(name, fastmath=FASTMATH, forceinline=True)
     def loop(x, out, n, a, b):
         target = x if in_place else out
         sum0 = sum1 = 0.0

@@ -8,7 +8,7 @@ regkern then runs the serial one.
 import os
 import threading
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numba
@@ -32,10 +32,10 @@ if hasattr(os, "register_at_fork"):
 class Kernel:
     """One kernel in two builds, serial and parallel, of the same body; each is compiled when it is first needed."""
 
-    def __init__(self, body: Callable[..., Any], signature: Any, name: str, *, parallel_from: int) -> None:
-        self._body = body
-        self._signature = signature
-        self._name = name
+    def __init__(
+        self, body: Callable[..., Any], signature: Any, name: str, *, parallel_from: int, fastmath: bool = True
+    ) -> None:
+        self._compile = partial(compile_kernel, body, signature, name, fastmath=fastmath)
         self.parallel_from = parallel_from
 
     def for_size(self, size: int) -> Callable[..., Any]:
@@ -45,7 +45,7 @@ class Kernel:
     @cached_property
     def serial(self) -> Callable[..., Any]:
         """The build for one thread."""
-        return compile_kernel(self._body, self._signature, self._name)
+        return self._compile()
 
     def parallel(self, *arguments: Any) -> Any:
         """Run on all threads where that is safe now, else on this one."""
@@ -63,4 +63,4 @@ class Kernel:
 
     @cached_property
     def _parallel(self) -> Callable[..., Any]:
-        return compile_kernel(self._body, self._signature, self._name, parallel=True)
+        return self._compile(parallel=True)

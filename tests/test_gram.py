@@ -1,0 +1,266 @@
+"""The orthogonal penalty and its gradient against their definitions."""
+
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import regkern as rk
+from regkern.dtypes import DTYPES
+from regkern.kernels.cpu import gram
+from tests import reference
+from tests.cases import NUMPY_DTYPES
+
+# Around the register tiles of every CPU (4 to 48 rows), groups of panels and blocks of depth (512).
+ROWS = [0, 1, 2, 3, 7, 8, 9, 23, 24, 25, 47, 48, 49, 95, 97, 193]
+DEPTHS = [0, 1, 2, 15, 16, 17, 33, 511, 512, 513, 1100]
+TOLERANCE = {"float16": 2e-6, "bfloat16": 2e-6, "float32": 2e-6, "float64": 1e-13}
+
+
+def matrix(n, d, dtype="float32", seed=0):
+    return np.random.default_rng(seed).standard_normal((n, d)).astype(NUMPY_DTYPES[dtype])
+
+
+def assert_gradients_close(actual, expected, regularizer, x, dtype):
+    """Compare, relative to the unit vectors that are added up: they may cancel to nothing."""
+    axis = 1 if regularizer.mode == "rows" else 0
+    norms = np.sqrt(np.square(x.astype(np.longdouble)).sum(axis=axis, keepdims=True))
+    n = x.shape[1 - axis]
+    scale = np.divide(2 * regularizer.factor / max(n, 1), norms, out=np.zeros_like(norms), where=norms != 0)
+    slack = DTYPES[dtype].epsilon + (1e-14 if dtype == "float64" else 2e-6)
+    bound = slack * (scale + np.abs(expected)) + float(ml_dtypes.finfo(NUMPY_DTYPES[dtype]).smallest_subnormal)
+    assert np.all(np.abs(actual.astype(np.longdouble) - expected) <= bound)
+
+
+def check(x, dtype, modes=("rows", "columns")):
+    """Compare value and gradient with the definition; x must not change."""
+    before = x.copy()
+    for mode in modes:
+        regularizer = rk.OrthogonalRegularizer(0.3, mode)
+        expected = reference.orthogonal(regularizer, x)
+        np.testing.assert_allclose(regularizer(x), expected, rtol=TOLERANCE[dtype])
+        value, gradient = regularizer.value_and_grad(x)
+        np.testing.assert_allclose(value, expected, rtol=TOLERANCE[dtype])
+        assert type(value) is np.dtype(DTYPES[dtype].result).type
+        want = reference.orthogonal_gradient(regularizer, x)
+        assert gradient.shape == x.shape
+        assert gradient.dtype == x.dtype
+        assert_gradients_close(gradient, want, regularizer, x, dtype)
+    np.testing.assert_array_equal(x, before)
+
+
+@pytest.mark.parametrize("n", ROWS)
+def test_row_counts(n):
+    check(matrix(n, 40), "float32")
+
+
+@pytest.mark.parametrize("d", DEPTHS)
+def test_depths(d):
+    check(matrix(50, d), "float32")
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (25, 17), (100, 60), (60, 600), (300, 30)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtypes(dtype, shape):
+    check(matrix(*shape, dtype), dtype)
+
+
+VIEWS = {
+    "transpose": lambda x: x.T,
+    "rows reversed": lambda x: x[::-1],
+    "columns reversed": lambda x: x[:, ::-1],
+    "every second row": lambda x: x[::2],
+    "every third column": lambda x: x[:, ::3],
+    "inner": lambda x: x[3:-5, 2:-7],
+    "inner of the transpose": lambda x: x.T[3:-5, 2:-7],
+    "broadcast row": lambda x: np.broadcast_to(x[0], (20, x.shape[1])),
+    "broadcast column": lambda x: np.broadcast_to(x[:, :1], (x.shape[0], 20)),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_views(dtype, view):
+    check(VIEWS[view](matrix(70, 90, dtype)), dtype)
+
+
+def test_read_only_input():
+    x = matrix(30, 20)
+    x.flags.writeable = False
+    check(x, "float32")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_unaligned_input(dtype):
+    memory = np.zeros(30 * 20 * np.dtype(dtype).itemsize + 8, np.uint8)
+    x = memory[1:-7].view(dtype).reshape(30, 20)
+    x[...] = matrix(30, 20, dtype)
+    check(x, dtype)
+
+
+# What LLVM says of CPUs with other registers than this one's.
+CPUS = {"AVX2": {"fma": True, "f16c": True}, "NEON": {"neon": True}, "SSE2 and others": {}}
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_tiles_of_other_cpus(dtype, cpu):
+    """Their registers are emulated here: the results count, not the speed."""
+    for n, d in [(3, 5), (25, 17), (97, 40), (60, 1030)]:
+        x = matrix(n, d, dtype)
+        rows = (n, d, *x.strides)
+        regularizer = rk.OrthogonalRegularizer(1.0)
+        expected = reference.orthogonal(regularizer, x)
+        value = gram.value_kernel(DTYPES[dtype], CPUS[cpu]).serial(x.ctypes.data, *rows)
+        np.testing.assert_allclose(value, expected, rtol=TOLERANCE[dtype])
+        out = np.empty_like(x)
+        kernel = gram.gradient_kernel(DTYPES[dtype], CPUS[cpu]).serial
+        value = kernel(x.ctypes.data, *rows, out.ctypes.data, *out.strides, 1.0, False)
+        np.testing.assert_allclose(value, expected, rtol=TOLERANCE[dtype])
+        assert_gradients_close(out, reference.orthogonal_gradient(regularizer, x), regularizer, x, dtype)
+
+
+def test_antiparallel_rows_are_penalised():
+    assert rk.OrthogonalRegularizer(0.3)(np.array([[1.0, 2.0], [-1.0, -2.0]])) == pytest.approx(0.3, rel=1e-15)
+    assert rk.reductions.gram_offdiagonal_mean(np.array([[1.0, 0.0], [0.0, 3.0]])) == 0.0
+
+
+def test_the_derivative_at_cosine_zero_is_zero():
+    np.testing.assert_array_equal(rk.OrthogonalRegularizer(1.0).grad(np.eye(4)), 0.0)
+
+
+def test_zero_rows_are_orthogonal_to_all():
+    x = matrix(30, 20)
+    x[[3, 17]] = 0.0
+    check(x, "float32", modes=["rows"])
+    np.testing.assert_array_equal(rk.OrthogonalRegularizer(1.0).grad(x)[3], 0.0)
+    assert rk.OrthogonalRegularizer(1.0)(np.zeros((5, 4))) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [
+        ("float16", 2.0**-14),  # subnormals from here down
+        ("float16", 2.0**10),
+        ("bfloat16", 1e30),
+        ("float32", 1e30),  # squares overflow
+        ("float32", 1e-30),  # squares vanish
+        ("float32", 1e-40),  # subnormals
+        ("float64", 1e200),
+        ("float64", 1e-200),
+        ("float64", 1e-310),
+    ],
+)
+def test_norms_neither_overflow_nor_vanish(dtype, scale):
+    x = (matrix(40, 50, "float64") * scale).astype(NUMPY_DTYPES[dtype])
+    x[::2] = (matrix(20, 50, "float64", seed=1)).astype(NUMPY_DTYPES[dtype])
+    regularizer = rk.OrthogonalRegularizer(1.0)
+    np.testing.assert_allclose(regularizer(x), reference.orthogonal(regularizer, x), rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("special", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [5, 60])
+def test_a_special_value_makes_the_mean_nan(size, dtype, special):
+    x = matrix(size, 33, dtype)
+    x[size // 2, 7] = special
+    regularizer = rk.OrthogonalRegularizer(1.0)
+    assert np.isnan(regularizer(x))
+    assert np.isnan(regularizer.value_and_grad(x)[0])
+
+
+@pytest.mark.parametrize("mode", ["rows", "columns"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_grad_writes_and_accumulates(dtype, mode):
+    x = matrix(60, 70, dtype)
+    regularizer = rk.OrthogonalRegularizer(50.0, mode)
+    gradient = regularizer.grad(x)
+    out = np.full((2, *x.shape), 0.5, x.dtype)[:, :, ::-1][1]
+    assert regularizer.grad(x, out, scale=-2.0) is out
+    slack = 4 * DTYPES[dtype].epsilon
+    np.testing.assert_allclose(out.astype(float), -2.0 * gradient.astype(float), rtol=slack, atol=slack)
+    out[...] = 0.5
+    regularizer.grad(x, out, scale=2.0, accumulate=True)
+    np.testing.assert_allclose(out.astype(float), 0.5 + 2.0 * gradient.astype(float), rtol=slack, atol=slack)
+    in_place = x.copy()
+    regularizer.grad(in_place, in_place)
+    np.testing.assert_array_equal(in_place, gradient)
+
+
+def test_the_gradient_is_the_values_slope():
+    x = matrix(12, 9, "float64")
+    direction = matrix(12, 9, "float64", seed=1)
+    regularizer = rk.OrthogonalRegularizer(1.0)
+    step = 1e-6
+    slope = (regularizer(x + step * direction) - regularizer(x - step * direction)) / (2 * step)
+    np.testing.assert_allclose(np.vdot(regularizer.grad(x), direction), slope, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 8, 20), (4, 5, 6), (7, 6)])
+@pytest.mark.parametrize("mode", ["rows", "columns"])
+def test_leading_axes_flattened(shape, mode):
+    x = np.random.default_rng(0).standard_normal(shape)
+    flat = x.reshape(-1, shape[-1])
+    regularizer = rk.OrthogonalRegularizer(0.5, mode, leading_axes="flatten")
+    plain = rk.OrthogonalRegularizer(0.5, mode)
+    assert regularizer(x) == plain(flat)
+    value, gradient = regularizer.value_and_grad(x)
+    assert value == pytest.approx(plain(flat), rel=1e-14)
+    np.testing.assert_array_equal(gradient, plain.grad(flat).reshape(shape))
+    out = np.zeros(shape)
+    assert regularizer.grad(x, out) is out
+    np.testing.assert_array_equal(out, gradient)
+    np.testing.assert_allclose(regularizer(np.asfortranarray(x)), value, rtol=1e-13)
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 8, 20), (4, 5, 6), (0, 5, 6), (7, 6)])
+@pytest.mark.parametrize("mode", ["rows", "columns"])
+def test_leading_axes_as_a_batch(shape, mode):
+    x = np.random.default_rng(0).standard_normal(shape)
+    regularizer = rk.OrthogonalRegularizer(0.5, mode, leading_axes="batch")
+    plain = rk.OrthogonalRegularizer(0.5, mode)
+    matrices = x.reshape(-1, *shape[-2:])
+    value, gradient = regularizer.value_and_grad(x)
+    np.testing.assert_allclose(value, sum(plain(each) for each in matrices), rtol=1e-14)
+    np.testing.assert_allclose(regularizer(x), value, rtol=1e-14)
+    np.testing.assert_array_equal(gradient, np.array([plain.grad(each) for each in matrices]).reshape(shape))
+
+
+def test_leading_axes_in_configs():
+    assert "leading_axes" not in rk.OrthogonalRegularizer().get_config()
+    regularizer = rk.OrthogonalRegularizer(0.5, leading_axes="batch")
+    config = rk.serialize(regularizer)
+    assert config["module"] == "regkern.regularizers"  # Keras has no such argument
+    assert rk.deserialize(config).get_config() == regularizer.get_config()
+
+
+def test_leading_axes_that_are_refused():
+    with pytest.raises(ValueError, match='leading_axes: expected None, "flatten" or "batch"; got 1'):
+        rk.OrthogonalRegularizer(leading_axes=1)
+    with pytest.raises(ValueError, match=r"must have rank 2 or more\. Received: inputs\.shape=\(3,\)"):
+        rk.OrthogonalRegularizer(leading_axes="batch")(np.ones(3))
+    scattered = np.ones((4, 3, 5)).transpose(1, 0, 2)
+    with pytest.raises(ValueError, match="out: expected leading axes that follow each other in memory"):
+        rk.OrthogonalRegularizer(leading_axes="flatten").grad(scattered, scattered)
+
+
+def test_there_is_no_proximal_operator():
+    with pytest.raises(NotImplementedError, match="no proximal operator in closed form"):
+        rk.OrthogonalRegularizer().prox(np.eye(2), 0.1)
+
+
+def test_memory_grows_with_the_matrix_and_not_with_its_gram():
+    """100,000 rows, whose Gram matrix is 40 GB; here a tenth of them, whose Gram is 400 MB, within the same ratio."""
+    code = """
+import resource, numpy as np, regkern as rk
+x = np.random.default_rng(0).standard_normal((10_000, 64)).astype(np.float32)
+rk.OrthogonalRegularizer()(x[:3000])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+rk.OrthogonalRegularizer()(x)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, x.nbytes // 1024)
+"""
+    used, size = map(int, subprocess.check_output([sys.executable, "-c", code], text=True).split())
+    unit = 1024 if sys.platform == "darwin" else 1  # bytes there, KiB here
+    assert used / unit <= 2.5 * size
