@@ -1,7 +1,7 @@
 """What an element-wise penalty is: one table, from which the kernels of every dtype and device are made.
 
-A penalty is ``P(x) = a * sum(terms(x_i)[0]) + b * sum(terms(x_i)[1])`` with factors a, b >= 0. Its functions work on
-one element in the accumulator's type, are compiled into the loops by Numba, and must let NaN through. A new
+A penalty is ``P(x) = a * sum(terms(|x_i|)[0]) + b * sum(terms(|x_i|)[1])`` with factors a, b >= 0. Its functions work
+on one element in the accumulator's type, are compiled into the loops by Numba, and must let NaN through. A new
 element-wise regularizer is one new entry here and its class.
 """
 
@@ -15,7 +15,8 @@ class Formula:
 
     Attributes:
         name: identifies it in the kernel cache.
-        terms: ``v -> (t0, t1)``, what is summed over the elements.
+        terms: ``|v| -> (t0, t1)``, what is summed over the elements. It is given the magnitude, because taking that
+            before an element is widened costs half.
         derivative: ``(v, a, b) -> dP/dv``. It is linear in (a, b), so a scale is passed by scaling them.
         prox: ``(v, a, b) -> argmin_z a * t0(z) + b * t1(z) + (z - v)**2 / 2``, where a and b hold the step as well.
     """
@@ -26,7 +27,7 @@ class Formula:
     prox: Callable[[float, float, float], float] | None = None
 
 
-def _zero_terms(v: float) -> tuple[float, float]:
+def _zero_terms(magnitude: float) -> tuple[float, float]:
     return 0.0, 0.0
 
 
@@ -38,8 +39,8 @@ def _zero_prox(v: float, a: float, b: float) -> float:
     return v
 
 
-def _abs_terms(v: float) -> tuple[float, float]:
-    return abs(v), 0.0
+def _abs_terms(magnitude: float) -> tuple[float, float]:
+    return magnitude, 0.0
 
 
 def _abs_derivative(v: float, a: float, b: float) -> float:
@@ -61,8 +62,8 @@ def _abs_prox(v: float, a: float, b: float) -> float:
     return 0.0
 
 
-def _square_terms(v: float) -> tuple[float, float]:
-    return 0.0, v * v
+def _square_terms(magnitude: float) -> tuple[float, float]:
+    return 0.0, magnitude * magnitude
 
 
 def _square_derivative(v: float, a: float, b: float) -> float:
@@ -74,8 +75,8 @@ def _square_prox(v: float, a: float, b: float) -> float:
     return v * (1.0 / (1.0 + 2.0 * b))  # the quotient does not change in the loop, and is taken out of it
 
 
-def _abs_square_terms(v: float) -> tuple[float, float]:
-    return abs(v), v * v
+def _abs_square_terms(magnitude: float) -> tuple[float, float]:
+    return magnitude, magnitude * magnitude
 
 
 def _abs_square_derivative(v: float, a: float, b: float) -> float:
@@ -99,8 +100,8 @@ def _abs_square_prox(v: float, a: float, b: float) -> float:
     return 0.0
 
 
-def _count_terms(v: float) -> tuple[float, float]:
-    return (1.0 if v == 0.0 else 0.0), (1.0 if v - v != 0.0 else 0.0)
+def _count_terms(magnitude: float) -> tuple[float, float]:
+    return (1.0 if magnitude == 0.0 else 0.0), (1.0 if magnitude - magnitude != 0.0 else 0.0)
 
 
 ZERO = Formula("zero", _zero_terms, _zero_derivative, _zero_prox)

@@ -17,7 +17,7 @@ from numba import njit, prange, types
 from regkern.dtypes import DType
 from regkern.kernels.cpu.compile import FASTMATH, inner
 from regkern.kernels.cpu.launch import Kernel
-from regkern.kernels.cpu.memory import make_narrow, make_view, make_widen
+from regkern.kernels.cpu.memory import make_magnitude, make_narrow, make_view, make_widen
 from regkern.kernels.formulas import Formula
 
 # Elements per chunk. Smaller chunks cost more for their share of the launch, larger ones leave threads idle on
@@ -154,13 +154,13 @@ def _make_run(name: str, operation: Operation, formula: Formula, dtype: DType, i
 
 
 def _make_sum_loop(name: str, formula: Formula, dtype: DType):
-    widen, terms = make_widen(dtype), njit(formula.terms)
+    magnitude, terms = make_magnitude(dtype), njit(formula.terms)
 
     @inner(name, fastmath=FASTMATH, forceinline=True)
     def loop(x, out, n, a, b):
         sum0 = sum1 = 0.0
         for i in range(n):
-            term0, term1 = terms(widen(x[i]))
+            term0, term1 = terms(magnitude(x[i]))
             sum0 += term0
             sum1 += term1
         return sum0, sum1
@@ -179,7 +179,7 @@ def _make_map_loop(name: str, operation: Operation, formula: Formula, dtype: DTy
         for i in range(n):
             v = widen(x[i])
             if sums:
-                term0, term1 = terms(v)
+                term0, term1 = terms(abs(v))
                 sum0 += term0
                 sum1 += term1
             target[i] = narrow(update(v, widen(target[i]), a, b))

@@ -13,6 +13,7 @@ from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
 from regkern.dtypes import BFLOAT16, FLOAT16, DType
+from regkern.kernels.cpu.compile import inner
 
 
 def make_view(dtype: DType, *, strided: bool = False):
@@ -55,6 +56,16 @@ def make_widen(dtype: DType):
     if dtype is FLOAT16:
         return _widen_float16_by_instruction if _converts_float16() else _widen_float16_by_bits
     return _widen_float
+
+
+def make_magnitude(dtype: DType):
+    """Make ``magnitude(carrier) -> float64``: the absolute value, taken before or after widening, as is cheaper."""
+    if dtype is BFLOAT16:
+        return _magnitude_bfloat16
+    if dtype is FLOAT16:
+        widen = make_widen(dtype)
+        return inner(dtype.name)(lambda bits: abs(widen(bits)))
+    return _magnitude_float
 
 
 def make_narrow(dtype: DType):
@@ -129,8 +140,18 @@ def _narrow_float(value):
 
 
 @njit
+def _magnitude_float(value):
+    return np.float64(abs(value))
+
+
+@njit
 def _widen_bfloat16(bits):
     return np.float64(_float32_of_bits(np.uint32(bits) << np.uint32(16)))
+
+
+@njit
+def _magnitude_bfloat16(bits):
+    return _widen_bfloat16(bits & np.uint16(0x7FFF))
 
 
 @njit

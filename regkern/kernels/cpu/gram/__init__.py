@@ -35,8 +35,8 @@ from regkern.kernels.cpu.gram.value import make_value
 from regkern.kernels.cpu.gram.vectors import Vectors
 from regkern.kernels.cpu.launch import Kernel
 
-# Multiply-adds from which a second thread pays: 64 x 64 x 64 / 2 does not, 256 x 256 x 64 / 2 does.
-PARALLEL_FROM = 1 << 20
+# Multiply-adds from which a second thread pays: those of 256 x 256 (measured by bench/ on two cores of Zen 4).
+PARALLEL_FROM = 1 << 22
 
 # The kernels are compiled without fast-math flags: Numba gives them to the intrinsics' instructions as well, and
 # reassociation would undo the scaling of subnormal rows. The micro kernel asks for fused multiply-adds itself.
