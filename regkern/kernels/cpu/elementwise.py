@@ -267,10 +267,11 @@ def _make_strided(run):
 def row_offsets(layout, row):
     """Byte offsets, in x and in out, of one run: `row` counts all but the last dimension in C order."""
     x_offset = out_offset = 0
-    for axis in range(layout.shape[1] - 2, -1, -1):
-        length = layout[0, axis]
-        index = row % length
-        row //= length
+    for axis in range(layout.shape[1] - 2, 0, -1):
+        outer = row // layout[0, axis]
+        index = row - outer * layout[0, axis]
         x_offset += index * layout[1, axis]
         out_offset += index * layout[2, axis]
-    return x_offset, out_offset
+        row = outer
+    # A matrix comes here straight: divisions would take longer than a short row.
+    return x_offset + row * layout[1, 0], out_offset + row * layout[2, 0]
