@@ -128,6 +128,12 @@ ELEMENTWISE = (
         over("torch", 10),
         over("bare read", 0.9, "0.9 of read bandwidth"),
     ),
+    Case(
+        "value",
+        (16384, 4096),
+        ("torch", "jax", "bare read"),
+        targets=(over("bare read", 0.9, "0.9 of read bandwidth"),),
+    ),
     Case("value", (1024, 1024), _16_BIT_PEERS, dtype="float16", targets=(over("numpy", 10),)),
     Case("value", (1024, 1024), _16_BIT_PEERS, dtype="bfloat16", targets=(over("numpy", 10),)),
     _value((1024, 1024), dtype="float64"),

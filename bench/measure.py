@@ -3,6 +3,7 @@
 import math
 import random
 import statistics
+import sys
 import timeit
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -59,6 +60,8 @@ def _block(call: Callable[[], Any], number: int, seconds: float) -> list[float]:
             samples.append(timeit.timeit(call, number=number))
         if watch.lasted():
             break
+    else:
+        print("Others had the CPU each time: the next figures are worth little.", file=sys.stderr)
     return [sample / number for sample in samples]
 
 

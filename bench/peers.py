@@ -281,7 +281,7 @@ def _torch_forward_and_backward(penalty, x):
         tensor.grad = None
         value = penalty(tensor)
         value.backward()
-        return value, tensor.grad
+        return value.detach(), tensor.grad
 
     return call
 

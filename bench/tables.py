@@ -10,11 +10,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.cases import CASES, CHECKS, Case, Target
+from bench.cases import BARE_PRODUCTS, CASES, CHECKS, Case, Target
 
 ROOT = Path(__file__).parent.parent
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
-PLOTTED = ("numpy", "blas", "numexpr", "keras (numpy)", "torch", "torch.compile", "jax", "bare read", "bare copy")
 Results = dict[str, Any]
 
 
@@ -125,43 +124,68 @@ def put_between_markers(path: Path, text: str) -> None:
 
 
 INK = "#7d7d7d"  # reads on white and on black
-COLOURS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377", "#dd8452")  # after Paul Tol's bright
+LIMIT = {"color": INK, "marker": "|", "s": 110, "linewidths": 2}
+STYLES = {  # one colour for each library, after Paul Tol's palettes
+    "numpy": {"color": "#4477aa", "marker": "o"},
+    "blas": {"color": "#4477aa", "marker": "^"},
+    "numexpr": {"color": "#4477aa", "marker": "s"},
+    "keras (numpy)": {"color": "#ee6677", "marker": "o"},
+    "torch": {"color": "#dd8452", "marker": "o"},
+    "torch.compile": {"color": "#dd8452", "marker": "^"},
+    "jax": {"color": "#228833", "marker": "o"},
+    "tensorflow": {"color": "#aa3377", "marker": "o"},
+    "bare Gram product": {"color": INK, "marker": "D"},
+    "machine's limit": LIMIT,
+}
+SHARED = dict.fromkeys(BARE_PRODUCTS, "bare Gram product") | dict.fromkeys(
+    ("bare read", "bare copy", "peak FMA"), "machine's limit"
+)
+
+
+def _dots(peers: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Ratios by label of the plot: of those that share one, the fastest."""
+    dots: dict[str, float] = {}
+    for name, peer in peers.items():
+        label = SHARED.get(name, name)
+        dots[label] = min(peer["ratio"], dots.get(label, peer["ratio"]))
+    return dots
 
 
 def plot(results: Results, path: Path) -> None:
     """Draw every case as a line of dots on a logarithmic axis: how many times longer each peer takes."""
     import matplotlib
 
-    matplotlib.use("svg")
+    matplotlib.use(path.suffix[1:])
     from matplotlib import pyplot, rc_context
 
-    rows = [(case.name, peers) for case, peers in _measured_cases(results) if case.layout == "C"]
-    names = list(dict.fromkeys(name for _, peers in rows for name in peers if name != "regkern"))
-    with rc_context({"text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK}):
-        figure, axes = pyplot.subplots(figsize=(9, 0.34 * len(rows) + 1.8))
-        for index, name in enumerate(names):
-            points = [(peers[name]["ratio"], line) for line, (_, peers) in enumerate(rows) if name in peers]
-            axes.scatter(*zip(*points, strict=True), s=38, label=name, **_marker(index))
+    rows = [
+        (case.name, _dots(peers))
+        for case, peers in _measured_cases(results)
+        if case.layout == "C" and case.kind != "gram_columns"
+    ]
+    colours = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
+    with rc_context(colours | {"svg.hashsalt": "regkern"}):  # the same file for the same results
+        figure, axes = pyplot.subplots(figsize=(9, 0.34 * len(rows) + 1.8), layout="constrained")
+        for label, style in STYLES.items():
+            points = [(dots[label], line) for line, (_, dots) in enumerate(rows) if label in dots]
+            if points:
+                axes.scatter(*zip(*points, strict=True), label=label, **{"s": 38, "linewidths": 0} | style)
         _decorate(axes, [name for name, _ in rows])
         figure.legend(loc="outside lower center", ncols=5, frameon=False)
         path.parent.mkdir(exist_ok=True)
-        figure.savefig(path, transparent=True, bbox_inches="tight", metadata={"Date": None})
+        figure.savefig(path, transparent=True, metadata={"Date": None} if path.suffix == ".svg" else None)
         pyplot.close(figure)
-
-
-def _marker(index: int) -> dict[str, Any]:
-    return {"color": COLOURS[index % len(COLOURS)], "marker": "oDs^"[index // len(COLOURS) % 4], "linewidths": 0}
 
 
 def _decorate(axes: Any, names: list[str]) -> None:
     axes.set_xscale("log")
-    axes.axvline(1, color=INK, linewidth=1)
+    axes.axvline(1, color=INK, linewidth=1, zorder=0)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set_xlabel("time over regkern's (right of the line: regkern is faster)")
+    axes.set_xlabel("time over regkern's (right of the line, regkern is faster)")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     axes.grid(axis="y", color=INK, alpha=0.25, linewidth=0.6)
-    axes.tick_params(length=0)
+    axes.tick_params(which="both", length=0)
     for side in ("top", "right", "left", "bottom"):
         axes.spines[side].set_visible(False)
 
