@@ -8,15 +8,15 @@ import numpy as np
 
 import regkern as rk
 from regkern.dtypes import DTYPES
-from regkern.kernels.cpu.elementwise import CHUNK
+from regkern.kernels.cpu.elementwise import CHUNK, PARALLEL_FROM
 
 NUMPY_DTYPES = {name: np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name) for name in DTYPES}
 
 # Around every block: vector registers, their unrolled loops, a chunk, the parallel threshold, an odd number of chunks.
 SIZES = sorted(
     {0, 1, 2, 3}
-    | {block + offset for block in (8, 16, 32, 64, 256, CHUNK, 4 * CHUNK) for offset in (-1, 0, 1)}
-    | {7 * CHUNK + 5}
+    | {block + offset for block in (8, 16, 32, 64, 256, CHUNK, PARALLEL_FROM) for offset in (-1, 0, 1)}
+    | {PARALLEL_FROM + 3 * CHUNK + 5}
 )
 
 REGULARIZERS = {
@@ -54,7 +54,7 @@ LAYOUTS = {
     "six dimensions": Layout((2, 3, 2, 3, 2, 3), (3, 2, 3, 2, 3, 4), lambda base: base.T[1:3]),
     "length one": Layout((1, 50, 1), (9, 50, 9), lambda base: base[4:5, :, 2:3]),
     "long rows": Layout((3, 2 * CHUNK + 1), (3, 2 * CHUNK + 9), lambda base: base[:, 4:-4]),
-    "long strided": Layout((3 * CHUNK + 1,), (6 * CHUNK + 2,), lambda base: base[::2]),
+    "long strided": Layout((5 * CHUNK + 1,), (10 * CHUNK + 2,), lambda base: base[::2]),
     "many short rows": Layout((2 * CHUNK, 3), (2 * CHUNK, 5), lambda base: base[:, :3]),
     "empty": Layout((3, 0, 4), (3, 0, 8), lambda base: base[:, :, ::2]),
 }

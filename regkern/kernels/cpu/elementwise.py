@@ -20,9 +20,13 @@ from regkern.kernels.cpu.launch import Kernel
 from regkern.kernels.cpu.memory import make_magnitude, make_narrow, make_view, make_widen
 from regkern.kernels.formulas import Formula
 
-# Elements per chunk. Smaller chunks cost more for their share of the launch, larger ones leave threads idle on
-# mid-sized arrays: 256x256 wants four (measured in bench/test_elementwise.py).
-CHUNK = 1 << 14
+# Elements per chunk. From 1 << 12 to 1 << 14 all sizes and dtypes take the same time, within a few per cent; smaller
+# chunks give mid-sized arrays to more threads. (Measured by bench/ on two cores of Zen 4, as are the next two.)
+CHUNK = 1 << 13
+# Elements from which all threads work. Back to back they pay from 1 << 15 elements on, but threads that have slept
+# since their last launch take their time to wake.
+PARALLEL_FROM = 1 << 16
+STRIDED_PARALLEL_FROM = 1 << 15
 # Elements that are added one after the other, before their sum joins the others: this bounds the rounding error of any
 # chunk by some 100 additions. A vectorised loop has about 32 sums going at once.
 VECTOR_BLOCK = 1 << 12
@@ -103,13 +107,16 @@ class Kernels:
         factors = (types.float64, types.float64)
         layout = types.Array(types.int64, 2, "C")
         self.flat = Kernel(
-            _make_flat(run, dtype), sums(types.intp, types.intp, types.intp, *factors), name, parallel_from=4 * CHUNK
+            _make_flat(run, dtype),
+            sums(types.intp, types.intp, types.intp, *factors),
+            name,
+            parallel_from=PARALLEL_FROM,
         )
         self.strided = Kernel(
             _make_strided(run),
             sums(types.intp, types.intp, layout, *factors),
             f"{name}-strided",
-            parallel_from=2 * CHUNK,
+            parallel_from=STRIDED_PARALLEL_FROM,
         )
 
 
