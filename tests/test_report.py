@@ -30,7 +30,7 @@ DEMO = Path(rk.__file__).parent / "data" / "demo.safetensors"
 
 
 def run(*arguments, width=None):
-    environment = {"COLUMNS": str(width)} if width else {}
+    environment = {"COLUMNS": str(width) if width else None}  # pytest-xdist sets it as well
     return CliRunner(env=environment).invoke(cli, [str(argument) for argument in arguments])
 
 
