@@ -1,6 +1,7 @@
 """The command: `regkern`, or `python -m regkern`."""
 
 import io
+import os
 import sys
 import warnings
 from typing import Any
@@ -21,7 +22,14 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names may hold what the terminal's encoding lacks
     warnings.showwarning = _show_in_one_line
-    cli(prog_name="regkern")
+    try:
+        try:
+            cli(prog_name="regkern")
+        finally:
+            sys.stdout.flush()
+    except OSError as error:  # a full disk, for one
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more
+        sys.exit(f"Error: expected to write the output; got {error.strerror}.")
 
 
 def _show_in_one_line(message: Warning | str, *_: Any, **__: Any) -> None:

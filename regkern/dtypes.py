@@ -12,7 +12,7 @@ class DType:
         itemsize: bytes per element.
         carrier: the type under which kernels load and store it. Numba has no 16-bit floats on the CPU,
             so these travel as their bits and are widened in registers.
-        accumulator: the type in which an element is evaluated and summed on the CPU.
+        accumulator: the type in which element-wise kernels evaluate and sum on the CPU.
         result: the type of a penalty. A float16 sum of squares would overflow at 65504, so it is float32.
         epsilon: the distance from 1.0 to the next larger number: what one rounding may cost.
     """

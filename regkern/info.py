@@ -69,8 +69,10 @@ def _cpu_name() -> str | None:
 def _threads() -> dict[str, Any]:
     import numba
 
-    threads = numba.get_num_threads()  # starts them, which chooses the layer
-    return {"numba": threads, "threading_layer": numba.threading_layer()}
+    from regkern.kernels.cpu.launch import threading_layer
+
+    layer = threading_layer()
+    return {"numba": numba.get_num_threads() if layer else 1, "threading_layer": layer or "none"}
 
 
 def _cache() -> dict[str, Any]:

@@ -1,18 +1,20 @@
 """The functional interface: reductions of arrays to the sums and means that penalties are made of.
 
 Every function takes an array of a supported library with dtype float16, bfloat16, float32 or float64, of any shape
-and strides, read-only or not, and never writes to it or copies it. Elements are summed in float64; results are 0-d
+and strides, read-only or not, and never writes to it. Elements are summed in float64; results are 0-d
 scalars of the array's library, float64 for float64 and float32 for the rest. NaN and infinity propagate.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from regkern.arrays import ADAPTERS
 from regkern.kernels import formulas
 from regkern.kernels.formulas import Formula
+from regkern.numbers import real
 
 if TYPE_CHECKING:
     from regkern.arrays.host import HostAdapter
@@ -158,13 +160,17 @@ def orthogonal_grad(
 
 def _matrices(adapter: HostAdapter, x: Any, leading_axes: str | None, *, copy: bool = True) -> Any:
     """Return x with the axes before the last two treated as asked for: none, merged into the rows, or a batch."""
-    if leading_axes is None and len(x.shape) != 2:
-        raise ValueError(f"Inputs to OrthogonalRegularizer must have rank 2. Received: inputs.shape={tuple(x.shape)}")
-    if len(x.shape) < 2:
-        raise ValueError(
-            f"Inputs to OrthogonalRegularizer must have rank 2 or more. Received: inputs.shape={tuple(x.shape)}"
-        )
+    check_rank(x.shape, leading_axes)
     return adapter.flatten_leading(x, copy=copy) if leading_axes == "flatten" and len(x.shape) > 2 else x
+
+
+def check_rank(shape: Sequence[int], leading_axes: str | None) -> None:
+    """Raise ValueError, as Keras words it, unless arrays of the shape can be matrices."""
+    if len(shape) < 2 or (len(shape) > 2 and leading_axes is None):
+        expected = "2" if leading_axes is None else "2 or more"
+        raise ValueError(
+            f"Inputs to OrthogonalRegularizer must have rank {expected}. Received: inputs.shape={tuple(shape)}"
+        )
 
 
 def check_mode(mode: str) -> None:
@@ -211,7 +217,8 @@ def _check_accumulate(out: Any, accumulate: bool) -> None:
         raise ValueError("out: expected the array to add to, because accumulate=True; got None; pass out.")
 
 
-def _finite(name: str, value: float) -> float:
-    if isinstance(value, str | bytes) or not math.isfinite(value):
+def _finite(name: str, value: Any) -> float:
+    number = real(value)
+    if not math.isfinite(number):
         raise ValueError(f"{name}: expected a finite number; got {value!r}.")
-    return float(value)
+    return number

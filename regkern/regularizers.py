@@ -6,13 +6,13 @@ They follow `keras.regularizers` (https://keras.io/api/layers/regularizers/) in 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
-import numpy as np
-
 from regkern import reductions
 from regkern.kernels.formulas import ABS, ABS_SQUARE, SQUARE, ZERO, Formula
+from regkern.numbers import real
 
 
 class Factor:
@@ -29,26 +29,40 @@ class Factor:
         def __get__(self, instance: object, owner: type) -> float: ...
 
     def __set__(self, instance: object, value: Any) -> None:
+        factor = self._default if value is None else real(value)
+        if not 0.0 <= factor < math.inf:
+            raise ValueError(
+                f"Invalid value for argument {self._name}: expected a non-negative float. "
+                f"Received: {self._name}={_shown(value)}"
+            )
         state = vars(instance)
-        state[self._name] = self._default if value is None else self.check(value)
+        state[self._name] = factor
         state.pop("_formula", None)
 
-    def check(self, value: Any) -> float:
-        """Return the value as a Python float.
 
-        Raises:
-            ValueError: it is no real number, a bool, NaN, infinite or negative.
-        """
-        if isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool):
-            try:
-                factor = float(value)
-            except OverflowError:  # an int beyond float's range
-                factor = math.inf
-            if 0.0 <= factor < math.inf:
-                return factor
-        raise ValueError(
-            f"Invalid value for argument {self._name}: expected a non-negative float. Received: {self._name}={value!r}"
-        )
+class Choice:
+    """An attribute that a function checks when it is set."""
+
+    def __init__(self, check: Callable[[Any], None]) -> None:
+        self._check = check
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    if TYPE_CHECKING:
+
+        def __get__(self, instance: object, owner: type) -> Any: ...
+
+    def __set__(self, instance: object, value: Any) -> None:
+        self._check(value)
+        vars(instance)[self._name] = value
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # an int of more digits than Python prints
+        return "an int of more digits than Python prints"
 
 
 class Regularizer:
@@ -98,6 +112,10 @@ class ElementwiseRegularizer(Regularizer):
     def _formula(self) -> tuple[Formula, float, float]:
         """The formula and its two factors; worked out again when a factor is set."""
         raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what makes the regularizer: formulas are compared by identity, and a copied one would be another."""
+        return {name: value for name, value in vars(self).items() if name != "_formula"}
 
     def __call__(self, x: Any) -> Any:
         """Return the penalty of x.
@@ -286,10 +304,10 @@ class OrthogonalRegularizer(Regularizer):
     """
 
     factor = Factor(0.01)
+    mode = Choice(reductions.check_mode)
+    leading_axes = Choice(reductions.check_leading_axes)
 
     def __init__(self, factor: float | None = 0.01, mode: str = "rows", leading_axes: str | None = None) -> None:
-        reductions.check_mode(mode)
-        reductions.check_leading_axes(leading_axes)
         self.factor = factor
         self.mode = mode
         self.leading_axes = leading_axes
@@ -357,6 +375,7 @@ def activity_penalty(regularizer: Any, outputs: Any) -> Any:
         A 0-d scalar of the outputs' library; 0 for an empty batch.
 
     Raises:
+        TypeError: outputs is no array.
         ValueError: outputs has no dimension.
 
     Example:
@@ -364,9 +383,14 @@ def activity_penalty(regularizer: Any, outputs: Any) -> Any:
         >>> float(activity_penalty(L2(1.0), np.ones((4, 3))))
         3.0
     """
-    if len(outputs.shape) == 0:
+    shape = getattr(outputs, "shape", None)
+    if shape is None:
+        raise TypeError(f"outputs: expected an array; got {type(outputs).__name__}.")
+    if len(shape) == 0:
         raise ValueError("outputs: expected a batch on axis 0; got an array without dimensions.")
-    return regularizer(outputs) / max(1, outputs.shape[0])
+    if shape[0] == 0:
+        return reductions.penalty(ZERO, 0.0, 0.0, outputs)
+    return regularizer(outputs) / shape[0]
 
 
 def l1_l2(l1: float | None = 0.01, l2: float | None = 0.01) -> L1L2:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from regkern.dtypes import DTYPES
-from regkern.reductions import gram_offdiagonal_mean, zero_and_nonfinite_counts
-from regkern.regularizers import L1, L1L2, L2, OrthogonalRegularizer
+from regkern.reductions import check_rank, gram_offdiagonal_mean, zero_and_nonfinite_counts
+from regkern.regularizers import OrthogonalRegularizer
 from regkern.rules import RuleError, Rules
 from regkern.weights import Array, Tensor
 
@@ -163,7 +163,7 @@ def _row(tensor: Tensor, rules: Rules, cosine: bool, report: Report) -> Row:
     report.sums_seconds += time.perf_counter() - started
     _compare(report.comparison, x)
     mean = float(gram_offdiagonal_mean(x)) if cosine and x.ndim == 2 else None
-    penalty = None if regularizer is None else _penalty(regularizer, x, sums, mean)
+    penalty = None if regularizer is None else float(regularizer(x))
     return Row(
         *(tensor.name, tensor.shape, tensor.dtype, tensor.size),
         abs_sum=sums[0],
@@ -185,26 +185,17 @@ def _sums(x: Array) -> tuple[float, float]:
     return abs_sum, square_sum
 
 
-def _penalty(regularizer: Any, x: Array, sums: tuple[float, float], cosine: float | None) -> float:
-    """Return the penalty from what the row has already, so that x is not read again."""
-    if type(regularizer) in (L1, L2, L1L2):
-        terms = zip(("l1", "l2"), sums, strict=True)
-        factors = regularizer.get_config()
-        # As in the regularizers, a term whose factor is 0 is left out, and with it any infinity.
-        return sum((factors[name] * total for name, total in terms if factors.get(name)), start=0.0)
-    if isinstance(regularizer, OrthogonalRegularizer) and regularizer.mode == "rows" and cosine is not None:
-        return regularizer.factor * cosine
-    return float(regularizer(x))
-
-
 def _check_ranks(tensors: Iterable[Tensor], rules: Rules) -> None:
     for tensor in tensors:
         glob, regularizer = rules.find(tensor.name)
-        if isinstance(regularizer, OrthogonalRegularizer) and tensor.evaluated and len(tensor.shape) != 2:
-            raise RuleError(
-                f"rule '{glob}': expected 2-D tensors for {regularizer!r}; got {tensor.name} of shape {tensor.shape}; "
-                f"narrow the glob, or put --rule '{tensor.name}=none' before it."
-            )
+        if isinstance(regularizer, OrthogonalRegularizer) and tensor.evaluated:
+            try:
+                check_rank(tensor.shape, regularizer.leading_axes)
+            except ValueError as error:
+                raise RuleError(
+                    f"rule '{glob}': {tensor.name}: {error}; "
+                    f"narrow the glob, or put --rule '{tensor.name}=none' before it."
+                ) from error
 
 
 def _load_kernels(tensors: Iterable[Tensor], cosine: bool) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -17,7 +17,8 @@ from regkern.regularizers import L1, L1L2, L2, OrthogonalRegularizer, Regularize
 T = TypeVar("T")
 
 _CLASSES: dict[str, type[Regularizer]] = {
-    cls.__name__: cls for cls in (Regularizer, L1, L2, L1L2, OrthogonalRegularizer)
+    **{cls.__name__: cls for cls in (Regularizer, L1, L2, L1L2, OrthogonalRegularizer)},
+    **{"l1": L1, "l2": L2, "l1l2": L1L2, "l1_l2": L1L2, "orthogonal_regularizer": OrthogonalRegularizer},
 }
 
 # What a name alone stands for: "l1_l2" is Keras's function with its defaults 0.01 and 0.01, the others are classes.
@@ -91,15 +92,16 @@ class CustomObjectScope:
 
     def __init__(self, custom_objects: Mapping[str, Any] | None) -> None:
         self._custom_objects = dict(custom_objects or {})
+        self._tokens: list[Token[Mapping[str, Any]]] = []
 
     def __enter__(self) -> Self:
-        self._token = _scoped.set({**_scoped.get({}), **self._custom_objects})
+        self._tokens.append(_scoped.set({**_scoped.get({}), **self._custom_objects}))
         return self
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        _scoped.reset(self._token)
+        _scoped.reset(self._tokens.pop())
 
 
 custom_object_scope = CustomObjectScope
@@ -147,6 +149,7 @@ def serialize(regularizer: Any, use_legacy_format: bool = False) -> Any:
 
     Raises:
         NotImplementedError: the class has no `get_config` of its own.
+        ValueError: it is neither a regularizer nor a function.
 
     Example:
         >>> serialize(L2(0.5), use_legacy_format=True)
@@ -159,6 +162,8 @@ def serialize(regularizer: Any, use_legacy_format: bool = False) -> Any:
         if use_legacy_format:
             return name
         return {"module": "builtins", "class_name": "function", "config": name, "registered_name": "function"}
+    if not hasattr(regularizer, "get_config"):
+        raise ValueError(f"Could not serialize {regularizer!r}; expected a regularizer with get_config, or a function.")
     cls = type(regularizer)
     config = regularizer.get_config()
     built_in = cls in _CLASSES.values()
@@ -210,6 +215,8 @@ def deserialize(config: Any, custom_objects: Mapping[str, Any] | None = None, us
 
 
 def _from_name(name: Any, custom_objects: Mapping[str, Any] | None) -> Any:
+    if not isinstance(name, str):
+        raise _not_interpreted(name)
     found = _custom(name, custom_objects)
     if found is None and name in _IDENTIFIERS:
         return _IDENTIFIERS[name]()
@@ -221,11 +228,11 @@ def _from_name(name: Any, custom_objects: Mapping[str, Any] | None) -> Any:
 
 
 def _find_class(config: dict[str, Any], custom_objects: Mapping[str, Any] | None) -> Any:
-    class_name, registered_name = config["class_name"], config.get("registered_name")
+    class_name, registered_name, module = config["class_name"], config.get("registered_name"), config.get("module")
     found = _custom(registered_name, custom_objects) or _custom(class_name, custom_objects)
     if found is None and registered_name in (None, class_name):
-        package = str(config.get("module") or "keras").partition(".")[0]
-        found = _CLASSES.get(class_name) if package in _FAMILY else None
+        legacy = module is None and registered_name is None
+        found = _CLASSES.get(class_name) if legacy or str(module).partition(".")[0] in _FAMILY else None
     if not callable(found):
         raise _not_interpreted(config)
     return found

@@ -418,6 +418,8 @@ def _torch_tensor(torch: Any, path: Path, name: str, tensor: Any) -> Tensor:
     elif tensor.device.type == "meta":  # a shape without elements
         dtype = "meta"
     elif dtype in _TORCH_DTYPES:
+        if dtype == "bfloat16":
+            _bfloat16(path)  # from here on, NumPy knows the name
         return Tensor(path, name, shape, dtype, partial(_torch_elements, torch, path, tensor))
     return Tensor(path, name, shape, dtype, partial(_no_dtype, path, name, dtype))
 

@@ -10,12 +10,13 @@ import pytest
 import regkern as rk
 from regkern.dtypes import DTYPES
 from regkern.kernels.cpu import gram
+from regkern.kernels.cpu.gram.tiles import tile_for
 from tests import reference
 from tests.cases import NUMPY_DTYPES
 
-# Around the register tiles of every CPU (4 to 48 rows), groups of panels and blocks of depth (512).
+# Around the register tiles of every CPU (4 to 48 rows), groups of panels and blocks of depth (128).
 ROWS = [0, 1, 2, 3, 7, 8, 9, 23, 24, 25, 47, 48, 49, 95, 97, 193]
-DEPTHS = [0, 1, 2, 15, 16, 17, 33, 511, 512, 513, 1100]
+DEPTHS = [0, 1, 2, 15, 16, 17, 33, 127, 128, 129, 1100]
 TOLERANCE = {"float16": 2e-6, "bfloat16": 2e-6, "float32": 2e-6, "float64": 1e-13}
 
 
@@ -113,13 +114,40 @@ def test_the_tiles_of_other_cpus(dtype, cpu):
         rows = (n, d, *x.strides)
         regularizer = rk.OrthogonalRegularizer(1.0)
         expected = reference.orthogonal(regularizer, x)
-        value = gram.value_kernel(DTYPES[dtype], CPUS[cpu]).serial(x.ctypes.data, *rows)
+        tile = tile_for(CPUS[cpu], 8 if dtype == "float64" else 4, n)
+        value = gram.value_kernel(DTYPES[dtype], tile, CPUS[cpu]).serial(x.ctypes.data, *rows)
         np.testing.assert_allclose(value, expected, rtol=TOLERANCE[dtype])
         out = np.empty_like(x)
-        kernel = gram.gradient_kernel(DTYPES[dtype], CPUS[cpu]).serial
+        kernel = gram.gradient_kernel(DTYPES[dtype], tile, CPUS[cpu]).serial
         value = kernel(x.ctypes.data, *rows, out.ctypes.data, *out.strides, 1.0, False)
         np.testing.assert_allclose(value, expected, rtol=TOLERANCE[dtype])
         assert_gradients_close(out, reference.orthogonal_gradient(regularizer, x), regularizer, x, dtype)
+
+
+ROUNDING_ONE_WAY = {
+    "constant rows": lambda n, d: np.full((n, d), 0.1) * np.arange(1, n + 1)[:, None],
+    "an identity on a constant": lambda n, d: np.eye(n, d) + 0.1,
+    "positive": lambda n, d: np.random.default_rng(0).random((n, d)),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDING_ONE_WAY)
+@pytest.mark.parametrize("shape", [(100, 1000), (60, 10_000), (2, 10_000)])
+def test_roundings_that_add_up(shape, name):
+    x = ROUNDING_ONE_WAY[name](*shape).astype(np.float32)
+    regularizer = rk.OrthogonalRegularizer(1.0)
+    np.testing.assert_allclose(regularizer(x), reference.orthogonal(regularizer, x), rtol=2e-6)
+    assert regularizer(x) <= 1.0
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 48, 49])
+@pytest.mark.parametrize("cpu", CPUS)
+def test_panels_of_few_rows_are_narrow(cpu, n):
+    for itemsize in (4, 8):
+        tile = tile_for(CPUS[cpu], itemsize, n)
+        rows = tile.vectors * tile.bytes // itemsize
+        assert rows % tile.mr == 0
+        assert -(-n // rows) * rows <= max(2 * n, 16 // itemsize)
 
 
 def test_antiparallel_rows_are_penalised():
@@ -168,7 +196,9 @@ def test_a_special_value_makes_the_mean_nan(size, dtype, special):
     x[size // 2, 7] = special
     regularizer = rk.OrthogonalRegularizer(1.0)
     assert np.isnan(regularizer(x))
-    assert np.isnan(regularizer.value_and_grad(x)[0])
+    value, gradient = regularizer.value_and_grad(x)
+    assert np.isnan(value)
+    assert np.isnan(gradient.astype(np.float64)).any()
 
 
 @pytest.mark.parametrize("mode", ["rows", "columns"])
@@ -251,12 +281,13 @@ def test_there_is_no_proximal_operator():
         rk.OrthogonalRegularizer().prox(np.eye(2), 0.1)
 
 
-def test_memory_grows_with_the_matrix_and_not_with_its_gram():
-    """100,000 rows, whose Gram matrix is 40 GB; here a tenth of them, whose Gram is 400 MB, within the same ratio."""
-    code = """
+@pytest.mark.parametrize("shape", [(10_000, 64), (2, 1_000_000), (20, 100_000)])
+def test_memory_grows_with_the_matrix_and_not_with_its_gram(shape):
+    """The Gram matrix of the first would take 400 MB, for 2.6 MB of input."""
+    code = f"""
 import resource, numpy as np, regkern as rk
-x = np.random.default_rng(0).standard_normal((10_000, 64)).astype(np.float32)
-rk.OrthogonalRegularizer()(x[:3000])
+x = np.random.default_rng(0).standard_normal({shape}).astype(np.float32)
+rk.OrthogonalRegularizer()(x[:3000, :1000])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 rk.OrthogonalRegularizer()(x)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, x.nbytes // 1024)

@@ -15,7 +15,10 @@ def everything(x):
     r = rk.L1L2(0.1, 0.2)
     value, gradient = r.value_and_grad(x)
     parts = [r(x), value, gradient, r.grad(x), r.prox(x, 0.1), r(x[::2]), r(x[:999_999].reshape(-1, 9)[:, 2:8])]
-    parts.append(rk.OrthogonalRegularizer()(x[:300 * 500].reshape(300, 500)))
+    for dtype in (np.float32, np.float64, np.float16):
+        matrix = x[:300 * 500].reshape(300, 500).astype(dtype)
+        for mode in ("rows", "columns"):
+            parts += [rk.OrthogonalRegularizer(1.0, mode)(matrix), rk.OrthogonalRegularizer(1.0, mode).grad(matrix)]
     return b"".join(np.asarray(part).tobytes() for part in parts)
 """
 
@@ -34,6 +37,15 @@ def run(code: str, **environment: str) -> str:
 
 DIGEST = "import hashlib; print(hashlib.sha256(everything(x)).hexdigest())"
 LAYERS = ["workqueue", "omp"]
+THEIRS = """
+import numba
+@numba.njit(parallel=True, nogil=True)
+def theirs(x):
+    total = 0.0
+    for i in numba.prange(x.size):
+        total += x[i]
+    return total
+"""
 
 
 @pytest.fixture(scope="module")
@@ -63,18 +75,59 @@ with ThreadPoolExecutor(8) as pool:
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("before", ["everything(x)", "None"])
+@pytest.mark.parametrize("before", ["everything(x)", "None", THEIRS + "theirs(x)"])
 def test_a_forked_child_computes(layer, before):
     code = f"""
+{before}
 import os, sys, warnings
 warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 on fork with threads
-{before}
 child = os.fork()
 if child == 0:
     os._exit(everything(x) != everything(x))
 print(os.waitpid(child, 0)[1], len(everything(x)) > 0)
 """
     assert run(code, NUMBA_THREADING_LAYER=layer) == "0 True\n"
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_beside_kernels_of_the_programs_own_in_another_thread(layer):
+    code = (
+        THEIRS
+        + """
+from concurrent.futures import ThreadPoolExecutor
+expected = everything(x)
+theirs(x)
+with ThreadPoolExecutor(1) as pool:
+    busy = pool.submit(lambda: [theirs(x) for _ in range(300)])
+    results = [rk.L1L2(0.1, 0.2)(x) for _ in range(300)]
+    busy.result()
+print(len(set(results)))
+"""
+    )
+    assert run(code, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2") == "1\n"
+
+
+def test_one_thread_and_a_warning_without_a_threading_layer(digest):
+    code = "import warnings; warnings.simplefilter('ignore');" + DIGEST
+    assert run(code, NUMBA_THREADING_LAYER="tbb") == digest
+    code = """
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    rk.L1(0.1)(x), rk.L2(0.1)(x)
+print([str(w.message).partition(":")[0] for w in caught])
+"""
+    assert run(code, NUMBA_THREADING_LAYER="tbb") == "['regkern runs on one thread, because Numba has none']\n"
+
+
+@pytest.mark.parametrize("features", ["", "+avx2,+fma"])
+def test_a_cpu_that_numba_is_told_to_compile_for(features):
+    """Without F16C, a float16 conversion that LLVM calls by name ends the process."""
+    code = """
+y = x[:7000].reshape(70, 100).astype(np.float16)
+print(rk.L2(1.0)(y) > 0, rk.OrthogonalRegularizer(1.0)(y) > 0)
+"""
+    assert run(code, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES=features) == "True True\n"
 
 
 def test_a_cold_cache_fills_and_a_warm_one_is_used(tmp_path):
@@ -132,3 +185,15 @@ with warnings.catch_warnings(record=True) as caught:
     folder = str(Path(tmp_path) / "file" / "cache")
     expected = "True True ['regkern cannot keep compiled kernels in']\n"
     assert run(code, REGKERN_CACHE_DIR=folder) == expected
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder in which nobody can write")
+def test_a_cache_folder_that_cannot_be_written_costs_one_warning():
+    code = """
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    rk.L1(0.1)(x[:9]), rk.L2(0.1)(x[:9]), rk.L1L2(0.1, 0.1)(x[:9])
+print(len(caught))
+"""
+    assert run(code, REGKERN_CACHE_DIR="/proc/self") == "1\n"

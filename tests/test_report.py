@@ -77,7 +77,7 @@ def test_json_has_what_numpy_computes(mixed):
         x, row = tensors[name].astype(np.float64), rows[name]
         assert row["abs_sum"] == pytest.approx(np.abs(x).sum(), rel=1e-14)
         assert row["square_sum"] == pytest.approx(np.square(x).sum(), rel=1e-14)
-        assert row["penalty"] == pytest.approx(0.5 * np.abs(x).sum() + 0.25 * np.square(x).sum(), rel=1e-14)
+        assert row["penalty"] == pytest.approx(0.5 * np.abs(x).sum() + 0.25 * np.square(x).sum(), rel=1e-7)
         assert (row["zeros"], row["nonfinite"]) == ((x == 0).sum(), 0)
         assert row["cosine"] == (None if x.ndim != 2 else pytest.approx(mean_cosine(x), rel=1e-6))
     bias = rows["dense.bias"]
@@ -305,7 +305,7 @@ def test_orthogonal_rules(mixed):
     assert rows["conv.kernel"]["penalty"] is None
     result = run("report", path, "--rule", f"*={rule}")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert "conv.kernel of shape (3, 3, 2, 4)" in result.stderr
+    assert "conv.kernel: Inputs to OrthogonalRegularizer must have rank 2" in result.stderr
     assert result.stderr.count("\n") == 1
 
 
@@ -483,3 +483,46 @@ def test_info_imports_no_array_library():
 )
 def test_elided(text, length, expected):
     assert elided(text, length) == expected
+
+
+def test_bfloat16_of_torch_in_a_fresh_process(tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.save({"w": torch.ones(4, 3, dtype=torch.bfloat16)}, tmp_path / "x.pt")
+    result = run_process("report", tmp_path / "x.pt", "--csv")
+    assert result.returncode == 0, result.stderr
+    assert "bfloat16,12,12.0,12.0" in result.stdout
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_costs_one_line():
+    code = "from regkern.__main__ import main; main()"
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "-c", code, "report", "--demo", "--no-cosine"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert result.returncode == 1
+    assert result.stderr == "Error: expected to write the output; got No space left on device.\n"
+
+
+def evaluate_file(path, rule):
+    with open_weights(path) as tensors:
+        return evaluate(tensors, parse_rules([rule])).rows
+
+
+@pytest.mark.parametrize("rule", ["*=l1:l1=0", "*=l1_l2:l1=0,l2=0", "*=l2:l2=0.5"])
+def test_penalties_are_the_regularizers_own(tmp_path, rule):
+    x = np.array([1.0, np.inf])
+    np.save(tmp_path / "x.npy", x)
+    (row,) = evaluate_file(tmp_path / "x.npy", rule)
+    np.testing.assert_array_equal(row.penalty, float(parse_rule(rule)[1](x)))
+
+
+def test_orthogonal_rules_with_leading_axes(tmp_path):
+    x = np.random.default_rng(0).standard_normal((3, 3, 4, 8))
+    np.save(tmp_path / "x.npy", x)
+    (row,) = evaluate_file(tmp_path / "x.npy", "*=orthogonal_regularizer:leading_axes=flatten,mode=columns")
+    assert row.penalty == rk.OrthogonalRegularizer(mode="columns", leading_axes="flatten")(x)

@@ -115,7 +115,7 @@ def test_npy_is_mapped_in_either_order(tmp_path, x):
 @pytest.fixture(scope="module")
 def keras_files(tmp_path_factory):
     """The files that Keras writes, and what is in them."""
-    os.environ.setdefault("KERAS_BACKEND", "numpy")
+    os.environ.setdefault("KERAS_BACKEND", "torch")
     folder = tmp_path_factory.mktemp("keras")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Keras's own: __array__ without copy, HDF5 called legacy

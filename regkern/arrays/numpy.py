@@ -54,7 +54,7 @@ class NumpyAdapter(HostAdapter):
         return flat
 
     def check_out(self, x: Any, out: Any) -> None:
-        if not isinstance(out, np.ndarray):
+        if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
             raise TypeError(
                 f"out: expected a numpy.ndarray; got {type(out).__name__}; make one by numpy.empty_like(x)."
             )
@@ -64,15 +64,39 @@ class NumpyAdapter(HostAdapter):
             raise TypeError(f"out: expected x's dtype {x.dtype}; got {out.dtype}; make it by numpy.empty_like(x).")
         if not out.flags.writeable:
             raise ValueError("out: expected a writable array; got a read-only one; pass a copy.")
-        if out is x or out.size == 0:
+        if out.size == 0:
             return
-        if any(stride == 0 and length > 1 for stride, length in zip(out.strides, out.shape, strict=True)):
-            raise ValueError("out: expected one place in memory for each element; got a broadcast view; pass a copy.")
-        same = out.strides == x.strides and _header_at(id(out)).data == _header_at(id(x)).data
-        if not same and _may_overlap(x, out):
+        if _may_overlap_itself(out):
+            raise ValueError(
+                "out: expected a place of its own for each element; got a view that repeats some; pass a copy."
+            )
+        if out is not x and not _same_elements(x, out) and _may_overlap(x, out):
             raise ValueError(
                 "out: expected x itself or memory of its own; got one that overlaps x in part; pass a copy."
             )
+
+
+def _same_elements(x: np.ndarray[Any, Any], out: np.ndarray[Any, Any]) -> bool:
+    strides = zip(x.shape, x.strides, out.strides, strict=True)
+    return _header_at(id(x)).data == _header_at(id(out)).data and all(a == b for length, a, b in strides if length > 1)
+
+
+def _may_overlap_itself(out: np.ndarray[Any, Any]) -> bool:
+    """Whether an axis takes smaller steps than those inside it need. No slice or transpose of an array does."""
+    extent = out.itemsize
+    for stride, length in sorted((abs(stride), length) for stride, length in zip(out.strides, out.shape, strict=True)):
+        if length > 1:
+            if stride < extent:
+                return True
+            extent += (length - 1) * stride
+    return False
+
+
+def _may_overlap(x: np.ndarray[Any, Any], out: np.ndarray[Any, Any]) -> bool:
+    try:
+        return np.shares_memory(x, out, max_work=10_000)  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return True
 
 
 class _DTypes(dict[Any, DType]):
@@ -90,13 +114,6 @@ class _DTypes(dict[Any, DType]):
             f"x: expected an array of {', '.join(DTYPES)}; got dtype {dtype}; "
             "convert it, for example by x.astype('float32')."
         )
-
-
-def _may_overlap(x: np.ndarray[Any, Any], out: np.ndarray[Any, Any]) -> bool:
-    try:
-        return np.shares_memory(x, out, max_work=10_000)  # type: ignore[arg-type]
-    except np.exceptions.TooHardError:
-        return True
 
 
 _dtypes = _DTypes({np.dtype(name): dtype for name, dtype in DTYPES.items() if dtype is not BFLOAT16})

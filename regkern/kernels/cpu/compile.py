@@ -11,7 +11,7 @@ import hashlib
 import os
 import pickle
 import sys
-import tempfile
+import uuid
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +23,7 @@ import numba
 from numba.core import config
 from numba.core.caching import _Cache
 from numba.core.compiler import CompileResult
+from numba.core.registry import cpu_target
 from numba.core.serialize import dumps
 from numba.misc.appdirs import user_cache_dir
 
@@ -44,6 +45,12 @@ def _digest_sources() -> str:
 # A kernel is compiled again when any function that it may call has changed. Read at import, like the code itself:
 # later, the files may be those of an upgrade.
 _SOURCES = _digest_sources()
+
+
+def target_features() -> dict[str, bool]:
+    """Return LLVM's features of the CPU that Numba compiles for: this one's, unless Numba's settings say otherwise."""
+    _, _, features = cpu_target.target_context.codegen().magic_tuple()
+    return {feature[1:]: feature.startswith("+") for feature in features.split(",") if feature}
 
 
 def cache_folder() -> Path:
@@ -132,7 +139,7 @@ class _KernelCache(_Cache):  # type: ignore[misc]
             path.parent.mkdir(parents=True, exist_ok=True)
             _replace(path, hashlib.sha256(payload).digest() + payload)
         except OSError as error:
-            _warn_not_writable(str(path.parent), str(error))
+            _warn_not_writable(str(path.parent), error.strerror or type(error).__name__)
 
     def _path(self, sig: Any, codegen: Any) -> Path:
         key = (sys.version, numba.__version__, llvmlite.__version__, _SOURCES, codegen.magic_tuple(), str(sig))
@@ -153,13 +160,12 @@ def _split(data: bytes) -> tuple[bytes, bytes]:
 
 def _replace(path: Path, data: bytes) -> None:
     """Write a file so that no reader, and no crash, ever sees a part of it."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(temporary, path)
+        temporary.write_bytes(data)
+        temporary.replace(path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 

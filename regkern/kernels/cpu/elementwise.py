@@ -103,8 +103,9 @@ class Kernels:
     def __init__(self, operation: Operation, formula: Formula, dtype: DType, in_place: bool) -> None:
         name = "-".join([operation.name, formula.name, dtype.name] + ["in_place"] * in_place)
         run = _make_run(name, operation, formula, dtype, in_place)
-        sums = types.UniTuple(types.float64, 2)
-        factors = (types.float64, types.float64)
+        accumulator = getattr(types, dtype.accumulator)
+        sums = types.UniTuple(accumulator, 2)
+        factors = (accumulator, accumulator)
         layout = types.Array(types.int64, 2, "C")
         self.flat = Kernel(
             _make_flat(run, dtype),

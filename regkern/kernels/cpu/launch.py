@@ -2,31 +2,46 @@
 
 Two of Numba's threading layers end the process where real programs arrive every day: workqueue when two threads
 launch at once, GNU OpenMP at the first launch in a forked child. Both builds of a kernel give the same bits, so
-regkern then runs the serial one.
+regkern runs the serial one in a forked child, and on workqueue while there are other Python threads, which may launch
+kernels of their own.
 """
 
+import functools
 import os
 import threading
+import warnings
 from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Any
 
 import numba
 
+from regkern.kernels import forks
 from regkern.kernels.cpu.compile import compile_kernel
 
 _launching = threading.Lock()
-_forked = False
 
 
-def _after_fork_in_child() -> None:
-    global _launching, _forked
+def _renew_lock() -> None:
+    global _launching
     _launching = threading.Lock()  # the parent's may be held by a thread that does not exist here
-    _forked = True
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
+@functools.cache
+def threading_layer() -> str | None:
+    """Start Numba's threads and return the name of their layer; None, with a warning, where none can be loaded."""
+    try:
+        numba.get_num_threads()
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        warnings.warn(f"regkern runs on one thread, because Numba has none: {reason}", RuntimeWarning, stacklevel=2)
+        return None
+    layer: str = numba.threading_layer()
+    return layer
 
 
 class Kernel:
@@ -49,15 +64,16 @@ class Kernel:
 
     def parallel(self, *arguments: Any) -> Any:
         """Run on all threads where that is safe now, else on this one."""
-        if _forked:
+        layer = None if forks.forked else threading_layer()
+        if layer is None:
             return self.serial(*arguments)
-        parallel = self._parallel
-        if numba.threading_layer() != "workqueue":
-            return parallel(*arguments)
-        if not _launching.acquire(blocking=False):
+        if layer != "workqueue":
+            return self._parallel(*arguments)
+        # Threads that Python does not know of may call as well: those of JAX, for one.
+        if threading.active_count() > 1 or not _launching.acquire(blocking=False):
             return self.serial(*arguments)
         try:
-            return parallel(*arguments)
+            return self._parallel(*arguments)
         finally:
             _launching.release()
 

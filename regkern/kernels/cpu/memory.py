@@ -4,6 +4,7 @@ Views carry no alignment promise, so that any address is correct; on today's CPU
 """
 
 import ctypes
+from collections.abc import Mapping
 
 import numpy as np
 from llvmlite import binding, ir
@@ -13,7 +14,7 @@ from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
 from regkern.dtypes import BFLOAT16, FLOAT16, DType
-from regkern.kernels.cpu.compile import inner
+from regkern.kernels.cpu.compile import inner, target_features
 
 
 def make_view(dtype: DType, *, strided: bool = False):
@@ -54,7 +55,7 @@ def make_widen(dtype: DType):
     if dtype is BFLOAT16:
         return _widen_bfloat16
     if dtype is FLOAT16:
-        return _widen_float16_by_instruction if _converts_float16() else _widen_float16_by_bits
+        return _widen_float16_by_instruction if converts_float16(target_features()) else _widen_float16_by_bits
     return _widen_float
 
 
@@ -73,16 +74,14 @@ def make_narrow(dtype: DType):
     if dtype is BFLOAT16:
         return _narrow_bfloat16
     if dtype is FLOAT16:
-        return _narrow_float16_by_instruction if _converts_float16() else _narrow_float16_by_bits
+        return _narrow_float16_by_instruction if converts_float16(target_features()) else _narrow_float16_by_bits
     return _narrow_float
 
 
-def _converts_float16() -> bool:
-    """Whether LLVM has an instruction for float16 here; its call into a runtime library would not link."""
-    if config.DISABLE_JIT:
-        return False
+def converts_float16(features: Mapping[str, bool]) -> bool:
+    """Whether LLVM has instructions for float16 on a CPU; elsewhere it calls a runtime library that would not link."""
     arm = binding.get_process_triple().startswith(("aarch64", "arm64"))
-    return arm or bool(binding.get_host_cpu_features().get("f16c"))
+    return not config.DISABLE_JIT and (arm or features.get("f16c", False))
 
 
 def _bitcast_intrinsic(codegen, result, argument):

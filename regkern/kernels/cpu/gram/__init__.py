@@ -25,15 +25,16 @@ Tiles by BLAS were measured instead of the micro kernel: with one thread each th
 import functools
 from collections.abc import Mapping
 
-from llvmlite import binding
 from numba import types
 
 from regkern.dtypes import FLOAT64, DType
+from regkern.kernels.cpu.compile import target_features
 from regkern.kernels.cpu.gram.gradient import make_value_and_gradient
 from regkern.kernels.cpu.gram.tiles import Tile, tile_for
 from regkern.kernels.cpu.gram.value import make_value
 from regkern.kernels.cpu.gram.vectors import Vectors
 from regkern.kernels.cpu.launch import Kernel
+from regkern.kernels.cpu.memory import converts_float16
 
 # Multiply-adds from which a second thread pays: those of 256 x 256 (measured by bench/ on two cores of Zen 4).
 PARALLEL_FROM = 1 << 22
@@ -49,8 +50,8 @@ def mean(dtype: DType, x: int, n: int, d: int, row_stride: int, depth_stride: in
     """Return the mean |cosine| over pairs of n rows of d elements, at an address and with strides in bytes."""
     if n < 2 or d < 1:
         return 0.0
-    result: float = _value(dtype).for_size(n * n * d // 2)(x, n, d, row_stride, depth_stride)
-    return result
+    kernel = _value(dtype, _tile(dtype, n)).for_size(n * n * d // 2)
+    return _at_most_one(kernel(x, n, d, row_stride, depth_stride))
 
 
 def mean_and_gradient(
@@ -69,35 +70,39 @@ def mean_and_gradient(
     """Return the mean |cosine|, and write factor times its gradient to out, or add it."""
     if n < 1 or d < 1:
         return 0.0
-    kernel = _value_and_gradient(dtype).for_size(3 * n * n * d // 2)
-    result: float = kernel(x, n, d, row_stride, depth_stride, out, out_row_stride, out_depth_stride, factor, accumulate)
-    return result
+    kernel = _value_and_gradient(dtype, _tile(dtype, n)).for_size(3 * n * n * d // 2)
+    return _at_most_one(
+        kernel(x, n, d, row_stride, depth_stride, out, out_row_stride, out_depth_stride, factor, accumulate)
+    )
+
+
+def _at_most_one(mean: float) -> float:
+    return 1.0 if mean > 1.0 else mean  # by rounding alone; NaN stays
 
 
 @functools.cache
-def _value(dtype: DType) -> Kernel:
-    return value_kernel(dtype, binding.get_host_cpu_features())
+def _value(dtype: DType, tile: Tile) -> Kernel:
+    return value_kernel(dtype, tile, target_features())
 
 
 @functools.cache
-def _value_and_gradient(dtype: DType) -> Kernel:
-    return gradient_kernel(dtype, binding.get_host_cpu_features())
+def _value_and_gradient(dtype: DType, tile: Tile) -> Kernel:
+    return gradient_kernel(dtype, tile, target_features())
 
 
-def value_kernel(dtype: DType, features: Mapping[str, bool]) -> Kernel:
-    """Make the kernel of the value for a CPU with these LLVM features."""
-    vectors, tile = _vectors(dtype, features)
-    return Kernel(make_value(vectors, tile), _VALUE, f"gram-{vectors.tag}", parallel_from=PARALLEL_FROM, fastmath=False)
+def _tile(dtype: DType, n: int) -> Tile:
+    return tile_for(target_features(), 8 if dtype is FLOAT64 else 4, n)
 
 
-def gradient_kernel(dtype: DType, features: Mapping[str, bool]) -> Kernel:
-    """Make the kernel of value and gradient for a CPU with these LLVM features."""
-    vectors, tile = _vectors(dtype, features)
-    body = make_value_and_gradient(vectors, tile)
-    name = f"gram_gradient-{vectors.tag}"
+def value_kernel(dtype: DType, tile: Tile, features: Mapping[str, bool]) -> Kernel:
+    """Make the kernel of the value with a register tile, for a CPU with these LLVM features."""
+    vectors = Vectors(dtype, tile, converts_float16(features))
+    body, name = make_value(vectors, tile), f"gram-{vectors.tag}"
+    return Kernel(body, _VALUE, name, parallel_from=PARALLEL_FROM, fastmath=False)
+
+
+def gradient_kernel(dtype: DType, tile: Tile, features: Mapping[str, bool]) -> Kernel:
+    """Make the kernel of value and gradient with a register tile, for a CPU with these LLVM features."""
+    vectors = Vectors(dtype, tile, converts_float16(features))
+    body, name = make_value_and_gradient(vectors, tile), f"gram_gradient-{vectors.tag}"
     return Kernel(body, _VALUE_AND_GRADIENT, name, parallel_from=PARALLEL_FROM, fastmath=False)
-
-
-def _vectors(dtype: DType, features: Mapping[str, bool]) -> tuple[Vectors, Tile]:
-    tile = tile_for(features, 8 if dtype is FLOAT64 else 4)
-    return Vectors(dtype, tile, native_half=bool(features.get("f16c") or features.get("fp-armv8"))), tile
