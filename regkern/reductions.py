@@ -105,7 +105,8 @@ def zero_and_nonfinite_counts(x: Any) -> tuple[int, int]:
 def gram_offdiagonal_mean(x: Any, mode: str = "rows") -> Any:
     """Return the mean over unordered pairs i < j of ``|cos(x_i, x_j)|``, x_i being the rows or the columns of a matrix.
 
-    The n x n Gram matrix is never stored: memory beyond x grows with n * d.
+    The n x n Gram matrix is never stored: memory beyond x is a packed copy, at most 2.5 times a float32 or float64 x.
+    Norms and totals are in float64, dot products in float32 (float64 for float64): within 2e-6 at depths up to 10,000.
 
     Args:
         x: a matrix; see the module for dtypes.
