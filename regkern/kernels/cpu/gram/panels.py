@@ -10,7 +10,7 @@ from regkern.kernels.cpu.gram.vectors import I64, emitter
 def make_pack_panel(vec, nr):
     """Make ``pack_panel(x, rows, d, row_stride, depth_stride, panel, scales)``."""
     w, size, item = vec.lanes, vec.size, vec.stored_size
-    pack_block, pack_lanes, pack_row = _pack_block(vec, nr), _pack_lanes(vec, nr), _pack_row(vec, nr)
+    pack_block, pack_lanes, pack_row = _pack_block(vec, nr), _pack_strided(vec, nr, True), _pack_strided(vec, nr, False)
     zero_row, normalise = _zero_row(vec, nr), _normalise(vec, nr)
 
     @inner(vec.tag)
@@ -86,26 +86,15 @@ def _pack_block(vec, nr):
     return emitter(f"gram_pack_block_{vec.tag}", ir.VoidType(), 3, body)
 
 
-def _pack_lanes(vec, nr):
-    """One vector of neighbouring rows at each depth: ``(x, depth_stride, depth, panel)``."""
+def _pack_strided(vec, nr, vector):
+    """Pack one row, or one vector of neighbouring rows, at each depth: ``(x, depth_stride, depth, panel)``."""
 
     def body(b, x, depth_stride, depth, panel):
         with cgutils.for_range(b, depth) as k:
-            v = vec.load_stored(b, b.add(x, b.mul(depth_stride, k.index)), True)
+            v = vec.load_stored(b, b.add(x, b.mul(depth_stride, k.index)), vector)
             vec.store(b, v, b.add(panel, b.mul(k.index, I64(nr * vec.size))))
 
-    return emitter(f"gram_pack_lanes_{vec.tag}", ir.VoidType(), 4, body)
-
-
-def _pack_row(vec, nr):
-    """One row, whatever its stride: ``(x, depth_stride, depth, panel)``."""
-
-    def body(b, x, depth_stride, depth, panel):
-        with cgutils.for_range(b, depth) as k:
-            v = vec.load_stored(b, b.add(x, b.mul(depth_stride, k.index)), False)
-            vec.store(b, v, b.add(panel, b.mul(k.index, I64(nr * vec.size))))
-
-    return emitter(f"gram_pack_row_{vec.tag}", ir.VoidType(), 4, body)
+    return emitter(f"gram_pack_{'lanes' if vector else 'row'}_{vec.tag}", ir.VoidType(), 4, body)
 
 
 def _zero_row(vec, nr):
