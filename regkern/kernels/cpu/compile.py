@@ -47,6 +47,7 @@ def _digest_sources() -> str:
 _SOURCES = _digest_sources()
 
 
+@functools.cache  # 90 us otherwise
 def target_features() -> dict[str, bool]:
     """Return LLVM's features of the CPU that Numba compiles for: this one's, unless Numba's settings say otherwise."""
     _, _, features = cpu_target.target_context.codegen().magic_tuple()

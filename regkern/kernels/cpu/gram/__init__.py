@@ -90,6 +90,7 @@ def _value_and_gradient(dtype: DType, tile: Tile) -> Kernel:
     return gradient_kernel(dtype, tile, target_features())
 
 
+@functools.lru_cache(maxsize=1024)
 def _tile(dtype: DType, n: int) -> Tile:
     return tile_for(target_features(), 8 if dtype is FLOAT64 else 4, n)
 
