@@ -321,3 +321,27 @@ def test_pickling(regularizer):
     )  # formulas are compared by identity, and copies would compile kernels of their own
     assert again(x) == regularizer(x)
     assert again.get_config() == regularizer.get_config()
+
+
+def test_choices_that_are_set_later_are_checked():
+    regularizer = rk.OrthogonalRegularizer()
+    with pytest.raises(ValueError, match="Invalid value for argument `mode`"):
+        regularizer.mode = "bogus"
+    with pytest.raises(ValueError, match="leading_axes: expected None"):
+        regularizer.leading_axes = "bogus"
+    assert (regularizer.mode, regularizer.leading_axes) == ("rows", None)
+
+
+def test_a_scope_can_be_entered_again():
+    scope = rk.CustomObjectScope({"Custom": Custom})
+    with scope:
+        with scope:
+            assert rk.get("Custom").strength == 1.0
+        assert rk.get("Custom").strength == 1.0
+    with pytest.raises(ValueError, match="Could not interpret"):
+        rk.get("Custom")
+
+
+def test_ints_beyond_what_python_prints():
+    with pytest.raises(ValueError, match="expected a non-negative float"):
+        rk.L1(10**5000)
