@@ -18,6 +18,7 @@ from regkern.weights import Array, Tensor
 
 # Kernels are chosen by size, and are the same for all arrays beyond this one.
 _LARGE = 1 << 20
+_MANY_ROWS = 3000
 
 AS_WRITTEN = "NumPy as written"
 
@@ -198,15 +199,17 @@ def _check_ranks(tensors: Iterable[Tensor], rules: Rules) -> None:
                 ) from error
 
 
-def _load_kernels(tensors: Iterable[Tensor], cosine: bool) -> float:
+def _load_kernels(tensors: Sequence[Tensor], cosine: bool) -> float:
     """Load the kernels, or compile them, before anything is timed; return the seconds that it took."""
     started = time.perf_counter()
-    for dtype, size in {(tensor.dtype, min(tensor.size, _LARGE)) for tensor in tensors if tensor.evaluated}:
+    evaluated = [tensor for tensor in tensors if tensor.evaluated]
+    for dtype, size in {(tensor.dtype, min(tensor.size, _LARGE)) for tensor in evaluated}:
         x = np.zeros(size, dtype)
         _sums(x)
         zero_and_nonfinite_counts(x)
-        if cosine:
-            gram_offdiagonal_mean(x[:2, None])
+    matrices = [tensor for tensor in evaluated if cosine and len(tensor.shape) == 2]
+    for dtype, rows in {(tensor.dtype, min(tensor.shape[0], _MANY_ROWS)) for tensor in matrices}:
+        gram_offdiagonal_mean(np.zeros((rows, 1), dtype))
     return time.perf_counter() - started
 
 
