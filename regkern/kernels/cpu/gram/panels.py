@@ -1,10 +1,21 @@
 """Panels: matrices widened, normalised and laid out as the micro kernel reads them, and back."""
 
 from llvmlite import ir
+from numba import njit
 from numba.core import cgutils
 
 from regkern.kernels.cpu.compile import inner
 from regkern.kernels.cpu.gram.vectors import I64, emitter
+
+
+@njit
+def _vector_blocks(rows, d, row_stride, depth_stride, w, item):
+    """How many rows, and what of their depth, move by vectors of w entries of `item` bytes; the rest moves singly."""
+    if depth_stride == item:
+        return rows // w * w, d // w * w
+    if row_stride == item:
+        return rows // w * w, d
+    return 0, 0
 
 
 def make_pack_panel(vec, nr):
@@ -19,12 +30,7 @@ def make_pack_panel(vec, nr):
 
         Missing rows are zero up to a whole vector; further ones are left as they are.
         """
-        if depth_stride == item:
-            full, whole = rows // w * w, d // w * w
-        elif row_stride == item:
-            full, whole = rows // w * w, d
-        else:
-            full, whole = 0, 0
+        full, whole = _vector_blocks(rows, d, row_stride, depth_stride, w, item)
         for r in range(0, full, w):
             source, target = x + r * row_stride, panel + r * size
             if depth_stride == item:
@@ -53,12 +59,7 @@ def make_unpack_panel(vec, nr):
     @inner(vec.tag)
     def unpack_panel(panel, rows, d, out, row_stride, depth_stride, accumulate):
         """The inverse of `pack_panel`, without the scales."""
-        if depth_stride == item:
-            full, whole = rows // w * w, d // w * w
-        elif row_stride == item:
-            full, whole = rows // w * w, d
-        else:
-            full, whole = 0, 0
+        full, whole = _vector_blocks(rows, d, row_stride, depth_stride, w, item)
         for r in range(0, full, w):
             source, target = panel + r * size, out + r * row_stride
             if depth_stride == item:
