@@ -1,6 +1,7 @@
 """What a dtype means to regkern: one table that every layer and the tests read."""
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -24,6 +25,10 @@ class DType:
     result: str
     epsilon: float
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by name: dtypes are compared by identity."""
+        return _dtype, (self.name,)
+
 
 FLOAT16 = DType("float16", 2, "uint16", "float64", "float32", 2.0**-10)
 BFLOAT16 = DType("bfloat16", 2, "uint16", "float64", "float32", 2.0**-7)
@@ -31,3 +36,7 @@ FLOAT32 = DType("float32", 4, "float32", "float64", "float32", 2.0**-23)
 FLOAT64 = DType("float64", 8, "float64", "float64", "float64", 2.0**-52)
 
 DTYPES = {dtype.name: dtype for dtype in (FLOAT16, BFLOAT16, FLOAT32, FLOAT64)}
+
+
+def _dtype(name: str) -> DType:
+    return DTYPES[name]

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from regkern.arrays import ADAPTERS
+from regkern.dtypes import DTYPES, DType
 from regkern.kernels import formulas
 from regkern.kernels.formulas import Formula
 from regkern.numbers import real
-
-if TYPE_CHECKING:
-    from regkern.arrays.host import HostAdapter
 
 __all__ = ["abs_square_sums", "abs_sum", "gram_offdiagonal_mean", "square_sum"]
 
@@ -79,9 +79,7 @@ def abs_square_sums(x: Any) -> tuple[Any, Any]:
         >>> [float(s) for s in abs_square_sums(np.array([1.0, -2.0, 3.0]))]
         [6.0, 14.0]
     """
-    adapter = ADAPTERS[type(x)]
-    abs_total, square_total, dtype = adapter.sums(formulas.ABS_SQUARE, x)
-    return adapter.scalar(abs_total, dtype), adapter.scalar(square_total, dtype)
+    return ADAPTERS[type(x)].sums(formulas.ABS_SQUARE, x)
 
 
 def zero_and_nonfinite_counts(x: Any) -> tuple[int, int]:
@@ -98,7 +96,7 @@ def zero_and_nonfinite_counts(x: Any) -> tuple[int, int]:
         >>> zero_and_nonfinite_counts(np.array([0.0, 1.0, np.nan]))
         (1, 1)
     """
-    zeros, nonfinite, _ = ADAPTERS[type(x)].sums(formulas.COUNTS, x)
+    zeros, nonfinite = ADAPTERS[type(x)].partial(formulas.COUNTS, x)
     return int(zeros), int(nonfinite)
 
 
@@ -131,17 +129,13 @@ def gram_offdiagonal_mean(x: Any, mode: str = "rows") -> Any:
 def orthogonal_penalty(factor: float, x: Any, mode: str, leading_axes: str | None = None) -> Any:
     """Return `factor` times the mean |cosine| of a matrix's rows or columns."""
     adapter = ADAPTERS[type(x)]
-    mean, dtype = adapter.gram_mean(_matrices(adapter, x, leading_axes), columns=mode == "columns")
-    return adapter.scalar(factor * mean, dtype)
+    return adapter.orthogonal(factor, x, **_vectors(x, mode, leading_axes))
 
 
 def orthogonal_value_and_grad(factor: float, x: Any, mode: str, leading_axes: str | None) -> tuple[Any, Any]:
     """Return the orthogonal penalty and its gradient, a new array."""
     adapter = ADAPTERS[type(x)]
-    matrices = _matrices(adapter, x, leading_axes)
-    out = adapter.empty_like(matrices)
-    mean, dtype = adapter.gram_gradient(factor, matrices, out, columns=mode == "columns", accumulate=False)
-    return adapter.scalar(factor * mean, dtype), out.reshape(x.shape)
+    return adapter.orthogonal_value_and_grad(factor, x, **_vectors(x, mode, leading_axes))
 
 
 def orthogonal_grad(
@@ -150,19 +144,15 @@ def orthogonal_grad(
     """Write ``scale * dP/dx`` of the orthogonal penalty to out, or add it, and return out."""
     scale = _finite("scale", scale)
     _check_accumulate(out, accumulate)
-    if out is None:
-        return orthogonal_value_and_grad(factor * scale, x, mode, leading_axes)[1]
     adapter = ADAPTERS[type(x)]
-    adapter.check_out(x, out)
-    matrices, target = _matrices(adapter, x, leading_axes), _matrices(adapter, out, leading_axes, copy=False)
-    adapter.gram_gradient(factor * scale, matrices, target, columns=mode == "columns", accumulate=accumulate)
-    return out
+    vectors = _vectors(x, mode, leading_axes)
+    return adapter.orthogonal_grad(factor * scale, x, out, **vectors, accumulate=accumulate)
 
 
-def _matrices(adapter: HostAdapter, x: Any, leading_axes: str | None, *, copy: bool = True) -> Any:
-    """Return x with the axes before the last two treated as asked for: none, merged into the rows, or a batch."""
+def _vectors(x: Any, mode: str, leading_axes: str | None) -> dict[str, bool]:
+    """Say which vectors of x are compared, once its rank is known to be right."""
     check_rank(x.shape, leading_axes)
-    return adapter.flatten_leading(x, copy=copy) if leading_axes == "flatten" and len(x.shape) > 2 else x
+    return {"columns": mode == "columns", "flatten": leading_axes == "flatten"}
 
 
 def check_rank(shape: Sequence[int], leading_axes: str | None) -> None:
@@ -211,6 +201,30 @@ def prox(formula: Formula, a: float, b: float, x: Any, step: float, out: Any) ->
     if step < 0:
         raise ValueError(f"step: expected a non-negative finite number; got {step!r}.")
     return ADAPTERS[type(x)].prox(formula, a * step, b * step, x, out)
+
+
+def partial(formula: Formula, x: Any) -> Any:
+    """Return the formula's two sums over a piece of an array, in float64."""
+    return ADAPTERS[type(x)].partial(formula, x)
+
+
+def combine(partials: Any) -> Any:
+    """Add partial sums, a sequence of float64 arrays of the same shape, or an array whose first axis counts them."""
+    stacked = np.moveaxis(np.asarray(partials, np.float64), 0, -1)
+    return np.ascontiguousarray(stacked).sum(axis=-1)  # pairwise, along memory
+
+
+def finish(a: float, b: float, partial: Any, dtype: Any) -> Any:
+    """Return ``a * partial[0] + b * partial[1]`` in the result type of a dtype."""
+    sum0, sum1 = np.asarray(partial, np.float64).tolist()
+    return np.dtype(_supported(dtype).result).type(a * sum0 + b * sum1)
+
+
+def _supported(dtype: Any) -> DType:
+    name = getattr(dtype, "name", dtype)
+    if name not in DTYPES:
+        raise TypeError(f"dtype: expected one of {', '.join(DTYPES)}; got {dtype!r}.")
+    return DTYPES[name]
 
 
 def _check_accumulate(out: Any, accumulate: bool) -> None:

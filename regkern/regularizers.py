@@ -113,10 +113,6 @@ class ElementwiseRegularizer(Regularizer):
         """The formula and its two factors; worked out again when a factor is set."""
         raise NotImplementedError
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what makes the regularizer: formulas are compared by identity, and a copied one would be another."""
-        return {name: value for name, value in vars(self).items() if name != "_formula"}
-
     def __call__(self, x: Any) -> Any:
         """Return the penalty of x.
 
@@ -131,6 +127,50 @@ class ElementwiseRegularizer(Regularizer):
         """
         formula, a, b = self._formula
         return reductions.penalty(formula, a, b, x)
+
+    def partial(self, x: Any) -> Any:
+        """Return what a piece of an array contributes to the penalty: partial sums, which are added.
+
+        With `combine` and `finish`, the penalty of what no process holds as a whole: of chunks, files or ranks (for
+        MPI, an Allreduce with SUM combines them).
+
+        Args:
+            x: a piece, as an array for a call.
+
+        Returns:
+            A float64 array of two sums.
+
+        Raises:
+            TypeError: x is no array of a supported library and dtype.
+
+        Example:
+            >>> import numpy as np
+            >>> reg, pieces = L2(0.5), (np.array([1.0, 2.0]), np.array([3.0]))
+            >>> float(reg.finish(reg.combine([reg.partial(piece) for piece in pieces]), "float64"))
+            7.0
+        """
+        return reductions.partial(self._formula[0], x)
+
+    @staticmethod
+    def combine(partials: Any) -> Any:
+        """Add partial sums: a sequence of what `partial` returned, or an array whose first axis counts them."""
+        return reductions.combine(partials)
+
+    def finish(self, partial: Any, dtype: Any = "float32") -> Any:
+        """Return the penalty from the partial sums of all pieces.
+
+        Args:
+            partial: what `combine` returned.
+            dtype: the dtype of the pieces' elements, or its name.
+
+        Returns:
+            A NumPy scalar: float64 for float64, float32 for the rest.
+
+        Raises:
+            TypeError: the dtype is not supported.
+        """
+        _, a, b = self._formula
+        return reductions.finish(a, b, partial, dtype)
 
     def value_and_grad(self, x: Any) -> tuple[Any, Any]:
         """Return the penalty and its gradient dP/dx, a new array like x, in one pass over x.

@@ -316,9 +316,8 @@ def test_pickling(regularizer):
     x = np.random.default_rng(0).standard_normal((4, 5))
     regularizer(x)
     again = pickle.loads(pickle.dumps(regularizer))
-    assert "_formula" not in vars(
-        again
-    )  # formulas are compared by identity, and copies would compile kernels of their own
+    if not isinstance(regularizer, rk.OrthogonalRegularizer):
+        assert again._formula[0] is regularizer._formula[0]  # a copy of a formula would compile kernels of its own
     assert again(x) == regularizer(x)
     assert again.get_config() == regularizer.get_config()
 

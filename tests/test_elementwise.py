@@ -218,3 +218,21 @@ def test_a_small_step_of_l1_reaches_exact_zeros():
     z = rk.L1(1.0).prox(np.array([0.05, -0.05, 0.5, -0.5]), 0.1)
     np.testing.assert_array_equal(z[:2], 0.0)
     np.testing.assert_allclose(z[2:], [0.4, -0.4])
+
+
+@pytest.mark.parametrize("regularizer", REGULARIZERS.values(), ids=REGULARIZERS)
+def test_partial_sums_of_pieces_are_those_of_the_whole(regularizer):
+    x = np.random.default_rng(7).standard_normal(1000).astype(np.float32)
+    pieces = np.split(x, [0, 10, 500])
+    partials = [regularizer.partial(piece) for piece in pieces]
+    assert [(partial.shape, partial.dtype) for partial in partials] == [((2,), np.float64)] * 4
+    for combined in (regularizer.combine(partials), regularizer.combine(np.array(partials)), sum(partials)):
+        penalty = regularizer.finish(combined, x.dtype)
+        assert type(penalty) is np.float32
+        np.testing.assert_allclose(penalty, regularizer(x), rtol=2e-7)
+
+
+def test_finish_takes_the_supported_dtypes():
+    assert type(rk.L1(1.0).finish(np.zeros(2), "float64")) is np.float64
+    with pytest.raises(TypeError, match="dtype: expected one of float16, bfloat16, float32, float64; got 'int8'"):
+        rk.L1(1.0).finish(np.zeros(2), "int8")

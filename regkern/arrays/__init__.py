@@ -11,18 +11,18 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from regkern.arrays.host import HostAdapter
+    from regkern.arrays.adapter import Adapter
 
 _LIBRARIES = {"numpy": "regkern.arrays.numpy"}
 
 
-class _Adapters(dict[type, "HostAdapter"]):
+class _Adapters(dict[type, "Adapter"]):
     """Adapters by array type, which are found when a type is first seen."""
 
-    def __missing__(self, array_type: type) -> HostAdapter:
+    def __missing__(self, array_type: type) -> Adapter:
         for library, module in _LIBRARIES.items():
             if library in sys.modules:
-                adapter: HostAdapter = importlib.import_module(module).ADAPTER
+                adapter: Adapter = importlib.import_module(module).ADAPTER
                 if adapter.owns(array_type):
                     self[array_type] = adapter
                     return adapter

@@ -1,10 +1,11 @@
 """What all libraries share whose arrays lie in the host's memory: the CPU kernels run them."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import Any
 
 import numpy as np
 
+from regkern.arrays.adapter import Adapter
 from regkern.arrays.layout import Strides, loops
 from regkern.dtypes import DType
 from regkern.kernels.cpu import gram
@@ -20,12 +21,8 @@ from regkern.kernels.cpu.elementwise import (
 from regkern.kernels.formulas import Formula
 
 
-class HostAdapter(ABC):
-    """Evaluates formulas over a library's arrays. A library says how its arrays are recognised, read and made."""
-
-    @abstractmethod
-    def owns(self, array_type: type) -> bool:
-        """Whether arrays of this type belong to the library."""
+class HostAdapter(Adapter):
+    """Evaluates penalties by the CPU kernels. A library says how its arrays are recognised, read and made."""
 
     @abstractmethod
     def memory(self, x: Any) -> tuple[int, int, DType, bool]:
@@ -55,12 +52,15 @@ class HostAdapter(ABC):
     def check_out(self, x: Any, out: Any) -> None:
         """Raise TypeError or ValueError unless `out` can take an element-wise result of x."""
 
-    def sums(self, formula: Formula, x: Any) -> tuple[float, float, DType]:
-        """Return the formula's two sums in full precision, and x's dtype."""
-        return *self._run(SUMS, formula, 0.0, 0.0, x, x), self.memory(x)[2]
+    def partial(self, formula: Formula, x: Any) -> Any:
+        return np.array(self._run(SUMS, formula, 0.0, 0.0, x, x))
+
+    def sums(self, formula: Formula, x: Any) -> tuple[Any, Any]:
+        sum0, sum1 = self._run(SUMS, formula, 0.0, 0.0, x, x)
+        dtype = self.memory(x)[2]
+        return self.scalar(sum0, dtype), self.scalar(sum1, dtype)
 
     def penalty(self, formula: Formula, a: float, b: float, x: Any) -> Any:
-        """Return ``a * sum0 + b * sum1`` as a scalar of the library."""
         address, size, dtype, contiguous = self.memory(x)
         if contiguous:  # the shortest way: for a small array, the calls in between are the cost
             kernel = kernels(SUMS, formula, dtype).flat
@@ -71,26 +71,45 @@ class HostAdapter(ABC):
         return self.scalar(a * sum0 + b * sum1, dtype)
 
     def value_and_grad(self, formula: Formula, a: float, b: float, x: Any) -> tuple[Any, Any]:
-        """Return the penalty and its gradient, a new array."""
         out = self.empty_like(x)
         sum0, sum1 = self._run(SUMS_AND_GRADIENT, formula, a, b, x, out)
         return self.scalar(a * sum0 + b * sum1, self.memory(x)[2]), out
 
     def grad(self, formula: Formula, a: float, b: float, x: Any, out: Any, accumulate: bool) -> Any:
-        """Write the gradient to out, or add it; a new array where out is None."""
         return self._map(ADD_GRADIENT if accumulate else GRADIENT, formula, a, b, x, out)
 
     def prox(self, formula: Formula, a: float, b: float, x: Any, out: Any) -> Any:
-        """Write the proximal operator's result to out; a new array where out is None."""
         return self._map(PROX, formula, a, b, x, out)
 
-    def gram_mean(self, x: Any, *, columns: bool) -> tuple[float, DType]:
-        """Return the mean |cosine| over pairs of rows, or of columns, summed over the matrices in x, and x's dtype."""
-        dtype, matrices, lengths, strides = self._matrices(x, columns)
-        return sum(gram.mean(dtype, matrix, *lengths, *strides) for matrix in matrices), dtype
+    def orthogonal(self, factor: float, x: Any, *, columns: bool, flatten: bool) -> Any:
+        flat = self._flat(x, flatten)  # may be a copy, which must live as long as its address is used
+        dtype, matrices, lengths, strides = self._matrices(flat, columns)
+        mean = sum(gram.mean(dtype, matrix, *lengths, *strides) for matrix in matrices)
+        return self.scalar(factor * mean, dtype)
 
-    def gram_gradient(self, factor: float, x: Any, out: Any, *, columns: bool, accumulate: bool) -> tuple[float, DType]:
-        """Write factor times the gradient of `gram_mean` to out, or add it, and return the mean as well."""
+    def orthogonal_value_and_grad(self, factor: float, x: Any, *, columns: bool, flatten: bool) -> tuple[Any, Any]:
+        matrices = self._flat(x, flatten)
+        out = self.empty_like(matrices)
+        mean, dtype = self._gram_gradient(factor, matrices, out, columns, accumulate=False)
+        return self.scalar(factor * mean, dtype), out.reshape(x.shape)
+
+    def orthogonal_grad(
+        self, factor: float, x: Any, out: Any, *, columns: bool, flatten: bool, accumulate: bool
+    ) -> Any:
+        if out is None:
+            return self.orthogonal_value_and_grad(factor, x, columns=columns, flatten=flatten)[1]
+        self.check_out(x, out)
+        target = self._flat(out, flatten, copy=False)
+        self._gram_gradient(factor, self._flat(x, flatten), target, columns, accumulate=accumulate)
+        return out
+
+    def _flat(self, x: Any, flatten: bool, *, copy: bool = True) -> Any:
+        return self.flatten_leading(x, copy=copy) if flatten and len(x.shape) > 2 else x
+
+    def _gram_gradient(
+        self, factor: float, x: Any, out: Any, columns: bool, *, accumulate: bool
+    ) -> tuple[float, DType]:
+        """Write factor times the gradient of the mean |cosine| to out, or add it; return the mean and x's dtype."""
         dtype, matrices, lengths, strides = self._matrices(x, columns)
         _, outs, _, out_strides = self._matrices(out, columns)
         total = 0.0

@@ -80,7 +80,8 @@ def _write_prox(formula: Formula):
 
     @inner(formula.name)
     def update(v, old, a, b):
-        return prox(v, a, b)
+        clipped = -a if v < -a else (a if v > a else v)
+        return prox(v, clipped, a, b)
 
     return update
 

@@ -1,0 +1,61 @@
+"""What regkern asks of an array library: one method per thing that a regularizer can do with an array."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from regkern.kernels.formulas import Formula
+
+
+class Adapter(ABC):
+    """Evaluates penalties of one library's arrays.
+
+    An element-wise penalty is a formula with its two factors; the orthogonal one a factor, whether columns are meant
+    instead of rows, and whether the axes before the last are flattened into one, where there are more than two. Ranks
+    and options have been checked before, arrays have not. A library whose arrays lie in the host's memory derives from
+    `HostAdapter`, one that brings its own operations from `OperationsAdapter`.
+    """
+
+    @abstractmethod
+    def owns(self, array_type: type) -> bool:
+        """Whether arrays of this type belong to the library."""
+
+    @abstractmethod
+    def penalty(self, formula: Formula, a: float, b: float, x: Any) -> Any:
+        """Return ``a * sum0 + b * sum1``, the formula's two sums over x, as a 0-d scalar of the library."""
+
+    @abstractmethod
+    def sums(self, formula: Formula, x: Any) -> tuple[Any, Any]:
+        """Return the formula's two sums as 0-d scalars of the library."""
+
+    @abstractmethod
+    def partial(self, formula: Formula, x: Any) -> Any:
+        """Return the formula's two sums over a piece of an array, unrounded: a float64 array of two where there is one.
+
+        Partial sums are added, and the sum belongs to all pieces together.
+        """
+
+    @abstractmethod
+    def value_and_grad(self, formula: Formula, a: float, b: float, x: Any) -> tuple[Any, Any]:
+        """Return the penalty and its gradient, a new array."""
+
+    @abstractmethod
+    def grad(self, formula: Formula, a: float, b: float, x: Any, out: Any, accumulate: bool) -> Any:
+        """Write the gradient to out, or add it, and return out; a new array where out is None."""
+
+    @abstractmethod
+    def prox(self, formula: Formula, a: float, b: float, x: Any, out: Any) -> Any:
+        """Write the proximal operator's result to out and return it; a new array where out is None."""
+
+    @abstractmethod
+    def orthogonal(self, factor: float, x: Any, *, columns: bool, flatten: bool) -> Any:
+        """Return factor times the mean |cosine| over pairs of rows, or columns, summed over a batch of matrices."""
+
+    @abstractmethod
+    def orthogonal_value_and_grad(self, factor: float, x: Any, *, columns: bool, flatten: bool) -> tuple[Any, Any]:
+        """Return the orthogonal penalty and its gradient, a new array."""
+
+    @abstractmethod
+    def orthogonal_grad(
+        self, factor: float, x: Any, out: Any, *, columns: bool, flatten: bool, accumulate: bool
+    ) -> Any:
+        """Write the orthogonal penalty's gradient to out, or add it, and return out; a new array where out is None."""
