@@ -1,9 +1,15 @@
 """What regkern asks of an array library: one method per thing that a regularizer can do with an array."""
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from regkern.kernels.formulas import Formula
+
+if TYPE_CHECKING:
+    from regkern.arrays.host import HostAdapter
 
 
 class Adapter(ABC):
@@ -18,6 +24,18 @@ class Adapter(ABC):
     @abstractmethod
     def owns(self, array_type: type) -> bool:
         """Whether arrays of this type belong to the library."""
+
+    def on_host(self, x: Any) -> tuple[HostAdapter, Any] | None:
+        """Return the host adapter that can read x's memory now, and x as that adapter takes it; None where none can."""
+        return None
+
+    def tracks(self, x: Any) -> bool:
+        """Whether the library would differentiate what is computed from x: kernels must not bypass it then."""
+        return False
+
+    def named_arrays(self, model: Any) -> Mapping[str, Any] | None:
+        """Return the arrays that a model of this library trains, by name; None for what is no such model."""
+        return None
 
     @abstractmethod
     def penalty(self, formula: Formula, a: float, b: float, x: Any) -> Any:

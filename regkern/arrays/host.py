@@ -1,6 +1,9 @@
 """What all libraries share whose arrays lie in the host's memory: the CPU kernels run them."""
 
+from __future__ import annotations
+
 from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,6 +54,25 @@ class HostAdapter(Adapter):
     @abstractmethod
     def check_out(self, x: Any, out: Any) -> None:
         """Raise TypeError or ValueError unless `out` can take an element-wise result of x."""
+
+    def watch(self, arrays: Sequence[Any], *, written: bool) -> Callable[[Sequence[Any]], int]:
+        """Return a function that is given the same arrays again: the index of the first that lies elsewhere, or -1.
+
+        Of arrays that are written to, it also notices those that have become read-only, where the library has such.
+        """
+
+        def places(arrays: Sequence[Any]) -> list[Any]:
+            return [(self.memory(x), tuple(x.shape), self.strides(x)) for x in arrays]
+
+        before = places(arrays)
+
+        def first_moved(arrays: Sequence[Any]) -> int:
+            return next((i for i, (old, new) in enumerate(zip(before, places(arrays), strict=True)) if old != new), -1)
+
+        return first_moved
+
+    def on_host(self, x: Any) -> tuple[HostAdapter, Any] | None:
+        return self, x
 
     def partial(self, formula: Formula, x: Any) -> Any:
         return np.array(self._run(SUMS, formula, 0.0, 0.0, x, x))

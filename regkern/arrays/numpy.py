@@ -1,7 +1,9 @@
 """NumPy arrays, memory maps and other subclasses that keep their elements as ndarray does."""
 
+import bisect
 import ctypes
 import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,15 +11,26 @@ import numpy as np
 from regkern.arrays.host import HostAdapter
 from regkern.arrays.layout import Strides
 from regkern.dtypes import BFLOAT16, DTYPES, FLOAT64, DType
+from regkern.kernels.cpu.watch import first_changed
 
 
 class _ArrayHeader(ctypes.Structure):
-    """The start of NumPy's `PyArrayObject`, a part of its stable ABI; `ndarray.ctypes.data` takes nine times longer."""
+    """NumPy's `PyArrayObject`, a part of its stable ABI; `ndarray.ctypes.data` takes nine times longer."""
 
-    _fields_ = (("object", ctypes.c_char * object.__basicsize__), ("data", ctypes.c_size_t))
+    _fields_ = (
+        ("object", ctypes.c_char * object.__basicsize__),
+        ("data", ctypes.c_size_t),
+        ("ndim", ctypes.c_ssize_t),  # an int, and padding that nothing writes to
+        ("shape", ctypes.c_size_t),
+        ("strides", ctypes.c_size_t),
+        ("base", ctypes.c_size_t),
+        ("dtype", ctypes.c_size_t),
+        ("flags", ctypes.c_ssize_t),
+    )
 
 
 _header_at = _ArrayHeader.from_address
+_PLACE = ("data", "ndim", "shape", "strides", "dtype")
 # A product with 1 rounds to the result type as its constructor does, in a quarter of the time.
 _ONE32, _ONE64 = np.float32(1), np.float64(1)
 
@@ -38,6 +51,20 @@ class NumpyAdapter(HostAdapter):
     def strides(self, x: Any) -> Strides:
         strides: Strides = x.strides
         return strides
+
+    def watch(self, arrays: Sequence[Any], *, written: bool) -> Callable[[Sequence[Any]], int]:
+        words: list[tuple[int, int]] = []
+        ends = []
+        for x in arrays:
+            words += _header_words(x, (*_PLACE, "flags") if written else _PLACE)
+            ends.append(len(words))
+        table, changed = np.array(words, np.int64).reshape(-1, 2), first_changed()
+
+        def first_moved(arrays: Sequence[Any]) -> int:
+            row = changed(table)
+            return -1 if row < 0 else bisect.bisect_right(ends, row)
+
+        return first_moved
 
     def scalar(self, value: float, dtype: DType) -> Any:
         return (_ONE64 if dtype is FLOAT64 else _ONE32) * value
@@ -74,6 +101,15 @@ class NumpyAdapter(HostAdapter):
             raise ValueError(
                 "out: expected x itself or memory of its own; got one that overlaps x in part; pass a copy."
             )
+
+
+def _header_words(x: np.ndarray[Any, Any], names: Iterable[str]) -> Iterator[tuple[int, int]]:
+    """Yield the addresses and contents of these words of x's header, of its shape and of its strides."""
+    header = _header_at(id(x))
+    for name in names:
+        yield id(x) + getattr(_ArrayHeader, name).offset, getattr(header, name)
+    for address, values in ((header.shape, x.shape), (header.strides, x.strides)):
+        yield from ((address + 8 * axis, value) for axis, value in enumerate(values))
 
 
 def _same_elements(x: np.ndarray[Any, Any], out: np.ndarray[Any, Any]) -> bool:

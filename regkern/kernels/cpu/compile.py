@@ -20,11 +20,14 @@ from typing import Any
 
 import llvmlite
 import numba
+from llvmlite import ir
+from numba import types
 from numba.core import config
 from numba.core.caching import _Cache
 from numba.core.compiler import CompileResult
 from numba.core.registry import cpu_target
 from numba.core.serialize import dumps
+from numba.extending import intrinsic
 from numba.misc.appdirs import user_cache_dir
 
 # Lets LLVM reorder sums into vector lanes and fuse multiply and add. Without nnan and ninf: NaN and infinity must
@@ -74,15 +77,61 @@ def compile_kernel(
     Returns:
         The compiled function itself, without Numba's dispatch on argument types. It releases the GIL.
     """
+    if config.DISABLE_JIT:
+        return body
+    entry_point: Callable[..., Any] = _compile(body, signature, name, parallel, fastmath).entry_point
+    return entry_point
+
+
+def compile_function(body: Callable[..., Any], signature: Any, name: str, *, parallel: bool = False) -> int:
+    """Compile one kernel, or load it from the cache, and return the address of its C function.
+
+    Arguments are as for `compile_kernel`. Whatever calls the address must know the signature: another kernel, or a
+    library's C interface.
+    """
+    if config.DISABLE_JIT:
+        _functions[id(body)] = body
+        return id(body)
+    compiled = _compile(body, signature, name, parallel, fastmath=True)
+    address: int = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_cfunc_wrapper_name)
+    _functions[address] = compiled  # its code is freed with it
+    return address
+
+
+_functions: dict[int, Any] = {}
+
+
+def make_call(signature: Any) -> Callable[..., Any]:
+    """Make ``call(address, *arguments)``, by which a kernel calls what `compile_function` returned."""
+    if config.DISABLE_JIT:
+        return lambda address, *arguments: _functions[address](*arguments)
+
+    @intrinsic
+    def call(typing_context, address, arguments):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, _, values):  # type: ignore[no-untyped-def]
+            function = ir.FunctionType(
+                context.get_value_type(signature.return_type), [context.get_value_type(each) for each in signature.args]
+            )
+            pointer = builder.inttoptr(values[0], function.as_pointer())
+            return builder.call(pointer, [builder.extract_value(values[1], i) for i in range(len(signature.args))])
+
+        return signature.return_type(types.intp, types.Tuple(signature.args)), codegen
+
+    @numba.njit
+    def call_with(address, *arguments):  # type: ignore[no-untyped-def]
+        return call(address, arguments)
+
+    return call_with
+
+
+def _compile(body: Callable[..., Any], signature: Any, name: str, parallel: bool, fastmath: bool) -> CompileResult:
     name = f"{name}-parallel" if parallel else name
     dispatcher = numba.njit(
         _named(body, name), parallel=parallel, nogil=True, fastmath=FASTMATH if fastmath else False, error_model="numpy"
     )
-    if config.DISABLE_JIT:
-        return body
     dispatcher._cache = _KernelCache(name)
-    entry_point: Callable[..., Any] = dispatcher.compile(signature)
-    return entry_point
+    dispatcher.compile(signature)
+    return dispatcher.overloads[tuple(signature.args)]
 
 
 def inner(name: str, **options: Any) -> Callable[[Callable[..., Any]], Any]:

@@ -15,7 +15,7 @@ import numpy as np
 from numba import njit, prange, types
 
 from regkern.dtypes import DType
-from regkern.kernels.cpu.compile import FASTMATH, inner
+from regkern.kernels.cpu.compile import FASTMATH, compile_function, inner
 from regkern.kernels.cpu.launch import Kernel
 from regkern.kernels.cpu.memory import make_magnitude, make_narrow, make_view, make_widen
 from regkern.kernels.formulas import Formula
@@ -102,7 +102,7 @@ class Kernels:
     """
 
     def __init__(self, operation: Operation, formula: Formula, dtype: DType, in_place: bool) -> None:
-        name = "-".join([operation.name, formula.name, dtype.name] + ["in_place"] * in_place)
+        name = _name(operation, formula, dtype, in_place)
         run = _make_run(name, operation, formula, dtype, in_place)
         accumulator = getattr(types, dtype.accumulator)
         sums = types.UniTuple(accumulator, 2)
@@ -115,11 +115,28 @@ class Kernels:
             parallel_from=PARALLEL_FROM,
         )
         self.strided = Kernel(
-            _make_strided(run),
+            _make_strided(_make_chunk(name, run)),
             sums(types.intp, types.intp, layout, *factors),
             f"{name}-strided",
             parallel_from=STRIDED_PARALLEL_FROM,
         )
+
+
+# What a chunk function is called with: x, out, the address of the layout, its dimensions, which chunk, and the factors.
+CHUNK_SUMS = types.UniTuple(types.float64, 2)(*[types.intp] * 5, types.float64, types.float64)
+
+
+@functools.cache
+def chunk_function(operation: Operation, formula: Formula, dtype: DType, in_place: bool = False) -> int:
+    """Return the address of the function that runs over one chunk of an array; its signature is CHUNK_SUMS."""
+    name = _name(operation, formula, dtype, in_place)
+    chunk_sums = _make_chunk(name, _make_run(name, operation, formula, dtype, in_place))
+    layout_view, itemsize = make_view("int64"), 8
+
+    def chunk_at(x, out, layout, dims, c, a, b):
+        return chunk_sums(x, out, layout_view(layout, 3 * dims, itemsize), dims, c, a, b)
+
+    return compile_function(chunk_at, CHUNK_SUMS, f"{name}-chunk")
 
 
 @functools.cache
@@ -132,10 +149,14 @@ def kernels(operation: Operation, formula: Formula, dtype: DType, in_place: bool
     return Kernels(operation, formula, dtype, in_place)
 
 
+def _name(operation: Operation, formula: Formula, dtype: DType, in_place: bool) -> str:
+    return "-".join([operation.name, formula.name, dtype.name] + ["in_place"] * in_place)
+
+
 def _make_run(name: str, operation: Operation, formula: Formula, dtype: DType, in_place: bool):
     """Make ``run(x, x_stride, out, out_stride, n, a, b) -> (sum0, sum1)`` over n elements."""
     itemsize = dtype.itemsize
-    view, strided_view = make_view(dtype), make_view(dtype, strided=True)
+    view, strided_view = make_view(dtype.carrier), make_view(dtype.carrier, strided=True)
     if operation.writes:
         loop = _make_map_loop(name, operation, formula, dtype, in_place)
     else:
@@ -204,18 +225,19 @@ def chunk_size(n):
 
 
 @njit
-def combine(partial):
-    """Add the rows of an (m, 2) array pairwise, in place: the error grows with log(m)."""
-    m = len(partial)
+def combine(partial, first, last):
+    """Add rows first to last of an (m, 2) array pairwise, in place: the error grows with the logarithm of their count."""
+    m = last - first
     while m > 1:
         half = (m + 1) // 2
         for i in range(m // 2):
-            partial[i, 0] = partial[2 * i, 0] + partial[2 * i + 1, 0]
-            partial[i, 1] = partial[2 * i, 1] + partial[2 * i + 1, 1]
+            for k in range(2):
+                partial[first + i, k] = partial[first + 2 * i, k] + partial[first + 2 * i + 1, k]
         if m % 2:
-            partial[half - 1] = partial[m - 1]
+            for k in range(2):
+                partial[first + half - 1, k] = partial[first + m - 1, k]
         m = half
-    return partial[0, 0], partial[0, 1]
+    return partial[first, 0], partial[first, 1]
 
 
 def _make_flat(run, dtype: DType):
@@ -231,56 +253,95 @@ def _make_flat(run, dtype: DType):
             partial[c] = run(
                 x + start * itemsize, itemsize, out + start * itemsize, itemsize, min(chunk, n - start), a, b
             )
-        return combine(partial)
+        return combine(partial, 0, len(partial))
 
     return flat
 
 
-def _make_strided(run):
+def _make_strided(chunk_sums):
     def strided(x, out, layout, a, b):
-        inner, x_stride, out_stride = layout[:, -1]
-        rows = 1
-        for length in layout[0, :-1]:
-            rows *= length
-        chunk = chunk_size(rows * inner)
-        # A chunk is some whole rows or, of rows longer than a chunk, a piece of one.
-        piece = min(inner, chunk)
-        pieces = (inner + piece - 1) // piece
-        rows_per_chunk = max(1, chunk // inner)
-        partial = np.empty(((rows + rows_per_chunk - 1) // rows_per_chunk * pieces, 2))
+        dims = layout.shape[1]
+        flat_layout = layout.reshape(layout.size)
+        partial = np.empty((count_chunks(flat_layout, dims), 2))
         for c in prange(len(partial)):
-            start = c % pieces * piece
-            first = c // pieces * rows_per_chunk
-            sum0 = sum1 = 0.0
-            for row in range(first, min(rows, first + rows_per_chunk)):
-                x_offset, out_offset = row_offsets(layout, row)
-                row0, row1 = run(
-                    x + x_offset + start * x_stride,
-                    x_stride,
-                    out + out_offset + start * out_stride,
-                    out_stride,
-                    min(piece, inner - start),
-                    a,
-                    b,
-                )
-                sum0 += row0
-                sum1 += row1
-            partial[c, 0] = sum0
-            partial[c, 1] = sum1
-        return combine(partial)
+            partial[c] = chunk_sums(x, out, flat_layout, dims, c, a, b)
+        return combine(partial, 0, len(partial))
 
     return strided
 
 
+def _make_chunk(name: str, run):
+    """Make ``chunk_sums(x, out, layout, dims, c, a, b)``, which runs over chunk c of a layout, its rows in sequence.
+
+    A chunk is some whole rows or, of rows longer than a chunk, a piece of one.
+    """
+
+    @inner(name)
+    def chunk_sums(x, out, layout, dims, c, a, b):
+        length, x_stride, out_stride = layout[dims - 1], layout[2 * dims - 1], layout[3 * dims - 1]
+        if dims == 1:
+            size = chunk_size(length)
+            start = c * size
+            return run(
+                x + start * x_stride, x_stride, out + start * out_stride, out_stride, min(size, length - start), a, b
+            )
+        rows = count_rows(layout, dims)
+        piece, pieces, rows_per_chunk = cut(rows, length)
+        start = c % pieces * piece
+        first = c // pieces * rows_per_chunk
+        sum0 = sum1 = 0.0
+        for row in range(first, min(rows, first + rows_per_chunk)):
+            x_offset, out_offset = row_offsets(layout, dims, row)
+            row0, row1 = run(
+                x + x_offset + start * x_stride,
+                x_stride,
+                out + out_offset + start * out_stride,
+                out_stride,
+                min(piece, length - start),
+                a,
+                b,
+            )
+            sum0 += row0
+            sum1 += row1
+        return sum0, sum1
+
+    return chunk_sums
+
+
 @njit
-def row_offsets(layout, row):
+def count_rows(layout, dims):
+    """Count the innermost loops of a layout."""
+    rows = 1
+    for axis in range(dims - 1):
+        rows *= layout[axis]
+    return rows
+
+
+@njit
+def cut(rows, length):
+    """Return the elements of a piece of a row, the pieces of each row, and the rows of a chunk."""
+    chunk = chunk_size(rows * length)
+    piece = min(length, chunk)
+    return piece, (length + piece - 1) // piece, max(1, chunk // length)
+
+
+@njit
+def count_chunks(layout, dims):
+    """Count the chunks of a layout: as many as in a flat array, or more where rows do not fill them."""
+    rows = count_rows(layout, dims)
+    _, pieces, rows_per_chunk = cut(rows, layout[dims - 1])
+    return (rows + rows_per_chunk - 1) // rows_per_chunk * pieces
+
+
+@njit
+def row_offsets(layout, dims, row):
     """Byte offsets, in x and in out, of one run: `row` counts all but the last dimension in C order."""
     x_offset = out_offset = 0
-    for axis in range(layout.shape[1] - 2, 0, -1):
-        outer = row // layout[0, axis]
-        index = row - outer * layout[0, axis]
-        x_offset += index * layout[1, axis]
-        out_offset += index * layout[2, axis]
+    for axis in range(dims - 2, 0, -1):
+        outer = row // layout[axis]
+        index = row - outer * layout[axis]
+        x_offset += index * layout[dims + axis]
+        out_offset += index * layout[2 * dims + axis]
         row = outer
     # A matrix comes here straight: divisions would take longer than a short row.
-    return x_offset + row * layout[1, 0], out_offset + row * layout[2, 0]
+    return x_offset + row * layout[dims], out_offset + row * layout[2 * dims]

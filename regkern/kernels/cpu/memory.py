@@ -17,12 +17,12 @@ from regkern.dtypes import BFLOAT16, FLOAT16, DType
 from regkern.kernels.cpu.compile import inner, target_features
 
 
-def make_view(dtype: DType, *, strided: bool = False):
-    """Make ``view(address, n, stride)``: a 1-D array of the dtype's carrier over memory that it does not own.
+def make_view(carrier_name: str, *, strided: bool = False):
+    """Make ``view(address, n, stride)``: a 1-D array of a type over memory that it does not own.
 
     The stride is in bytes; a view that is not `strided` takes the item size for it, which lets LLVM vectorise.
     """
-    carrier = np.dtype(dtype.carrier)
+    carrier = np.dtype(carrier_name)
     if config.DISABLE_JIT:
 
         def python_view(address, n, stride):
@@ -32,7 +32,7 @@ def make_view(dtype: DType, *, strided: bool = False):
 
         return python_view
 
-    element = getattr(types, dtype.carrier)
+    element = getattr(types, carrier_name)
     array = types.Array(element, 1, "A" if strided else "C", aligned=False)
 
     @intrinsic
