@@ -20,16 +20,24 @@ class _Adapters(dict[type, "Adapter"]):
     """Adapters by array type, which are found when a type is first seen."""
 
     def __missing__(self, array_type: type) -> Adapter:
-        for library, module in _LIBRARIES.items():
-            if library in sys.modules:
-                adapter: Adapter = importlib.import_module(module).ADAPTER
-                if adapter.owns(array_type):
-                    self[array_type] = adapter
-                    return adapter
-        raise TypeError(
-            f"x: expected an array of {' or '.join(_LIBRARIES)}; got {array_type.__name__}; "
-            "convert it first, for example by numpy.asarray(x, dtype='float32')."
-        )
+        adapter: Adapter = sys.modules[_find(array_type)].ADAPTER
+        self[array_type] = adapter
+        return adapter
 
+
+def _find(array_type: type) -> str:
+    """Import the adapter of an array's type and return the name of its module."""
+    for library, module in _LIBRARIES.items():
+        if library in sys.modules and importlib.import_module(module).ADAPTER.owns(array_type):
+            return module
+    raise TypeError(
+        f"x: expected an array of {' or '.join(_LIBRARIES)}; got {array_type.__name__}; "
+        "convert it first, for example by numpy.asarray(x, dtype='float32')."
+    )
+
+
+# What `torch.compiler.assume_constant_result` does, without torch: a graph that is being traced may be the first to
+# see a tensor, and imports cannot be traced.
+_find._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 ADAPTERS = _Adapters()
