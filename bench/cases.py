@@ -182,7 +182,23 @@ GRAM = (
     Case("gram_and_grad", (4096, 1024), ("torch", "jax", "peak FMA"), targets=(over("torch", 3),)),
 )
 
-CASES = (*ELEMENTWISE, *GRAM)
+TORCH = (
+    Case(
+        "torch_backward",
+        (10, 10),
+        ("torch", "torch.compile"),
+        targets=(over("torch", 1.0, "no slower than torch"),),
+    ),
+    Case(
+        "torch_backward",
+        (4096, 4096),
+        ("torch", "torch.compile"),
+        targets=(over("torch", 4), over("torch.compile", 1.5)),
+    ),
+    Case("torch_gram_backward", (4096, 1024), ("torch",), targets=(over("torch", 2.5),)),
+)
+
+CASES = (*ELEMENTWISE, *GRAM, *TORCH)
 
 
 @dataclass(frozen=True)

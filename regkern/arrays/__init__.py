@@ -13,7 +13,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from regkern.arrays.adapter import Adapter
 
-_LIBRARIES = {"numpy": "regkern.arrays.numpy", "torch": "regkern.arrays.torch"}
+_LIBRARIES = {
+    "numpy": "regkern.arrays.numpy",
+    "torch.distributed.tensor": "regkern.arrays.dtensor",
+    "torch": "regkern.arrays.torch",
+}
 
 
 class _Adapters(dict[type, "Adapter"]):

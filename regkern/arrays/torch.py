@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from regkern.arrays.adapter import Adapter
 from regkern.arrays.host import HostAdapter
