@@ -80,7 +80,7 @@ def test_value_gradient_and_prox(layout, dtype, name):
 def test_expanded(layout, dtype):
     spec = READ_ONLY_LAYOUTS[layout]
     array = make(spec, dtype)
-    base = to_torch(array if spec.base == () else np.array(array))
+    base = to_torch(array.copy())
     x = base[:1].expand(30, 40) if layout == "broadcast rows" else base[:, :1].expand(30, 40)
     leaf = x.detach().requires_grad_()
     L1L2(leaf).backward()
@@ -113,6 +113,7 @@ def test_first_and_second_derivatives(name):
     assert torch.autograd.gradcheck(rk.reductions.abs_square_sums, x)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's forward mode
 @pytest.mark.parametrize("name", ALL)
 def test_transformations_of_torch_func(name):
     regularizer, x = ALL[name], matrix(5, 4)
@@ -157,7 +158,7 @@ def test_the_operators_keep_what_they_declare():
     torch.library.opcheck(torch.ops.regkern.mean_cosine, (x, False, False), test_utils=checks)
 
 
-def test_compiled_in_a_fresh_process_with_inductor_never_seen_a_tensor():
+def test_a_graph_may_be_the_first_to_see_a_tensor():
     code = """
 import torch, regkern as rk
 x = torch.ones(3, 3, requires_grad=True)
@@ -228,7 +229,7 @@ def test_tensors_that_have_no_memory_of_their_own():
 
     with FakeTensorMode():
         assert L1L2(torch.ones(4, 3)).shape == ()
-    traced = torch.jit.trace if False else torch.fx.experimental.proxy_tensor.make_fx(L1L2)(torch.ones(3))
+    traced = torch.fx.experimental.proxy_tensor.make_fx(L1L2)(torch.ones(3))
     torch.testing.assert_close(traced(torch.full((3,), 2.0)), L1L2(torch.full((3,), 2.0)))
 
 
@@ -262,7 +263,6 @@ BAD_OUT = {
     "dtype": (torch.ones(3, 4).double(), TypeError, "out: expected x's dtype torch.float32; got torch.float64"),
     "device": (torch.ones(3, 4, device="meta"), TypeError, "out: expected a plain tensor on the CPU"),
     "expanded": (torch.ones(4).expand(3, 4), ValueError, "out: expected a place of its own for each element"),
-    "overlap": (X.view(-1).as_strided((3, 4), (4, 1), 0).flip(0).new_zeros(0), ValueError, "out: expected x's shape"),
     "graph": (torch.ones(3, 4, requires_grad=True) * 1, ValueError, "out: expected a tensor that autograd does not"),
 }
 

@@ -94,9 +94,7 @@ def _like_scalar(x: DTensor, local: torch.Tensor) -> DTensor:
 
 
 def _like(x: DTensor, local: torch.Tensor) -> DTensor:
-    return DTensor.from_local(
-        local, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride()
-    )
+    return DTensor.from_local(local, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride())
 
 
 def _piece(x: DTensor, out: Any) -> torch.Tensor | None:
@@ -110,3 +108,6 @@ def _piece(x: DTensor, out: Any) -> torch.Tensor | None:
             f"out: expected x's mesh and placements {x.placements}; got {out.placements}; make it by torch.empty_like(x)."
         )
     return out.detach().to_local()
+
+
+ADAPTER = DTensorAdapter()

@@ -320,7 +320,9 @@ def check_layout(x: Tensor) -> None:
     """Raise TypeError unless a tensor has an element at every index."""
     if x.layout is not torch.strided or x.is_nested:
         layout = "nested" if x.is_nested else x.layout
-        raise TypeError(f"x: expected a tensor with layout torch.strided; got {layout}; pass x.to_dense() if that fits.")
+        raise TypeError(
+            f"x: expected a tensor with layout torch.strided; got {layout}; pass x.to_dense() if that fits."
+        )
 
 
 OPERATIONS = Operations()
