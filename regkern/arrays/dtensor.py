@@ -105,7 +105,8 @@ def _piece(x: DTensor, out: Any) -> torch.Tensor | None:
         raise TypeError(f"out: expected a DTensor; got {type(out).__name__}; make one by torch.empty_like(x).")
     if out.placements != x.placements or out.device_mesh != x.device_mesh:
         raise ValueError(
-            f"out: expected x's mesh and placements {x.placements}; got {out.placements}; make it by torch.empty_like(x)."
+            f"out: expected x's mesh and placements {x.placements}; got {out.placements}; "
+            "make it by torch.empty_like(x)."
         )
     return out.detach().to_local()
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from regkern.arrays.adapter import Adapter
@@ -21,7 +22,6 @@ from regkern.arrays.operations import OperationsAdapter
 from regkern.dtypes import DTYPES, DType
 from regkern.kernels.formulas import FORMULAS, Formula
 
-Tensor = torch.Tensor
 _CPU = torch.device("cpu")
 
 if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 5):
@@ -329,7 +329,7 @@ OPERATIONS = Operations()
 
 
 class Compiled(Operations):
-    """What `torch.compile` and `torch.export` trace: of CPU tensors the kernels, as operators; torch's own for others."""
+    """What `torch.compile` and `torch.export` trace: the kernels as operators for CPU tensors, torch's own for others."""
 
     def sums(self, formula: Formula, x: Tensor) -> tuple[Tensor, Tensor]:
         result = self._result(x)
