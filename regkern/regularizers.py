@@ -42,13 +42,13 @@ class Factor:
 class CachedAttribute:
     """`functools.cached_property` without its lock, which Python 3.11 has and `torch.compile` cannot trace."""
 
-    def __init__(self, compute: Callable[[Any], Any]) -> None:
+    def __init__(self, compute: Callable[[Any], tuple[Formula, float, float]]) -> None:
         self._compute = compute
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
-    def __get__(self, instance: object, owner: type) -> Any:
+    def __get__(self, instance: object, owner: type) -> tuple[Formula, float, float]:
         value = self._compute(instance)
         setattr(instance, self._name, value)
         return value

@@ -151,6 +151,19 @@ def test_compiled_without_graph_breaks(name):
     torch.testing.assert_close(x.grad, y.grad)
 
 
+@pytest.mark.parametrize("name", ["L1L2", "columns"])
+def test_compiled_gradients(name):
+    regularizer, x, out = ALL[name], matrix(6, 4), torch.ones(6, 4, dtype=torch.float64)
+    torch._dynamo.reset()
+
+    def both(x, out):
+        value, gradient = regularizer.value_and_grad(x)
+        return value, gradient, regularizer.grad(x, out, scale=2.0, accumulate=True)
+
+    actual = torch.compile(both, fullgraph=True, backend="aot_eager")(x, out.clone())
+    torch.testing.assert_close(actual, both(x, out))
+
+
 def test_the_operators_keep_what_they_declare():
     x = matrix(6, 4).requires_grad_()
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")

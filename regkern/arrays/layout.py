@@ -79,6 +79,6 @@ def may_overlap(shape: tuple[int, ...], itemsize: int, x: tuple[int, Strides], y
         interface = {"version": 3, "typestr": f"|V{itemsize}", "data": (address, True)}
         arrays.append(np.asarray(SimpleNamespace(__array_interface__=interface | {"shape": shape, "strides": strides})))
     try:
-        return np.shares_memory(*arrays, max_work=10_000)
+        return np.shares_memory(arrays[0], arrays[1], max_work=10_000)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True

@@ -329,7 +329,7 @@ OPERATIONS = Operations()
 
 
 class Compiled(Operations):
-    """What `torch.compile` and `torch.export` trace: the kernels as operators for CPU tensors, torch's own for others."""
+    """What `torch.compile` and `torch.export` trace: kernels as operators for CPU tensors, torch's own for others."""
 
     def sums(self, formula: Formula, x: Tensor) -> tuple[Tensor, Tensor]:
         result = self._result(x)
@@ -350,6 +350,23 @@ class Compiled(Operations):
         if result is None:
             return super().orthogonal(factor, x, columns=columns, flatten=flatten)
         return (factor * torch.ops.regkern.mean_cosine(x, columns, flatten)).to(result)
+
+    def value_and_grad(self, formula: Formula, a: float, b: float, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.detach()
+        if self._result(x) is None:
+            return super().value_and_grad(formula, a, b, x)
+        factors = torch.tensor([a, b], dtype=torch.float64)
+        return self.penalty(formula, a, b, x), torch.ops.regkern.gradient(x, formula.name, factors)
+
+    def orthogonal_value_and_grad(
+        self, factor: float, x: Tensor, *, columns: bool, flatten: bool
+    ) -> tuple[Tensor, Tensor]:
+        x = x.detach()
+        if self._result(x) is None:
+            return super().orthogonal_value_and_grad(factor, x, columns=columns, flatten=flatten)
+        value = self.orthogonal(factor, x, columns=columns, flatten=flatten)
+        scale = torch.tensor(factor, dtype=torch.float64)
+        return value, torch.ops.regkern.mean_cosine_gradient(x, columns, flatten, scale)
 
     def _result(self, x: Tensor) -> torch.dtype | None:
         """The result's type, where the kernels can serve a tensor of this kind."""
@@ -432,7 +449,8 @@ def _fake_sums(x: Tensor, formula: str) -> Tensor:
 
 @torch.library.impl("regkern::gradient", "cpu")
 def _gradient(x: Tensor, formula: str, factors: Tensor) -> Tensor:
-    return KERNELS.grad(FORMULAS[formula], *factors.tolist(), x, None, False)
+    a, b = factors.tolist()
+    return KERNELS.grad(FORMULAS[formula], a, b, x, None, False)
 
 
 @torch.library.register_fake("regkern::gradient")
