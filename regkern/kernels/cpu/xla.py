@@ -300,9 +300,7 @@ def _make_elementwise(signature):
             return _not_loaded(frame)
         for i in range(batch):
             g = _read(_argument(frame, 2), i) if kind == GRADIENT else 1.0
-            succeeded, sums = call(
-                kernel, (_data(x) + i * n * _itemsize(x), _data(out) + i * step, n, a * g, b * g)
-            )
+            succeeded, sums = call(kernel, (_data(x) + i * n * _itemsize(x), _data(out) + i * step, n, a * g, b * g))
             if not succeeded:
                 return _failed(frame)
             if kind == VALUE or kind == VALUE_AND_GRADIENT:
