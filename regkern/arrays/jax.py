@@ -181,15 +181,13 @@ def _widest() -> Any:
     return jax.dtypes.canonicalize_dtype(np.float64)
 
 
-@_primitive.def_impl
 def _compute(*operands: Any, **parameters: Any) -> Any:
     return _call(*operands, **parameters)
 
 
-@_primitive.def_abstract_eval
 def _types(x: Any, factors: Any, *rest: Any, kind: int, penalty: _Penalty, batch: int) -> list[Any]:
     gradient = x.update(weak_type=False)
-    if kind == GRADIENT or kind == PROX:
+    if kind in (GRADIENT, PROX):
         return [gradient]
     if kind == PARTIAL:
         return [_smaller(x, batch, (2,), _widest())]
@@ -302,6 +300,8 @@ def _register_handlers() -> bool:
     return True
 
 
+_primitive.def_impl(_compute)
+_primitive.def_abstract_eval(_types)
 ad.primitive_jvps[_primitive] = _differentiate
 ad.primitive_transposes[_primitive] = _transpose
 batching.primitive_batchers[_primitive] = _batch

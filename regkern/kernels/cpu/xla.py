@@ -1,4 +1,4 @@
-"""The CPU kernels as calls of XLA's foreign function interface (FFI), inside its programs and with no Python in between.
+"""The CPU kernels as calls of XLA's foreign function interface (FFI), inside its programs, without Python in between.
 
 XLA calls a handler with one argument, the address of a call frame, whose layout is `xla/ffi/api/c_api.h` in jaxlib's
 include folder. There are two handlers, for all element-wise kernels and for all Gram kernels. A program names the
@@ -75,7 +75,7 @@ def _load(kernel: Kernel, size: int) -> np.int64:
 
     That is on OpenMP and TBB; on workqueue, two launches at once end the process.
     """
-    key = np.frombuffer(hashlib.sha256(kernel.name.encode()).digest()[:8], np.int64)[0]
+    key = np.int64(int.from_bytes(hashlib.sha256(kernel.name.encode()).digest()[:8], "little", signed=True))
     with _loading:
         row = _TABLE[next(i for i, known in enumerate(_TABLE[:, 0]) if known in (0, key))]
         row[1] = kernel.serial_build.native
@@ -303,7 +303,7 @@ def _make_elementwise(signature):
             succeeded, sums = call(kernel, (_data(x) + i * n * _itemsize(x), _data(out) + i * step, n, a * g, b * g))
             if not succeeded:
                 return _failed(frame)
-            if kind == VALUE or kind == VALUE_AND_GRADIENT:
+            if kind in (VALUE, VALUE_AND_GRADIENT):
                 _write(first, i, a * sums[0] + b * sums[1])
             elif kind == PARTIAL:
                 _write(first, 2 * i, sums[0])
