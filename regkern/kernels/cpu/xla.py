@@ -9,6 +9,7 @@ a table of loaded kernels. An unknown one, or one that fails, becomes an error o
 import ctypes
 import hashlib
 import os
+import sys
 import threading
 from typing import Any, NamedTuple
 
@@ -262,6 +263,25 @@ def _write(buffer, i, value):
         _store_float(_data(buffer) + 4 * i, np.float32(value))
 
 
+if sys.platform == "linux":
+    _madvise = types.ExternalFunction("madvise", types.int32(types.intp, types.intp, types.int32))
+
+    @njit
+    def _ask_for_large_pages(address, size):
+        """Have large memory backed by large pages, as NumPy does for its arrays; it is fresh, and faults cost more than
+        the kernel: with them, the gradient of 4096 x 4096 takes a third.
+        """
+        if size >= 1 << 22:
+            start = (address + 4095) // 4096 * 4096
+            _madvise(start, (address + size - start) // 4096 * 4096, 14)
+
+else:
+
+    @njit
+    def _ask_for_large_pages(address, size):
+        pass
+
+
 @njit
 def _find(key, size):
     """Return the address of a kernel's faster build for a size; 0 where it is not loaded."""
@@ -295,6 +315,7 @@ def _make_elementwise(signature):
         n = _elements(x) // batch
         if kind >= GRADIENT:
             step = n * _itemsize(x)
+            _ask_for_large_pages(_data(out), batch * step)
         kernel = _find(_attribute(frame, 0), n)
         if kernel == 0:
             return _not_loaded(frame)
@@ -332,6 +353,8 @@ def _make_gram(value_signature, gradient_signature):
             return _not_loaded(frame)
         first = _result(frame, 0)
         out = _result(frame, 1) if kind == VALUE_AND_GRADIENT else first
+        if kind != VALUE:
+            _ask_for_large_pages(_data(out), matrices * size)
         for i in range(matrices):
             address = _data(x) + i * size
             if kind == VALUE:
