@@ -268,8 +268,9 @@ if sys.platform == "linux":
 
     @njit
     def _ask_for_large_pages(address, size):
-        """Have large memory backed by large pages, as NumPy does for its arrays; it is fresh, and faults cost more than
-        the kernel: with them, the gradient of 4096 x 4096 takes a third.
+        """Have large memory backed by large pages, as NumPy does for its arrays.
+
+        It is fresh, and page faults cost more than the kernel: the gradient of 4096 x 4096 takes a third of the time.
         """
         if size >= 1 << 22:
             start = (address + 4095) // 4096 * 4096
