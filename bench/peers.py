@@ -339,6 +339,37 @@ def torch_bare_product(x):
     return lambda: tensor @ other.T
 
 
+@peer("torch_backward", "regkern")
+def regkern_torch_backward(x):
+    return _torch_forward_and_backward(_REGULARIZER, x)
+
+
+@peer("torch_backward", "torch")
+def torch_backward(x):
+    return _torch_forward_and_backward(_torch_penalty, x)
+
+
+@peer("torch_backward", "torch.compile")
+def torch_compile_backward(x):
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # inductor's own
+        call = _torch_forward_and_backward(torch.compile(_torch_penalty, dynamic=False), x)
+        call()
+    return call
+
+
+@peer("torch_gram_backward", "regkern")
+def regkern_torch_gram_backward(x):
+    return _torch_forward_and_backward(rk.OrthogonalRegularizer(0.01, "rows"), x)
+
+
+@peer("torch_gram_backward", "torch")
+def torch_gram_backward(x):
+    return _torch_forward_and_backward(_torch_orthogonal, x)
+
+
 # JAX, under jit
 
 
@@ -367,6 +398,17 @@ def jax_value(x):
     return _jitted(_jax_penalty, x)
 
 
+@peer("jax_value_and_grad", "regkern")
+def regkern_jax_value_and_grad(x):
+    return _jitted(_jax().value_and_grad(_REGULARIZER), x)
+
+
+@peer("jax_gram_and_grad", "regkern")
+def regkern_jax_gram_and_grad(x):
+    return _jitted(_jax().value_and_grad(rk.OrthogonalRegularizer(0.01, "rows")), x)
+
+
+@peer("jax_value_and_grad", "jax")
 @peer("value_and_grad", "jax")
 def jax_value_and_grad(x):
     return _jitted(_jax().value_and_grad(_jax_penalty), x)
@@ -405,6 +447,7 @@ def jax_gram(x):
     return _jitted(_jax_orthogonal, x)
 
 
+@peer("jax_gram_and_grad", "jax")
 @peer("gram_and_grad", "jax")
 def jax_gram_and_grad(x):
     return _jitted(_jax().value_and_grad(_jax_orthogonal), x)

@@ -4,6 +4,7 @@ Importing regkern loads NumPy and nothing heavier: Numba is loaded by the first 
 """
 
 from regkern import reductions
+from regkern.penalty import BoundPenalty, Penalty
 from regkern.regularizers import (
     L1,
     L1L2,
@@ -31,8 +32,10 @@ __all__ = [
     "L1",
     "L1L2",
     "L2",
+    "BoundPenalty",
     "CustomObjectScope",
     "OrthogonalRegularizer",
+    "Penalty",
     "Regularizer",
     "activity_penalty",
     "custom_object_scope",

@@ -5,14 +5,17 @@ from __future__ import annotations
 import functools
 import operator
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Self
 
 from regkern import reductions
-from regkern.numbers import real
 from regkern.regularizers import ElementwiseRegularizer, OrthogonalRegularizer
 from regkern.rules import RuleError, Rules
 from regkern.serialization import deserialize, get, serialize
+
+if TYPE_CHECKING:
+    from regkern.arrays.plan import HostPlan, Weighted
 
 
 class Penalty:
@@ -22,9 +25,9 @@ class Penalty:
     their number, dtypes and layouts. Others, and those whose gradient a framework is recording, are called one by one.
 
     Args:
-        rules: globs over names and their regularizers, in the order in which they are tried: the first glob that matches
-            a name counts. None means no penalty. Globs are those of `fnmatch.fnmatchcase`: ``*`` matches dots and slashes
-            too. A regularizer is whatever `regkern.get` takes.
+        rules: globs over names and their regularizers, in the order in which they are tried: the first glob that
+            matches a name counts. None means no penalty. Globs are those of `fnmatch.fnmatchcase`: ``*`` matches dots
+            and slashes too. A regularizer is whatever `regkern.get` takes.
         count_tied: count memory that appears under several names once for each; by default it counts once, under its
             first name, as in a framework's list of parameters.
 
@@ -45,28 +48,29 @@ class Penalty:
         self.rules = Rules({_glob(glob): _regularizer(glob, identifier) for glob, identifier in rules.items()})
         self.count_tied = count_tied
         self._unmatched: set[str] = set()
-        self._last: _Bound | None = None
+        self._last: _Tensors | None = None
 
     def __call__(self, named: Any) -> Any:
         """Return the penalty of all tensors.
 
         Args:
-            named: a mapping of names to arrays, a `torch.nn.Module` (its named parameters) or a Keras model (its trainable
-                variables by their paths).
+            named: a mapping of names to arrays, or a `torch.nn.Module`, whose named parameters count.
 
         Returns:
-            A 0-d scalar of the first penalised array's library: float64 if any of them is float64, else float32; 0.0 where
-            nothing is penalised. In PyTorch, JAX and TensorFlow it can be differentiated as any other.
+            A 0-d scalar of the first penalised array's library: float64 if any of them is float64, else float32; 0.0
+            where nothing is penalised. In PyTorch and JAX it can be differentiated as any other.
 
         Raises:
             TypeError: a penalised tensor's dtype is not supported, or `named` is no collection of arrays.
             ValueError: a tensor's rank is not one that its regularizer takes. Both name the tensor.
         """
-        return self._split(named).value()
+        named = reductions.named_arrays(named)
+        return self._tensors(named).value(list(named.values()))
 
     def per_tensor(self, named: Any) -> dict[str, Any]:
         """Return each penalised tensor's penalty by name; arguments and errors as for a call."""
-        return self._split(named).values()
+        named = reductions.named_arrays(named)
+        return self._tensors(named).values(list(named.values()))
 
     def bind(self, named: Any) -> BoundPenalty:
         """Look up names, memory and layouts once, for tensors that stay where they are: as in a training loop.
@@ -91,13 +95,234 @@ class Penalty:
         rules = ", ".join(f"{glob!r}: {regularizer!r}" for glob, regularizer in self.rules.regularizers.items())
         return f"Penalty({{{rules}}}{', count_tied=True' * self.count_tied})"
 
-    def _split(self, named: Any) -> _Bound:
-        """Return the tensors with their regularizers; those of the last call if they are the same, where they were."""
-        arrays = reductions.named_arrays(named)
-        if self._last is None or not self._last.fits(arrays):
-            self._last = None
-            last = _Bound(arrays, self)
-            if not last.reusable:
-                return last
-            self._last = last
-        ...
+    def _tensors(self, named: Mapping[str, Any]) -> _Tensors:
+        """Return the tensors' regularizers and plan: those of the last call, if they are the same, where they were.
+
+        Only the addresses are kept, so that a call does not prolong the life of what it was given.
+        """
+        last = self._last
+        if last is None or not last.fits(named):
+            last = _Tensors(self, named, recorded=True)
+            self._last = last if last.reusable else None
+        return last
+
+    def find(self, names: Sequence[str]) -> list[Any]:
+        """Return the regularizer of each name, or None; warn, once for each name, of those that no rule matches."""
+        found = [self.rules.find(name) for name in names]
+        new = {name for name, (glob, _) in zip(names, found, strict=True) if glob is None} - self._unmatched
+        if new:
+            self._unmatched |= new
+            warnings.warn(
+                f"no rule matches {', '.join(sorted(new))}: no penalty is given; '*': None at the end says so.",
+                stacklevel=5,
+            )
+        return [regularizer for _, regularizer in found]
+
+
+class BoundPenalty:
+    """A penalty of tensors that stay where they are, made by `Penalty.bind`.
+
+    Names and layouts were looked up once, as in an FFT's plan, so an evaluation is one launch. The tensors are kept
+    alive. Factors of the regularizers may change between evaluations. Nothing is recorded for a framework's
+    differentiation.
+    """
+
+    def __init__(self, penalty: Penalty, named: Any) -> None:
+        named = reductions.named_arrays(named)
+        self._arrays = list(named.values())
+        self._tensors = _Tensors(penalty, named, recorded=False)
+
+    def value(self) -> Any:
+        """Return the penalty, as `Penalty.__call__` does.
+
+        Raises:
+            RuntimeError: a tensor's memory was resized, reshaped or replaced since it was bound.
+        """
+        self._tensors.check(self._arrays)
+        return self._tensors.value(self._arrays)
+
+    def per_tensor(self) -> dict[str, Any]:
+        """Return each penalised tensor's penalty by name; errors as for `value`."""
+        self._tensors.check(self._arrays)
+        return self._tensors.values(self._arrays)
+
+    def value_and_grad(self) -> tuple[Any, dict[str, Any]]:
+        """Return the penalty and, by name, each penalised tensor's gradient, a new array.
+
+        Raises:
+            RuntimeError: as for `value`.
+            TypeError: a user's callable has no `value_and_grad`; it names the tensor.
+        """
+        self._tensors.check(self._arrays)
+        return self._tensors.value_and_grad(self._arrays)
+
+    def add_grad(self, grads: Mapping[str, Any], scale: float = 1.0) -> None:
+        """Add ``scale * dP/dx`` to every penalised tensor's array in `grads`, without a temporary.
+
+        Args:
+            grads: arrays by name, each with its tensor's shape and dtype; further names do no harm.
+            scale: a finite factor.
+
+        Raises:
+            RuntimeError: as for `value`.
+            ValueError, TypeError: a name is missing, an array does not fit, a user's callable has no `grad`, or scale
+                is not finite. Nothing was written then.
+        """
+        self._tensors.check(self._arrays)
+        self._tensors.add_grad(self._arrays, grads, reductions.finite("scale", scale))
+
+    def prox_(self, step: float) -> None:
+        """Replace every penalised tensor by ``argmin_z step * P(z) + ||z - x||**2 / 2``, in place.
+
+        Args:
+            step: the step size, non-negative and finite.
+
+        Raises:
+            RuntimeError: as for `value`.
+            ValueError, TypeError: a tensor cannot be written to, a regularizer has no proximal operator, or step is
+                negative or not finite. Nothing was written then.
+        """
+        self._tensors.check(self._arrays)
+        self._tensors.prox(self._arrays, reductions.step_size(step))
+
+
+class _Tensors:
+    """Which tensors are penalised, and how: a plan for those in the host's memory, and others that are called.
+
+    Arrays are passed to each evaluation, all that were named; here are only their places among them.
+    """
+
+    def __init__(self, penalty: Penalty, named: Mapping[str, Any], *, recorded: bool) -> None:
+        self._names, arrays = list(named), list(named.values())
+        self._regularizers = penalty.find(self._names)
+        self._planned: list[int] = []
+        self._others: list[int] = []
+        self._distinct: list[Any] = []
+        self.reusable = True
+        members, seen = [], set()
+        for i, (name, x, regularizer) in enumerate(zip(self._names, arrays, self._regularizers, strict=True)):
+            if regularizer is None:
+                continue
+            with _naming(name):
+                place = reductions.place(x)
+            if not penalty.count_tied and place in seen:
+                continue
+            seen.add(place)
+            host = None
+            if isinstance(regularizer, ElementwiseRegularizer):
+                host = reductions.on_host(x, recorded=recorded)
+            if host is None:
+                self._others.append(i)
+                continue
+            if regularizer not in self._distinct:
+                self._distinct.append(regularizer)
+            self._planned.append(i)
+            self.reusable = self.reusable and host[1] is x and reductions.reads_itself(x)
+            members.append((name, *host, self._distinct.index(regularizer)))
+        self.reusable = self.reusable and not self._others
+        self._plan: HostPlan | None = reductions.plan(members) if members else None
+
+    def fits(self, named: Mapping[str, Any]) -> bool:
+        """Whether these are the same tensors under the same names, where they were."""
+        if self._names != list(named):
+            return False
+        return self._plan is None or self._plan.fits(self._of_plan(list(named.values())))
+
+    def check(self, arrays: Sequence[Any]) -> None:
+        """Raise RuntimeError unless the arrays are where they were."""
+        if self._plan is not None:
+            self._plan.check(self._of_plan(arrays))
+
+    def value(self, arrays: Sequence[Any]) -> Any:
+        values = [self._call(i, "__call__", arrays[i]) for i in self._others]
+        if self._plan is not None:
+            values.insert(0, self._plan.scalar(self._plan.value(self._penalties())))
+        return functools.reduce(operator.add, values) if values else 0.0
+
+    def values(self, arrays: Sequence[Any]) -> dict[str, Any]:
+        found = {i: self._call(i, "__call__", arrays[i]) for i in self._others}
+        if self._plan is not None:
+            found |= zip(self._planned, self._plan.values(self._penalties()), strict=True)
+        return {self._names[i]: found[i] for i in sorted(found)}
+
+    def value_and_grad(self, arrays: Sequence[Any]) -> tuple[Any, dict[str, Any]]:
+        self._need("value_and_grad")
+        values: list[Any] = []
+        grads: dict[int, Any] = {}
+        if self._plan is not None:
+            value, outs = self._plan.value_and_grad(self._penalties(), self._of_plan(arrays))
+            values.append(self._plan.scalar(value))
+            grads |= zip(self._planned, outs, strict=True)
+        for i in self._others:
+            value, grads[i] = self._call(i, "value_and_grad", arrays[i])
+            values.append(value)
+        total = functools.reduce(operator.add, values) if values else 0.0
+        return total, {self._names[i]: grads[i] for i in sorted(grads)}
+
+    def add_grad(self, arrays: Sequence[Any], grads: Mapping[str, Any], scale: float) -> None:
+        self._need("grad")
+        missing = [self._names[i] for i in self._planned + self._others if self._names[i] not in grads]
+        if missing:
+            raise ValueError(f"grads: expected an array for each penalised tensor; got none for {', '.join(missing)}.")
+        for i in self._others:
+            with _naming(self._names[i]):
+                reductions.check_out(arrays[i], grads[self._names[i]])
+        if self._plan is not None:
+            outs = [grads[self._names[i]] for i in self._planned]
+            self._plan.add_grad(self._penalties(), self._of_plan(arrays), outs, scale)
+        for i in self._others:
+            self._call(i, "grad", arrays[i], out=grads[self._names[i]], scale=scale, accumulate=True)
+
+    def prox(self, arrays: Sequence[Any], step: float) -> None:
+        self._need("prox")
+        for i in self._others:
+            if isinstance(self._regularizers[i], OrthogonalRegularizer):
+                raise TypeError(
+                    f"{self._names[i]}: expected a regularizer with a proximal operator; got an orthogonal one."
+                )
+            with _naming(self._names[i]):
+                reductions.check_out(arrays[i], arrays[i])
+        if self._plan is not None:
+            self._plan.prox(self._penalties(), self._of_plan(arrays), step)
+        for i in self._others:
+            self._call(i, "prox", arrays[i], step, out=arrays[i])
+
+    def _of_plan(self, arrays: Sequence[Any]) -> list[Any]:
+        return [arrays[i] for i in self._planned]
+
+    def _penalties(self) -> list[Weighted]:
+        return [regularizer._formula for regularizer in self._distinct]
+
+    def _need(self, method: str) -> None:
+        for i in self._others:
+            if not hasattr(self._regularizers[i], method):
+                raise TypeError(
+                    f"{self._names[i]}: expected a regularizer with {method}; got {self._regularizers[i]!r}, "
+                    "which has a value alone."
+                )
+
+    def _call(self, i: int, method: str, *arguments: Any, **keywords: Any) -> Any:
+        with _naming(self._names[i]):
+            return getattr(self._regularizers[i], method)(*arguments, **keywords)
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Begin the text of an error on a tensor with its name."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{name}: {error}") from error
+
+
+def _glob(glob: Any) -> str:
+    if not isinstance(glob, str) or not glob:
+        raise RuleError(f"rules: expected globs, as in '*kernel*'; got {glob!r}.")
+    return glob
+
+
+def _regularizer(glob: str, identifier: Any) -> Any:
+    try:
+        return get(identifier)
+    except ValueError as error:
+        raise RuleError(f"rule '{glob}': {error}") from error

@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from regkern.arrays import ADAPTERS
+from regkern.arrays import named_arrays as named_arrays
 from regkern.dtypes import DTYPES, DType
 from regkern.kernels import formulas
 from regkern.kernels.formulas import Formula
 from regkern.numbers import real
+
+if TYPE_CHECKING:
+    from regkern.arrays.host import HostAdapter
+    from regkern.arrays.plan import HostPlan
 
 __all__ = ["abs_square_sums", "abs_sum", "gram_offdiagonal_mean", "square_sum"]
 
@@ -142,7 +147,7 @@ def orthogonal_grad(
     factor: float, x: Any, mode: str, leading_axes: str | None, out: Any, scale: float, accumulate: bool
 ) -> Any:
     """Write ``scale * dP/dx`` of the orthogonal penalty to out, or add it, and return out."""
-    scale = _finite("scale", scale)
+    scale = finite("scale", scale)
     _check_accumulate(out, accumulate)
     adapter = ADAPTERS[type(x)]
     vectors = _vectors(x, mode, leading_axes)
@@ -190,17 +195,72 @@ def value_and_grad(formula: Formula, a: float, b: float, x: Any) -> tuple[Any, A
 
 def grad(formula: Formula, a: float, b: float, x: Any, out: Any, scale: float, accumulate: bool) -> Any:
     """Write ``scale * dP/dx`` to out, or add it, and return out."""
-    scale = _finite("scale", scale)
+    scale = finite("scale", scale)
     _check_accumulate(out, accumulate)
     return ADAPTERS[type(x)].grad(formula, a * scale, b * scale, x, out, accumulate)
 
 
 def prox(formula: Formula, a: float, b: float, x: Any, step: float, out: Any) -> Any:
     """Write ``argmin_z step * P(z) + ||z - x||**2 / 2`` to out and return out."""
-    step = _finite("step", step)
-    if step < 0:
-        raise ValueError(f"step: expected a non-negative finite number; got {step!r}.")
+    step = step_size(step)
     return ADAPTERS[type(x)].prox(formula, a * step, b * step, x, out)
+
+
+def step_size(step: Any) -> float:
+    """Return a step size as a float.
+
+    Raises:
+        ValueError: it is no non-negative finite number.
+    """
+    number = finite("step", step)
+    if number < 0:
+        raise ValueError(f"step: expected a non-negative finite number; got {step!r}.")
+    return number
+
+
+def on_host(x: Any, *, recorded: bool) -> tuple[HostAdapter, Any] | None:
+    """Return the adapter that can read an array's memory, and what it reads; None where none can.
+
+    Args:
+        x: an array.
+        recorded: respect a gradient that its library is recording: then kernels must not bypass the library.
+    """
+    adapter = ADAPTERS[type(x)]
+    return None if recorded and adapter.tracks(x) else adapter.on_host(x)
+
+
+def reads_itself(x: Any) -> bool:
+    """Whether an array's own adapter is the one that reads it, at all times: no library records its gradient."""
+    host = ADAPTERS[type(x)].on_host(x)
+    return host is not None and host[0] is ADAPTERS[type(x)]
+
+
+def place(x: Any) -> Any:
+    """Return what two names of the same elements have in common: where they lie, or which object they are.
+
+    Raises:
+        TypeError: x is no array of a supported library and dtype.
+    """
+    host = ADAPTERS[type(x)].on_host(x)
+    if host is None:
+        return id(x)
+    adapter, array = host
+    address, size, dtype, _ = adapter.memory(array)
+    return (address, dtype, tuple(array.shape), adapter.strides(array)) if size else id(x)
+
+
+def check_out(x: Any, out: Any) -> None:
+    """Raise TypeError or ValueError unless `out` can take a gradient of x, where x lies in the host's memory."""
+    host = ADAPTERS[type(x)].on_host(x)
+    if host is not None:
+        host[0].check_out(host[1], out)
+
+
+def plan(members: Sequence[tuple[str, HostAdapter, Any, int]]) -> HostPlan:
+    """Look many arrays up for evaluations in one launch: name, adapter, array, and which penalty each has."""
+    from regkern.arrays.plan import HostPlan, Member  # brings Numba, which only evaluations need
+
+    return HostPlan([Member(*member) for member in members])
 
 
 def partial(formula: Formula, x: Any) -> Any:
@@ -216,8 +276,10 @@ def combine(partials: Any) -> Any:
 
 def finish(a: float, b: float, partial: Any, dtype: Any) -> Any:
     """Return ``a * partial[0] + b * partial[1]`` in the result type of a dtype."""
-    sum0, sum1 = np.asarray(partial, np.float64).tolist()
-    return np.dtype(_supported(dtype).result).type(a * sum0 + b * sum1)
+    result = np.dtype(_supported(dtype).result)
+    if not hasattr(partial, "astype"):
+        partial = np.asarray(partial, np.float64)
+    return (a * partial[0] + b * partial[1]).astype(result)
 
 
 def _supported(dtype: Any) -> DType:
@@ -232,7 +294,12 @@ def _check_accumulate(out: Any, accumulate: bool) -> None:
         raise ValueError("out: expected the array to add to, because accumulate=True; got None; pass out.")
 
 
-def _finite(name: str, value: Any) -> float:
+def finite(name: str, value: Any) -> float:
+    """Return a number as a float.
+
+    Raises:
+        ValueError: it is none, or not finite.
+    """
     number = real(value)
     if not math.isfinite(number):
         raise ValueError(f"{name}: expected a finite number; got {value!r}.")

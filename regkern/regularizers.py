@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
 from regkern import reductions
@@ -38,6 +37,21 @@ class Factor:
         state = vars(instance)
         state[self._name] = factor
         state.pop("_formula", None)
+
+
+class CachedAttribute:
+    """`functools.cached_property` without its lock, which Python 3.11 has and `torch.compile` cannot trace."""
+
+    def __init__(self, compute: Callable[[Any], tuple[Formula, float, float]]) -> None:
+        self._compute = compute
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: object, owner: type) -> tuple[Formula, float, float]:
+        value = self._compute(instance)
+        setattr(instance, self._name, value)
+        return value
 
 
 class Choice:
@@ -108,7 +122,7 @@ class Regularizer:
 class ElementwiseRegularizer(Regularizer):
     """A penalty that is a sum over elements: what L1, L2 and L1L2 share."""
 
-    @cached_property
+    @CachedAttribute
     def _formula(self) -> tuple[Formula, float, float]:
         """The formula and its two factors; worked out again when a factor is set."""
         raise NotImplementedError
@@ -164,7 +178,7 @@ class ElementwiseRegularizer(Regularizer):
             dtype: the dtype of the pieces' elements, or its name.
 
         Returns:
-            A NumPy scalar: float64 for float64, float32 for the rest.
+            A scalar, of JAX where the partial sums are JAX's, else of NumPy: float64 for float64, float32 for the rest.
 
         Raises:
             TypeError: the dtype is not supported.
@@ -239,7 +253,7 @@ class L1(ElementwiseRegularizer):
     def __init__(self, l1: float | None = 0.01, **old: float) -> None:
         self.l1 = _old_spelling(l1, old)
 
-    @cached_property
+    @CachedAttribute
     def _formula(self) -> tuple[Formula, float, float]:
         return ABS, self.l1, 0.0
 
@@ -270,7 +284,7 @@ class L2(ElementwiseRegularizer):
     def __init__(self, l2: float | None = 0.01, **old: float) -> None:
         self.l2 = _old_spelling(l2, old)
 
-    @cached_property
+    @CachedAttribute
     def _formula(self) -> tuple[Formula, float, float]:
         return SQUARE, 0.0, self.l2
 
@@ -304,7 +318,7 @@ class L1L2(ElementwiseRegularizer):
         self.l1 = l1
         self.l2 = l2
 
-    @cached_property
+    @CachedAttribute
     def _formula(self) -> tuple[Formula, float, float]:
         l1, l2 = self.l1, self.l2
         if l1 and l2:

@@ -54,7 +54,7 @@ def test_other_byte_orders_are_named(dtype, call):
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("x", [[1.0, 2.0], [1, 2], (1.0,), 1.0, 3, None, "abc", b"abc", {"a": 1.0}, np.float32(1)])
 def test_what_is_no_array_is_named(x, call):
-    with pytest.raises(TypeError, match=rf"expected an array of numpy; got {type(x).__name__}; convert it first"):
+    with pytest.raises(TypeError, match=rf"expected an array of numpy.*; got {type(x).__name__}; convert it first"):
         CALLS[call](x)
 
 

@@ -8,28 +8,58 @@ from __future__ import annotations
 
 import importlib
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from regkern.arrays.adapter import Adapter
 
-_LIBRARIES = {"numpy": "regkern.arrays.numpy"}
+_LIBRARIES = {
+    "numpy": "regkern.arrays.numpy",
+    "torch.distributed.tensor": "regkern.arrays.dtensor",
+    "torch": "regkern.arrays.torch",
+    "jax": "regkern.arrays.jax",
+}
 
 
 class _Adapters(dict[type, "Adapter"]):
     """Adapters by array type, which are found when a type is first seen."""
 
     def __missing__(self, array_type: type) -> Adapter:
-        for library, module in _LIBRARIES.items():
-            if library in sys.modules:
-                adapter: Adapter = importlib.import_module(module).ADAPTER
-                if adapter.owns(array_type):
-                    self[array_type] = adapter
-                    return adapter
-        raise TypeError(
-            f"x: expected an array of {' or '.join(_LIBRARIES)}; got {array_type.__name__}; "
-            "convert it first, for example by numpy.asarray(x, dtype='float32')."
-        )
+        adapter: Adapter = sys.modules[_find(array_type)].ADAPTER
+        self[array_type] = adapter
+        return adapter
 
+
+def _find(array_type: type) -> str:
+    """Import the adapter of an array's type and return the name of its module."""
+    for library, module in _LIBRARIES.items():
+        if library in sys.modules and importlib.import_module(module).ADAPTER.owns(array_type):
+            return module
+    raise TypeError(
+        f"x: expected an array of {' or '.join(_LIBRARIES)}; got {array_type.__name__}; "
+        "convert it first, for example by numpy.asarray(x, dtype='float32')."
+    )
+
+
+# What `torch.compiler.assume_constant_result` does, without torch: a graph that is being traced may be the first to
+# see a tensor, and imports cannot be traced.
+_find._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 ADAPTERS = _Adapters()
+
+
+def named_arrays(model: Any) -> Mapping[str, Any]:
+    """Return a mapping as it is, and of a library's model the arrays that it trains, by name.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(model, Mapping):
+        return model
+    for library, module in _LIBRARIES.items():
+        if library in sys.modules:
+            named = importlib.import_module(module).ADAPTER.named_arrays(model)
+            if named is not None:
+                return cast(Mapping[str, Any], named)
+    raise TypeError(f"expected a mapping of names to arrays, or a model of PyTorch; got {type(model).__name__}.")

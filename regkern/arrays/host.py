@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from regkern.arrays.adapter import Adapter
-from regkern.arrays.layout import Strides, loops
+from regkern.arrays.layout import Strides, loops, may_overlap, overlaps_itself, same_elements
 from regkern.dtypes import DType
 from regkern.kernels.cpu import gram
 from regkern.kernels.cpu.elementwise import (
@@ -71,8 +71,41 @@ class HostAdapter(Adapter):
 
         return first_moved
 
+    def wrote(self, out: Any) -> None:
+        """Tell the library that a kernel has written to an array, where it wants to know."""
+        return None
+
     def on_host(self, x: Any) -> tuple[HostAdapter, Any] | None:
         return self, x
+
+    def check_place(self, x: Any, out: Any, maker: str) -> None:
+        """Raise unless an array of the library has x's shape and dtype, and memory that can be written one by one.
+
+        Args:
+            x: what is read.
+            out: what is written.
+            maker: the call that makes a right one, for the error.
+
+        Raises:
+            TypeError: the dtype is another.
+            ValueError: the shape is another, or elements of `out` overlap each other, or some of x's.
+        """
+        if out.shape != x.shape:
+            raise ValueError(f"out: expected x's shape {tuple(x.shape)}; got {tuple(out.shape)}; make it by {maker}.")
+        if out.dtype != x.dtype:
+            raise TypeError(f"out: expected x's dtype {x.dtype}; got {out.dtype}; make it by {maker}.")
+        address, size, dtype, _ = self.memory(x)
+        if size == 0:
+            return
+        source, target = (address, self.strides(x)), (self.memory(out)[0], self.strides(out))
+        if overlaps_itself(x.shape, target[1], dtype.itemsize):
+            raise ValueError(
+                "out: expected a place of its own for each element; got a view that repeats some; pass a copy."
+            )
+        if not same_elements(x.shape, source, target) and may_overlap(x.shape, dtype.itemsize, source, target):
+            raise ValueError(
+                "out: expected x itself or memory of its own; got one that overlaps x in part; pass a copy."
+            )
 
     def partial(self, formula: Formula, x: Any) -> Any:
         return np.array(self._run(SUMS, formula, 0.0, 0.0, x, x))

@@ -1,6 +1,7 @@
-"""Strided memory as loops: which dimensions a kernel must walk, innermost last."""
+"""Strided memory: the loops in which a kernel walks it, and what overlaps."""
 
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -51,3 +52,33 @@ def loops(shape: tuple[int, ...], x: Strides, out: Strides) -> tuple[int, int, i
     # A single element is one dimension as well.
     layout = np.array(merged or [(1, 0, 0)], np.int64).T.copy()
     return x_start, out_start, repeats, layout
+
+
+def overlaps_itself(shape: tuple[int, ...], strides: Strides, itemsize: int) -> bool:
+    """Whether an axis takes smaller steps than those inside it need. No slice or transpose of an array does."""
+    extent = itemsize
+    for stride, length in sorted((abs(stride), length) for stride, length in zip(strides, shape, strict=True)):
+        if length > 1:
+            if stride < extent:
+                return True
+            extent += (length - 1) * stride
+    return False
+
+
+def same_elements(shape: tuple[int, ...], x: tuple[int, Strides], y: tuple[int, Strides]) -> bool:
+    """Whether two arrays of one shape, each an address and strides, have every element at the same place."""
+    (x_address, x_strides), (y_address, y_strides) = x, y
+    axes = zip(shape, x_strides, y_strides, strict=True)
+    return x_address == y_address and all(a == b for length, a, b in axes if length > 1)
+
+
+def may_overlap(shape: tuple[int, ...], itemsize: int, x: tuple[int, Strides], y: tuple[int, Strides]) -> bool:
+    """Whether two arrays of one shape, each an address and strides, share memory; True where that is hard to say."""
+    arrays = []
+    for address, strides in (x, y):
+        interface = {"version": 3, "typestr": f"|V{itemsize}", "data": (address, True)}
+        arrays.append(np.asarray(SimpleNamespace(__array_interface__=interface | {"shape": shape, "strides": strides})))
+    try:
+        return np.shares_memory(arrays[0], arrays[1], max_work=10_000)  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return True

@@ -85,22 +85,9 @@ class NumpyAdapter(HostAdapter):
             raise TypeError(
                 f"out: expected a numpy.ndarray; got {type(out).__name__}; make one by numpy.empty_like(x)."
             )
-        if out.shape != x.shape:
-            raise ValueError(f"out: expected x's shape {x.shape}; got {out.shape}; make it by numpy.empty_like(x).")
-        if out.dtype != x.dtype:
-            raise TypeError(f"out: expected x's dtype {x.dtype}; got {out.dtype}; make it by numpy.empty_like(x).")
         if not out.flags.writeable:
             raise ValueError("out: expected a writable array; got a read-only one; pass a copy.")
-        if out.size == 0:
-            return
-        if _may_overlap_itself(out):
-            raise ValueError(
-                "out: expected a place of its own for each element; got a view that repeats some; pass a copy."
-            )
-        if out is not x and not _same_elements(x, out) and _may_overlap(x, out):
-            raise ValueError(
-                "out: expected x itself or memory of its own; got one that overlaps x in part; pass a copy."
-            )
+        self.check_place(x, out, "numpy.empty_like(x)")
 
 
 def _header_words(x: np.ndarray[Any, Any], names: Iterable[str]) -> Iterator[tuple[int, int]]:
@@ -110,29 +97,6 @@ def _header_words(x: np.ndarray[Any, Any], names: Iterable[str]) -> Iterator[tup
         yield id(x) + getattr(_ArrayHeader, name).offset, getattr(header, name)
     for address, values in ((header.shape, x.shape), (header.strides, x.strides)):
         yield from ((address + 8 * axis, value) for axis, value in enumerate(values))
-
-
-def _same_elements(x: np.ndarray[Any, Any], out: np.ndarray[Any, Any]) -> bool:
-    strides = zip(x.shape, x.strides, out.strides, strict=True)
-    return _header_at(id(x)).data == _header_at(id(out)).data and all(a == b for length, a, b in strides if length > 1)
-
-
-def _may_overlap_itself(out: np.ndarray[Any, Any]) -> bool:
-    """Whether an axis takes smaller steps than those inside it need. No slice or transpose of an array does."""
-    extent = out.itemsize
-    for stride, length in sorted((abs(stride), length) for stride, length in zip(out.strides, out.shape, strict=True)):
-        if length > 1:
-            if stride < extent:
-                return True
-            extent += (length - 1) * stride
-    return False
-
-
-def _may_overlap(x: np.ndarray[Any, Any], out: np.ndarray[Any, Any]) -> bool:
-    try:
-        return np.shares_memory(x, out, max_work=10_000)  # type: ignore[arg-type]
-    except np.exceptions.TooHardError:
-        return True
 
 
 class _DTypes(dict[Any, DType]):

@@ -16,7 +16,7 @@ from regkern.kernels.cpu.elementwise import (
     SUMS,
     SUMS_AND_GRADIENT,
     Operation,
-    chunk_function,
+    chunk_build,
 )
 from regkern.kernels.cpu.many import Entry, Table
 from regkern.kernels.formulas import Formula
@@ -64,7 +64,7 @@ class Places:
             self._watches.append((indices, adapter.watch([arrays[i] for i in indices], written=written)))
 
     def first_moved(self, arrays: Sequence[Any]) -> int:
-        """Return the index of the first array that lies elsewhere or otherwise now, or -1; they must be the same ones."""
+        """Return the index of the first of the same arrays that lies elsewhere or otherwise now, or -1."""
         for indices, watch in self._watches:
             i = watch([arrays[i] for i in indices] if len(self._watches) > 1 else arrays)
             if i >= 0:
@@ -108,6 +108,10 @@ class HostPlan:
                 "or given other memory; bind the penalty again."
             )
 
+    def scalar(self, value: float) -> Any:
+        """Return a sum over arrays as a 0-d scalar of the first one's library: float64 if any of them is float64."""
+        return self._adapters[0].scalar(value, self.dtype)
+
     def value(self, penalties: Sequence[Weighted]) -> float:
         """Return the sum of all penalties."""
         return self._run(SUMS, penalties)[0]
@@ -129,9 +133,7 @@ class HostPlan:
         places = [Place.of(adapter, out) for adapter, out in zip(self._adapters, outs, strict=True)]
         return self._run(SUMS_AND_GRADIENT, penalties, places)[0], outs
 
-    def add_grad(
-        self, penalties: Sequence[Weighted], arrays: Sequence[Any], outs: Sequence[Any], scale: float
-    ) -> None:
+    def add_grad(self, penalties: Sequence[Weighted], arrays: Sequence[Any], outs: Sequence[Any], scale: float) -> None:
         """Add scale times each array's gradient to its out.
 
         Raises:
@@ -143,6 +145,7 @@ class HostPlan:
             grads = self._grads = Places(self._adapters, outs, written=True)
         scaled = [(formula, a * scale, b * scale) for formula, a, b in penalties]
         self._run(ADD_GRADIENT, scaled, grads.places)
+        self._wrote(outs)
 
     def prox(self, penalties: Sequence[Weighted], arrays: Sequence[Any], step: float) -> None:
         """Replace each array by its proximal operator's result.
@@ -153,6 +156,11 @@ class HostPlan:
         self._check_outs(arrays, arrays)
         stepped = [(formula, a * step, b * step) for formula, a, b in penalties]
         self._run(PROX, stepped)
+        self._wrote(arrays)
+
+    def _wrote(self, outs: Sequence[Any]) -> None:
+        for adapter, out in zip(self._adapters, outs, strict=True):
+            adapter.wrote(out)
 
     def _check_outs(self, arrays: Sequence[Any], outs: Sequence[Any]) -> None:
         for name, adapter, x, out in zip(self._names, self._adapters, arrays, outs, strict=True):
@@ -170,13 +178,13 @@ class HostPlan:
     ) -> tuple[float, Any]:
         """Run an operation, in place where nothing else is given to write to."""
         formulas = [formula for formula, _, _ in penalties]
-        key = formulas, outs and [out.strides for out in outs]
+        key = formulas, None if outs is None else [out.strides for out in outs]
         known, table = self._tables.get(operation, (None, None))
         if table is None or known != key:
             table = self._table(operation, formulas, outs)
             self._tables[operation] = key, table
         factors = np.array([(a, b) for _, a, b in penalties])
-        return table.run(factors, outs and np.array([out.address for out in outs]))
+        return table.run(factors, None if outs is None else np.array([out.address for out in outs]))
 
     def _table(self, operation: Operation, formulas: Sequence[Formula], outs: Sequence[Place] | None) -> Table:
         entries = []
@@ -184,7 +192,7 @@ class HostPlan:
             out = place if outs is None else outs[i]
             offset, out_offset, repeats, layout = loops(place.shape, place.strides, out.strides)
             in_place = operation.writes and outs is None
-            function = chunk_function(operation, formulas[self._penalties[i]], place.dtype, in_place)
+            function = chunk_build(operation, formulas[self._penalties[i]], place.dtype, in_place).c
             entries.append(
                 Entry(
                     function,

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import llvmlite
 import numba
@@ -62,9 +62,24 @@ def cache_folder() -> Path:
     return Path(os.environ.get(CACHE_VARIABLE) or user_cache_dir("regkern", appauthor=False))
 
 
+class Build(NamedTuple):
+    """A compiled kernel.
+
+    Attributes:
+        call: the function for Python, without Numba's dispatch on argument types. It releases the GIL.
+        native: the address of the function for compiled code, by Numba's calling convention, which returns a status;
+            0 where Numba's compiler is switched off.
+        c: the address of the same with C's calling convention, which has no way to tell of an error; 0 likewise.
+    """
+
+    call: Callable[..., Any]
+    native: int
+    c: int
+
+
 def compile_kernel(
     body: Callable[..., Any], signature: Any, name: str, *, parallel: bool = False, fastmath: bool = True
-) -> Callable[..., Any]:
+) -> Build:
     """Compile one kernel, or load it from the cache.
 
     Args:
@@ -73,65 +88,37 @@ def compile_kernel(
         name: unique among all kernels; with the signature it stands for the code in the cache.
         parallel: whether `prange` loops run on Numba's threads.
         fastmath: whether LLVM may reorder sums and fuse products into them.
-
-    Returns:
-        The compiled function itself, without Numba's dispatch on argument types. It releases the GIL.
     """
-    if config.DISABLE_JIT:
-        return body
-    entry_point: Callable[..., Any] = _compile(body, signature, name, parallel, fastmath).entry_point
-    return entry_point
-
-
-def compile_function(body: Callable[..., Any], signature: Any, name: str, *, parallel: bool = False) -> int:
-    """Compile one kernel, or load it from the cache, and return the address of its C function.
-
-    Arguments are as for `compile_kernel`. Whatever calls the address must know the signature: another kernel, or a
-    library's C interface.
-    """
-    if config.DISABLE_JIT:
-        _functions[id(body)] = body
-        return id(body)
-    compiled = _compile(body, signature, name, parallel, fastmath=True)
-    address: int = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_cfunc_wrapper_name)
-    _functions[address] = compiled  # its code is freed with it
-    return address
-
-
-_functions: dict[int, Any] = {}
-
-
-def make_call(signature: Any) -> Callable[..., Any]:
-    """Make ``call(address, *arguments)``, by which a kernel calls what `compile_function` returned."""
-    if config.DISABLE_JIT:
-        return lambda address, *arguments: _functions[address](*arguments)
-
-    @intrinsic
-    def call(typing_context, address, arguments):  # type: ignore[no-untyped-def]
-        def codegen(context, builder, _, values):  # type: ignore[no-untyped-def]
-            function = ir.FunctionType(
-                context.get_value_type(signature.return_type), [context.get_value_type(each) for each in signature.args]
-            )
-            pointer = builder.inttoptr(values[0], function.as_pointer())
-            return builder.call(pointer, [builder.extract_value(values[1], i) for i in range(len(signature.args))])
-
-        return signature.return_type(types.intp, types.Tuple(signature.args)), codegen
-
-    @numba.njit
-    def call_with(address, *arguments):  # type: ignore[no-untyped-def]
-        return call(address, arguments)
-
-    return call_with
-
-
-def _compile(body: Callable[..., Any], signature: Any, name: str, parallel: bool, fastmath: bool) -> CompileResult:
     name = f"{name}-parallel" if parallel else name
     dispatcher = numba.njit(
         _named(body, name), parallel=parallel, nogil=True, fastmath=FASTMATH if fastmath else False, error_model="numpy"
     )
+    if config.DISABLE_JIT:
+        return Build(body, 0, 0)
     dispatcher._cache = _KernelCache(name)
-    dispatcher.compile(signature)
-    return dispatcher.overloads[tuple(signature.args)]
+    entry_point = dispatcher.compile(signature)
+    result = dispatcher.overloads[signature.args]
+    address = result.library.get_pointer_to_function
+    return Build(entry_point, address(result.fndesc.llvm_func_name), address(result.fndesc.llvm_cfunc_wrapper_name))
+
+
+def make_call(signature: Any) -> Any:
+    """Make ``call(address, arguments)``, by which a kernel calls another at its address by C's calling convention.
+
+    The arguments are a tuple of the signature's types.
+    """
+
+    @intrinsic
+    def call(typing_context, address, arguments):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, _, values):  # type: ignore[no-untyped-def]
+            operands = [context.get_value_type(each) for each in signature.args]
+            function = ir.FunctionType(context.get_value_type(signature.return_type), operands)
+            pointer = builder.inttoptr(values[0], function.as_pointer())
+            return builder.call(pointer, [builder.extract_value(values[1], i) for i in range(len(operands))])
+
+        return signature.return_type(types.intp, types.Tuple(signature.args)), codegen
+
+    return call
 
 
 def inner(name: str, **options: Any) -> Callable[[Callable[..., Any]], Any]:

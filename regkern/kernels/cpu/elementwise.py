@@ -15,7 +15,7 @@ import numpy as np
 from numba import njit, prange, types
 
 from regkern.dtypes import DType
-from regkern.kernels.cpu.compile import FASTMATH, compile_function, inner
+from regkern.kernels.cpu.compile import FASTMATH, Build, compile_kernel, inner
 from regkern.kernels.cpu.launch import Kernel
 from regkern.kernels.cpu.memory import make_magnitude, make_narrow, make_view, make_widen
 from regkern.kernels.formulas import Formula
@@ -33,6 +33,13 @@ VECTOR_BLOCK = 1 << 12
 SCALAR_BLOCK = 1 << 7
 # Bounds the partial sums to 256 KiB, whatever the array's size.
 MAX_CHUNKS = 1 << 14
+
+# All dtypes are summed, and their factors given, in the same type.
+_SUMS, _FACTORS = types.UniTuple(types.float64, 2), (types.float64, types.float64)
+FLAT = _SUMS(types.intp, types.intp, types.intp, *_FACTORS)
+STRIDED = _SUMS(types.intp, types.intp, types.Array(types.int64, 2, "C"), *_FACTORS)
+# Of one chunk: x, out, the address of the layout, its dimensions, and which chunk.
+CHUNK_SUMS = _SUMS(*[types.intp] * 5, *_FACTORS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,31 +111,23 @@ class Kernels:
     def __init__(self, operation: Operation, formula: Formula, dtype: DType, in_place: bool) -> None:
         name = _name(operation, formula, dtype, in_place)
         run = _make_run(name, operation, formula, dtype, in_place)
-        accumulator = getattr(types, dtype.accumulator)
-        sums = types.UniTuple(accumulator, 2)
-        factors = (accumulator, accumulator)
-        layout = types.Array(types.int64, 2, "C")
         self.flat = Kernel(
             _make_flat(run, dtype),
-            sums(types.intp, types.intp, types.intp, *factors),
+            FLAT,
             name,
             parallel_from=PARALLEL_FROM,
         )
         self.strided = Kernel(
             _make_strided(_make_chunk(name, run)),
-            sums(types.intp, types.intp, layout, *factors),
+            STRIDED,
             f"{name}-strided",
             parallel_from=STRIDED_PARALLEL_FROM,
         )
 
 
-# What a chunk function is called with: x, out, the address of the layout, its dimensions, which chunk, and the factors.
-CHUNK_SUMS = types.UniTuple(types.float64, 2)(*[types.intp] * 5, types.float64, types.float64)
-
-
 @functools.cache
-def chunk_function(operation: Operation, formula: Formula, dtype: DType, in_place: bool = False) -> int:
-    """Return the address of the function that runs over one chunk of an array; its signature is CHUNK_SUMS."""
+def chunk_build(operation: Operation, formula: Formula, dtype: DType, in_place: bool = False) -> Build:
+    """Compile the function that runs over one chunk of an array, for kernels that call it by its address."""
     name = _name(operation, formula, dtype, in_place)
     chunk_sums = _make_chunk(name, _make_run(name, operation, formula, dtype, in_place))
     layout_view, itemsize = make_view("int64"), 8
@@ -136,7 +135,7 @@ def chunk_function(operation: Operation, formula: Formula, dtype: DType, in_plac
     def chunk_at(x, out, layout, dims, c, a, b):
         return chunk_sums(x, out, layout_view(layout, 3 * dims, itemsize), dims, c, a, b)
 
-    return compile_function(chunk_at, CHUNK_SUMS, f"{name}-chunk")
+    return compile_kernel(chunk_at, CHUNK_SUMS, f"{name}-chunk")
 
 
 @functools.cache
@@ -226,7 +225,7 @@ def chunk_size(n):
 
 @njit
 def combine(partial, first, last):
-    """Add rows first to last of an (m, 2) array pairwise, in place: the error grows with the logarithm of their count."""
+    """Add rows first to last of an (m, 2) array pairwise, in place: the error grows with log(last - first)."""
     m = last - first
     while m > 1:
         half = (m + 1) // 2

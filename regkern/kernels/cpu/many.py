@@ -1,8 +1,8 @@
 """Many arrays in one launch: a table of arrays, whose chunks all threads share.
 
-The chunks and their sums are those of `elementwise`, so an array has the same sums here as alone. Arrays of every dtype,
-formula and layout stand in one table, because the loop calls the chunks' functions by address: it is compiled once, and a
-chunk function once for each operation, formula and dtype.
+The chunks and their sums are those of `elementwise`, so an array has the same sums here as alone. Arrays of every
+dtype, formula and layout stand in one table, because the loop calls the chunks' functions by address: it is compiled
+once, and a chunk function once for each operation, formula and dtype.
 """
 
 import functools
@@ -27,7 +27,7 @@ class Entry(NamedTuple):
     """One array in a table.
 
     Attributes:
-        function: the address of its chunk function, `elementwise.chunk_function`.
+        function: the address of its chunk function, `elementwise.chunk_build`.
         x: the address of its first element to be visited.
         out_offset: bytes from the address of what is written to the first element to be visited there.
         layout: int64 of three rows: lengths, byte strides of x, byte strides of out.
@@ -113,7 +113,7 @@ def _number_chunks() -> Any:
         rows[-1, _FIRST] = first
         return first
 
-    return compile_kernel(number_chunks, types.intp(_ROWS), "number_chunks")
+    return compile_kernel(number_chunks, types.intp(_ROWS), "number_chunks").call
 
 
 @functools.cache
@@ -128,13 +128,15 @@ def _many() -> Kernel:
                 own = rows[i, _FACTORS]
                 partial[c] = chunk_sums(
                     rows[i, _FUNCTION],
-                    rows[i, _X],
-                    rows[i, _OUT],
-                    rows[i, _LAYOUT],
-                    rows[i, _DIMS],
-                    c - rows[i, _FIRST],
-                    factors[own, 0],
-                    factors[own, 1],
+                    (
+                        rows[i, _X],
+                        rows[i, _OUT],
+                        rows[i, _LAYOUT],
+                        rows[i, _DIMS],
+                        c - rows[i, _FIRST],
+                        factors[own, 0],
+                        factors[own, 1],
+                    ),
                 )
         total = 0.0
         for i in range(len(sums)):

@@ -24,4 +24,4 @@ def first_changed() -> Any:
                 return i
         return -1
 
-    return compile_kernel(changed, types.intp(types.Array(types.int64, 2, "C")), "first_changed")
+    return compile_kernel(changed, types.intp(types.Array(types.int64, 2, "C")), "first_changed").call

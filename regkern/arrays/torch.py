@@ -1,0 +1,511 @@
+"""PyTorch's tensors: the CPU kernels, inside autograd and `torch.compile`; torch's own operations where they cannot.
+
+Three evaluators share the work, and `TorchAdapter` chooses for each tensor. `Kernels` reads plain tensors in the host's
+memory, and `Recorded` is the same with a place in autograd's graph. `Operations` takes whatever else torch can compute
+with: other devices, fake tensors, those that `torch.func` wraps. `Compiled` is what `torch.compile` traces: kernels as
+operators of `torch.library`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from regkern.arrays.adapter import Adapter
+from regkern.arrays.host import HostAdapter
+from regkern.arrays.layout import Strides
+from regkern.arrays.operations import OperationsAdapter
+from regkern.dtypes import DTYPES, DType
+from regkern.kernels.formulas import FORMULAS, Formula
+
+_CPU = torch.device("cpu")
+
+if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 5):
+    raise ImportError(f"regkern: expected torch 2.5 or later; got {torch.__version__}; upgrade it.")
+
+
+class _DTypes(dict[torch.dtype, DType]):
+    """What torch's dtypes mean to regkern."""
+
+    def __missing__(self, dtype: torch.dtype) -> DType:
+        raise _dtype_error(dtype)
+
+
+def _dtype_error(dtype: torch.dtype) -> TypeError:
+    return TypeError(
+        f"x: expected a tensor of {', '.join(DTYPES)}; got dtype {dtype}; convert it, for example by x.float()."
+    )
+
+
+_dtypes = _DTypes({getattr(torch, name): dtype for name, dtype in DTYPES.items()})
+_results = {dtype: getattr(torch, dtype.result) for dtype in DTYPES.values()}
+
+
+def _keys(x: Tensor) -> int:
+    keys: int = torch._C._dispatch_keys(x).raw_repr()
+    return keys
+
+
+def _plain_keys() -> frozenset[int]:
+    with torch.inference_mode():
+        inference = torch.empty(0, device=_CPU)
+    return frozenset((_keys(torch.empty(0, device=_CPU)), _keys(inference)))
+
+
+_PLAIN = _plain_keys()
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether a tensor's elements lie at its address, and only its address counts in what is going on.
+
+    The keys by which torch dispatches name everything that may stand between a tensor and its memory: another device or
+    layout, a lazy negation, a subclass, a transformation of `torch.func`. Three things are in no tensor's keys: a mode
+    that watches all operations, `torch.jit.trace`, and forward-mode differentiation.
+    """
+    return (
+        _keys(x) in _PLAIN
+        and not torch._C._len_torch_dispatch_stack()
+        and forward_ad._current_level < 0
+        and not torch.jit.is_tracing()
+    )
+
+
+class Kernels(HostAdapter):
+    """Reads and makes plain tensors in the host's memory, and leaves nothing in autograd's graph."""
+
+    def owns(self, array_type: type) -> bool:
+        return issubclass(array_type, Tensor)
+
+    def memory(self, x: Tensor) -> tuple[int, int, DType, bool]:
+        return x.data_ptr(), x.numel(), _dtypes[x.dtype], x.is_contiguous()
+
+    def strides(self, x: Tensor) -> Strides:
+        itemsize = x.itemsize
+        return tuple([stride * itemsize for stride in x.stride()])
+
+    def scalar(self, value: float, dtype: DType) -> Tensor:
+        try:
+            return torch.scalar_tensor(value, dtype=_results[dtype], device=_CPU)
+        except RuntimeError:  # beyond the largest float32: this one makes it infinite, in twice the time
+            return torch.tensor(value, dtype=_results[dtype], device=_CPU)
+
+    def empty_like(self, x: Tensor) -> Tensor:
+        return torch.empty_like(x)
+
+    def flatten_leading(self, x: Tensor, *, copy: bool) -> Tensor:
+        x = x.detach()
+        if copy:
+            return x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(x.shape[:-1].numel(), x.shape[-1])
+        try:
+            return x.view(x.shape[:-1].numel(), x.shape[-1])
+        except RuntimeError:
+            raise ValueError(
+                "out: expected leading axes that follow each other in memory; got strides that do not; pass a copy."
+            ) from None
+
+    def check_out(self, x: Tensor, out: Any) -> None:
+        check_tensor(out)
+        if not _is_plain(out):
+            raise TypeError(f"out: expected a plain tensor on the CPU, as x; got {_kind(out)}; pass a copy.")
+        self.check_place(x, out, "torch.empty_like(x)")
+
+    def grad(self, formula: Formula, a: float, b: float, x: Tensor, out: Any, accumulate: bool) -> Tensor:
+        return self._written(super().grad(formula, a, b, x, out, accumulate), out)
+
+    def prox(self, formula: Formula, a: float, b: float, x: Tensor, out: Any) -> Tensor:
+        return self._written(super().prox(formula, a, b, x, out), out)
+
+    def orthogonal_grad(
+        self, factor: float, x: Tensor, out: Any, *, columns: bool, flatten: bool, accumulate: bool
+    ) -> Tensor:
+        gradient = super().orthogonal_grad(factor, x, out, columns=columns, flatten=flatten, accumulate=accumulate)
+        return self._written(gradient, out)
+
+    def wrote(self, out: Tensor) -> None:
+        """Count a version on, so that a graph that has saved the tensor refuses to go on."""
+        if not out.is_inference():
+            torch.autograd.graph.increment_version(out)
+
+    def _written(self, result: Tensor, out: Tensor | None) -> Tensor:
+        if out is not None:
+            self.wrote(out)
+        return result
+
+
+def check_tensor(out: Any) -> None:
+    """Raise unless `out` is a tensor that may be written to behind autograd's back."""
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out: expected a torch.Tensor; got {type(out).__name__}; make one by torch.empty_like(x).")
+    if out.requires_grad and not out.is_leaf and torch.is_grad_enabled():
+        raise ValueError(
+            "out: expected a tensor that autograd does not follow; got one with a gradient function; "
+            "call it under torch.no_grad()."
+        )
+
+
+def _kind(x: Tensor) -> str:
+    return f"{type(x).__name__} on {x.device} with layout {x.layout}"
+
+
+KERNELS = Kernels()
+
+
+class Recorded(Kernels):
+    """The kernels for tensors that require a gradient: penalties join autograd's graph."""
+
+    def penalty(self, formula: Formula, a: float, b: float, x: Tensor) -> Tensor:
+        penalty: Tensor = Penalty.apply(x, formula, a, b)
+        return penalty
+
+    def sums(self, formula: Formula, x: Tensor) -> tuple[Tensor, Tensor]:
+        sums: tuple[Tensor, Tensor] = Sums.apply(x, formula)
+        return sums
+
+    def orthogonal(self, factor: float, x: Tensor, *, columns: bool, flatten: bool) -> Tensor:
+        penalty: Tensor = Orthogonal.apply(x, factor, columns, flatten)
+        return penalty
+
+
+# Without `setup_context`, which these functions do without because `torch.func` never comes here, applying one takes
+# two thirds of the time.
+class Penalty(torch.autograd.Function):
+    """An element-wise penalty in the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, formula: Formula, a: float, b: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.penalty = formula, a, b
+        return KERNELS.penalty(formula, a, b, x)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        formula, a, b = ctx.penalty
+        if _can_use_kernels(x, upstream):
+            scale = upstream.item()
+            gradient = KERNELS.grad(formula, a * scale, b * scale, x, None, False)
+        else:
+            gradient = _by_operations(lambda: OPERATIONS.penalty(formula, a, b, x), x, upstream)
+        return gradient, None, None, None
+
+
+class Sums(torch.autograd.Function):
+    """A formula's two sums in the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, formula: Formula) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x)
+        ctx.formula = formula
+        return KERNELS.sums(formula, x)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        if _can_use_kernels(x, *upstream):
+            a, b = (each.item() for each in upstream)
+            gradient = KERNELS.grad(ctx.formula, a, b, x, None, False)
+        else:
+            gradient = _by_operations(lambda: OPERATIONS.sums(ctx.formula, x), x, *upstream)
+        return gradient, None
+
+
+class Orthogonal(torch.autograd.Function):
+    """The orthogonal penalty in the graph.
+
+    The cosines are most of the work, and the gradient needs them again: it is computed with the value. Not of 16-bit
+    floats, in which a gradient so small may vanish before it is multiplied by the scale of a loss.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float, columns: bool, flatten: bool) -> Tensor:
+        ctx.arguments = factor, {"columns": columns, "flatten": flatten}
+        if x.itemsize == 2:
+            ctx.save_for_backward(x)
+            return KERNELS.orthogonal(factor, x, columns=columns, flatten=flatten)
+        value, gradient = KERNELS.orthogonal_value_and_grad(factor, x, columns=columns, flatten=flatten)
+        ctx.save_for_backward(x, gradient)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, *saved = ctx.saved_tensors
+        factor, vectors = ctx.arguments
+        if not _can_use_kernels(x, upstream):
+            gradient = _by_operations(lambda: OPERATIONS.orthogonal(factor, x, **vectors), x, upstream)
+        elif saved:
+            gradient = saved[0] * upstream
+        else:
+            gradient = KERNELS.orthogonal_value_and_grad(factor * upstream.item(), x, **vectors)[1]
+        return gradient, None, None, None
+
+
+def _can_use_kernels(*tensors: Tensor) -> bool:
+    """Whether a gradient may be computed behind autograd's back: not where it is to be differentiated again."""
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and all(map(_is_plain, tensors))
+
+
+def _by_operations(function: Callable[[], Any], x: Tensor, *upstream: Tensor) -> Tensor:
+    """Return the gradient of what a function computes from x by torch's operations, which can be differentiated."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        outputs = function()
+    return torch.autograd.grad(outputs, x, upstream, create_graph=again)[0]
+
+
+class Operations(OperationsAdapter):
+    """Penalties as torch's own operations, for all tensors with an order of elements that torch can compute with."""
+
+    def owns(self, array_type: type) -> bool:
+        return issubclass(array_type, Tensor)
+
+    def widen(self, x: Tensor) -> Tensor:
+        check_layout(x)
+        return x.to(_results[_dtypes[x.dtype]])
+
+    def narrow(self, value: Tensor, x: Tensor) -> Tensor:
+        return value.to(x.dtype)
+
+    def zero(self, x: Tensor) -> Tensor:
+        return x[None][:0].sum()  # the sum of nothing: unlike a constant, it has a gradient
+
+    def sum(self, x: Tensor) -> Tensor:
+        return x.sum()
+
+    def clip(self, x: Tensor, limit: float) -> Tensor:
+        return x.clamp(-limit, limit)
+
+    def flatten_leading(self, x: Tensor) -> Tensor:
+        return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+    def transpose(self, x: Tensor) -> Tensor:
+        return x.mT
+
+    def unit(self, x: Tensor) -> Tensor:
+        largest = x.detach().abs().amax(dim=-1, keepdim=True)  # scaled by it, squares neither overflow nor vanish
+        x = x / torch.where(largest == 0, 1.0, largest)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        zero = norm == 0
+        return torch.where(zero, 0.0, x / torch.where(zero, 1.0, norm))
+
+    def off_diagonal(self, x: Tensor) -> Tensor:
+        return x.masked_fill(torch.eye(x.shape[-1], dtype=torch.bool, device=x.device), 0.0)
+
+    def differentiate(self, function: Callable[[Any], Any], x: Tensor) -> tuple[Tensor, Tensor]:
+        gradient, value = torch.func.grad_and_value(function)(x.detach())
+        return value, gradient
+
+    def write(self, value: Tensor, out: Any, accumulate: bool) -> Tensor:
+        if out is None:
+            return value
+        check_tensor(out)
+        if out.shape != value.shape or out.dtype != value.dtype or out.device != value.device:
+            raise ValueError(
+                f"out: expected x's shape, dtype and device, {tuple(value.shape)}, {value.dtype}, {value.device}; "
+                f"got {tuple(out.shape)}, {out.dtype}, {out.device}; make it by torch.empty_like(x)."
+            )
+        with torch.no_grad():
+            return out.add_(value) if accumulate else out.copy_(value)
+
+    def partial(self, formula: Formula, x: Tensor) -> Tensor:
+        terms = formula.terms(abs(self.widen(x.detach())))
+        sums = [0.0 if isinstance(term, float) else term.sum(dtype=torch.float64) for term in terms]
+        return torch.stack([torch.as_tensor(each, dtype=torch.float64, device=x.device) for each in sums])
+
+    def prox(self, formula: Formula, a: float, b: float, x: Tensor, out: Any) -> Tensor:
+        return super().prox(formula, a, b, x.detach(), out)
+
+
+def check_layout(x: Tensor) -> None:
+    """Raise TypeError unless a tensor has an element at every index."""
+    if x.layout is not torch.strided or x.is_nested:
+        layout = "nested" if x.is_nested else x.layout
+        raise TypeError(
+            f"x: expected a tensor with layout torch.strided; got {layout}; pass x.to_dense() if that fits."
+        )
+
+
+OPERATIONS = Operations()
+
+
+class Compiled(Operations):
+    """What `torch.compile` and `torch.export` trace: kernels as operators for CPU tensors, torch's own for others."""
+
+    def sums(self, formula: Formula, x: Tensor) -> tuple[Tensor, Tensor]:
+        result = self._result(x)
+        if result is None:
+            return super().sums(formula, x)
+        sums = torch.ops.regkern.sums(x, formula.name)
+        return sums[0].to(result), sums[1].to(result)
+
+    def penalty(self, formula: Formula, a: float, b: float, x: Tensor) -> Tensor:
+        result = self._result(x)
+        if result is None:
+            return super().penalty(formula, a, b, x)
+        sums = torch.ops.regkern.sums(x, formula.name)
+        return (a * sums[0] + b * sums[1]).to(result)
+
+    def orthogonal(self, factor: float, x: Tensor, *, columns: bool, flatten: bool) -> Tensor:
+        result = self._result(x)
+        if result is None:
+            return super().orthogonal(factor, x, columns=columns, flatten=flatten)
+        return (factor * torch.ops.regkern.mean_cosine(x, columns, flatten)).to(result)
+
+    def value_and_grad(self, formula: Formula, a: float, b: float, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.detach()
+        if self._result(x) is None:
+            return super().value_and_grad(formula, a, b, x)
+        factors = torch.tensor([a, b], dtype=torch.float64)
+        return self.penalty(formula, a, b, x), torch.ops.regkern.gradient(x, formula.name, factors)
+
+    def orthogonal_value_and_grad(
+        self, factor: float, x: Tensor, *, columns: bool, flatten: bool
+    ) -> tuple[Tensor, Tensor]:
+        x = x.detach()
+        if self._result(x) is None:
+            return super().orthogonal_value_and_grad(factor, x, columns=columns, flatten=flatten)
+        value = self.orthogonal(factor, x, columns=columns, flatten=flatten)
+        scale = torch.tensor(factor, dtype=torch.float64)
+        return value, torch.ops.regkern.mean_cosine_gradient(x, columns, flatten, scale)
+
+    def _result(self, x: Tensor) -> torch.dtype | None:
+        """The result's type, where the kernels can serve a tensor of this kind."""
+        check_layout(x)
+        dtype = _dtypes.get(x.dtype)
+        if dtype is None:
+            raise _dtype_error(x.dtype)
+        return _results[dtype] if x.device.type == "cpu" else None
+
+
+COMPILED = Compiled()
+RECORDED = Recorded()
+
+
+class TorchAdapter(Adapter):
+    """Chooses the evaluator for each tensor."""
+
+    def owns(self, array_type: type) -> bool:
+        return issubclass(array_type, Tensor)
+
+    def on_host(self, x: Tensor) -> tuple[HostAdapter, Any] | None:
+        if torch.compiler.is_compiling() or not _is_plain(x):
+            return None
+        return KERNELS, x
+
+    def tracks(self, x: Tensor) -> bool:
+        return x.requires_grad and torch.is_grad_enabled()
+
+    def named_arrays(self, model: Any) -> Mapping[str, Any] | None:
+        return dict(model.named_parameters()) if isinstance(model, torch.nn.Module) else None
+
+    def penalty(self, formula: Formula, a: float, b: float, x: Tensor) -> Tensor:
+        return _evaluator(x).penalty(formula, a, b, x)
+
+    def sums(self, formula: Formula, x: Tensor) -> tuple[Tensor, Tensor]:
+        return _evaluator(x).sums(formula, x)
+
+    def partial(self, formula: Formula, x: Tensor) -> Any:
+        return _evaluator(x).partial(formula, x)
+
+    def value_and_grad(self, formula: Formula, a: float, b: float, x: Tensor) -> tuple[Tensor, Tensor]:
+        return _evaluator(x).value_and_grad(formula, a, b, x)
+
+    def grad(self, formula: Formula, a: float, b: float, x: Tensor, out: Any, accumulate: bool) -> Tensor:
+        return _evaluator(x).grad(formula, a, b, x, out, accumulate)
+
+    def prox(self, formula: Formula, a: float, b: float, x: Tensor, out: Any) -> Tensor:
+        return _evaluator(x).prox(formula, a, b, x, out)
+
+    def orthogonal(self, factor: float, x: Tensor, **vectors: bool) -> Tensor:
+        return _evaluator(x).orthogonal(factor, x, **vectors)
+
+    def orthogonal_value_and_grad(self, factor: float, x: Tensor, **vectors: bool) -> tuple[Tensor, Tensor]:
+        return _evaluator(x).orthogonal_value_and_grad(factor, x, **vectors)
+
+    def orthogonal_grad(self, factor: float, x: Tensor, out: Any, **options: bool) -> Tensor:
+        return _evaluator(x).orthogonal_grad(factor, x, out, **options)
+
+
+def _evaluator(x: Tensor) -> Any:
+    if torch.compiler.is_compiling():
+        return COMPILED
+    if not _is_plain(x):
+        return OPERATIONS
+    return RECORDED if x.requires_grad and torch.is_grad_enabled() else KERNELS
+
+
+ADAPTER = TorchAdapter()
+
+
+# Operators for compiled graphs. Factors stay outside of them, in the graph, so that a schedule of factors needs no
+# other operators and their gradients are torch's affair.
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+torch.library.define("regkern::sums", "(Tensor x, str formula) -> Tensor", tags=_TAGS)
+torch.library.define("regkern::gradient", "(Tensor x, str formula, Tensor factors) -> Tensor", tags=_TAGS)
+torch.library.define("regkern::mean_cosine", "(Tensor x, bool columns, bool flatten) -> Tensor", tags=_TAGS)
+torch.library.define(
+    "regkern::mean_cosine_gradient", "(Tensor x, bool columns, bool flatten, Tensor factor) -> Tensor", tags=_TAGS
+)
+
+
+@torch.library.impl("regkern::sums", "cpu")
+def _sums(x: Tensor, formula: str) -> Tensor:
+    return torch.from_numpy(KERNELS.partial(FORMULAS[formula], x))
+
+
+@torch.library.register_fake("regkern::sums")
+def _fake_sums(x: Tensor, formula: str) -> Tensor:
+    return x.new_empty(2, dtype=torch.float64)
+
+
+@torch.library.impl("regkern::gradient", "cpu")
+def _gradient(x: Tensor, formula: str, factors: Tensor) -> Tensor:
+    a, b = factors.tolist()
+    return KERNELS.grad(FORMULAS[formula], a, b, x, None, False)
+
+
+@torch.library.register_fake("regkern::gradient")
+def _fake_gradient(x: Tensor, formula: str, factors: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.impl("regkern::mean_cosine", "cpu")
+def _mean_cosine(x: Tensor, columns: bool, flatten: bool) -> Tensor:
+    return KERNELS.orthogonal(1.0, x, columns=columns, flatten=flatten).double()
+
+
+@torch.library.register_fake("regkern::mean_cosine")
+def _fake_mean_cosine(x: Tensor, columns: bool, flatten: bool) -> Tensor:
+    return x.new_empty((), dtype=torch.float64)
+
+
+@torch.library.impl("regkern::mean_cosine_gradient", "cpu")
+def _mean_cosine_gradient(x: Tensor, columns: bool, flatten: bool, factor: Tensor) -> Tensor:
+    return KERNELS.orthogonal_value_and_grad(factor.item(), x, columns=columns, flatten=flatten)[1]
+
+
+@torch.library.register_fake("regkern::mean_cosine_gradient")
+def _fake_mean_cosine_gradient(x: Tensor, columns: bool, flatten: bool, factor: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, *ctx.arguments = inputs
+    ctx.save_for_backward(x)
+
+
+def _sums_backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+    (x,) = ctx.saved_tensors
+    return torch.ops.regkern.gradient(x, *ctx.arguments, upstream), None
+
+
+def _mean_cosine_backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+    (x,) = ctx.saved_tensors
+    return torch.ops.regkern.mean_cosine_gradient(x, *ctx.arguments, upstream), None, None
+
+
+torch.library.register_autograd("regkern::sums", _sums_backward, setup_context=_save)
+torch.library.register_autograd("regkern::mean_cosine", _mean_cosine_backward, setup_context=_save)

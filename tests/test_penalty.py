@@ -1,0 +1,355 @@
+"""Whole models: every tensor's penalty is the one that it has alone, and plans notice what has moved."""
+
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+import regkern as rk
+from tests import reference
+from tests.cases import LAYOUTS, NUMPY_DTYPES, REGULARIZERS
+
+RULES = {f"*{name}": regularizer for name, regularizer in REGULARIZERS.items()}
+
+
+def everything():
+    """Arrays of every dtype and layout, with a regularizer for each at the end of their names."""
+    rng = np.random.default_rng(0)
+    named = {}
+    for number, (layout_name, layout) in enumerate(LAYOUTS.items()):
+        for dtype_name, dtype in NUMPY_DTYPES.items():
+            regularizer = list(REGULARIZERS)[number % len(REGULARIZERS)]
+            x = layout.view(rng.standard_normal(layout.base).astype(dtype))
+            named[f"{layout_name} {dtype_name} {regularizer}"] = x
+    return named
+
+
+def find(name):
+    return next(regularizer for glob, regularizer in RULES.items() if name.endswith(glob[1:]))
+
+
+@pytest.fixture(scope="module")
+def named():
+    return everything()
+
+
+@pytest.fixture(params=["called", "bound"])
+def evaluate(request):
+    def value(penalty, named):
+        return penalty(named) if request.param == "called" else penalty.bind(named).value()
+
+    return value
+
+
+def test_the_sum_over_all_dtypes_and_layouts(named, evaluate):
+    expected = sum(reference.value(find(name), x) for name, x in named.items())
+    penalty = evaluate(rk.Penalty(RULES), named)
+    assert type(penalty) is np.float64
+    np.testing.assert_allclose(penalty, expected, rtol=1e-12)
+
+
+def test_each_tensor_has_the_bits_that_it_has_alone(named):
+    penalty = rk.Penalty(RULES)
+    for found in (penalty.per_tensor(named), penalty.bind(named).per_tensor()):
+        assert list(found) == list(named)
+        for name, value in found.items():
+            alone = find(name)(named[name])
+            assert type(value) is type(alone)
+            assert value == alone, name
+
+
+def test_a_large_tensor_among_small_ones():
+    rng = np.random.default_rng(1)
+    named = {f"small{i}": rng.standard_normal(i % 7) for i in range(300)}
+    named["large"] = rng.standard_normal(3_000_001)
+    regularizer = rk.L1L2(0.1, 0.2)
+    expected = sum(reference.value(regularizer, x) for x in named.values())
+    np.testing.assert_allclose(rk.Penalty({"*": regularizer})(named), expected, rtol=1e-13)
+
+
+def test_value_and_grad(named):
+    bound = rk.Penalty(RULES).bind(named)
+    value, grads = bound.value_and_grad()
+    np.testing.assert_allclose(value, bound.value(), rtol=1e-14)
+    assert list(grads) == list(named)
+    for name, gradient in grads.items():
+        np.testing.assert_array_equal(gradient, find(name).grad(named[name]), name)
+
+
+def test_add_grad(named):
+    bound = rk.Penalty(RULES).bind(named)
+    grads = {name: np.ones_like(x, subok=False) for name, x in named.items()}
+    expected = {name: find(name).grad(x, grads[name].copy("K"), 0.5, True) for name, x in named.items()}
+    bound.add_grad(grads | {"of something else": None}, scale=0.5)
+    for name, gradient in grads.items():
+        np.testing.assert_array_equal(gradient, expected[name], name)
+    bound.add_grad(grads, scale=0.5)  # the same arrays, known from the last time
+    others = {name: np.ones(x.shape, x.dtype) for name, x in named.items()}
+    bound.add_grad(others, scale=1.0)
+    for name, x in named.items():
+        again = find(name).grad(x, expected[name], 0.5, True)
+        np.testing.assert_array_equal(grads[name], again, name)
+        np.testing.assert_array_equal(others[name], find(name).grad(x, np.ones_like(x, subok=False), 1.0, True), name)
+
+
+def test_prox_in_place():
+    named = {name: x.copy("K") for name, x in everything().items()}
+    expected = {name: find(name).prox(x, 0.7) for name, x in named.items()}
+    rk.Penalty(RULES).bind(named).prox_(0.7)
+    for name, x in named.items():
+        np.testing.assert_array_equal(x, expected[name], name)
+
+
+def test_the_first_rule_that_matches_counts(evaluate):
+    named = {"dense/kernel": np.array([2.0]), "dense/bias": np.array([3.0]), "scale": np.array([5.0])}
+    penalty = rk.Penalty({"*bias": None, "dense*": rk.L2(1.0), "*": "l1"})
+    assert evaluate(penalty, named) == 4.0 + 0.01 * 5.0
+    assert list(penalty.per_tensor(named)) == ["dense/kernel", "scale"]
+
+
+def test_names_that_no_rule_matches_are_told_once():
+    penalty = rk.Penalty({"kernel": rk.L1(1.0)})
+    named = {"kernel": np.ones(2), "bias": np.ones(3), "scale": np.ones(4)}
+    with pytest.warns(UserWarning, match=re.escape("no rule matches bias, scale: no penalty is given")):
+        assert penalty(named) == 2.0
+    assert penalty({"bias": np.ones(3)}) == 0.0
+
+
+def test_nothing_to_penalise(evaluate):
+    assert evaluate(rk.Penalty({"*": rk.L1(1.0)}), {}) == 0.0
+    assert evaluate(rk.Penalty({"*": None}), {"x": "no array at all"}) == 0.0
+    assert rk.Penalty({"*": rk.L1()}).per_tensor({}) == {}
+    assert rk.Penalty({"*": rk.L1()}).bind({}).value_and_grad() == (0.0, {})
+
+
+def test_orthogonal_ones_and_functions_are_called(evaluate):
+    x = np.random.default_rng(2).standard_normal((4, 3))
+    orthogonal = rk.OrthogonalRegularizer(0.5)
+    named = {"matrix": x, "range": x, "plain": x}
+    penalty = rk.Penalty({"matrix": orthogonal, "range": np.ptp, "*": rk.L2(1.0)}, count_tied=True)
+    expected = {"matrix": orthogonal(x), "range": np.ptp(x), "plain": rk.L2(1.0)(x)}
+    assert penalty.per_tensor(named) == expected
+    np.testing.assert_allclose(evaluate(penalty, named), sum(expected.values()), rtol=1e-14)
+    for call in (lambda bound: bound.value_and_grad(), lambda bound: bound.add_grad(named)):
+        with pytest.raises(TypeError, match=r"range: expected a regularizer with (value_and_)?grad; got <function ptp"):
+            call(penalty.bind(named))
+
+
+def test_gradients_of_orthogonal_ones():
+    x = np.random.default_rng(3).standard_normal((5, 4))
+    orthogonal = rk.OrthogonalRegularizer(0.5)
+    bound = rk.Penalty({"matrix": orthogonal, "*": rk.L2(1.0)}).bind({"matrix": x, "other": x[:2]})
+    value, grads = bound.value_and_grad()
+    np.testing.assert_allclose(value, orthogonal(x) + rk.L2(1.0)(x[:2]))
+    np.testing.assert_array_equal(grads["matrix"], orthogonal.grad(x))
+    sums = {"matrix": np.zeros((5, 4)), "other": np.zeros((2, 4))}
+    bound.add_grad(sums, scale=2.0)
+    np.testing.assert_allclose(sums["matrix"], 2 * orthogonal.grad(x))
+    before = x.copy()
+    with pytest.raises(TypeError, match="matrix: expected a regularizer with a proximal operator"):
+        bound.prox_(0.1)
+    np.testing.assert_array_equal(x, before)
+
+
+def test_tied_tensors_count_once_or_each(evaluate):
+    x = np.ones(4)
+    named = {"embedding": x, "head": x[:], "half": x[:2]}
+    assert evaluate(rk.Penalty({"*": rk.L1(1.0)}), named) == 6.0
+    assert evaluate(rk.Penalty({"*": rk.L1(1.0)}, count_tied=True), named) == 10.0
+    assert list(rk.Penalty({"*": rk.L1(1.0)}).per_tensor(named)) == ["embedding", "half"]
+    with pytest.raises(ValueError, match="out: expected memory of its own for each array; got the same memory twice"):
+        rk.Penalty({"*": rk.L1(1.0)}, count_tied=True).bind(named).prox_(1.0)
+
+
+def test_factors_that_change_between_steps(evaluate):
+    x = np.array([1.0, -2.0])
+    regularizer = rk.L1L2(1.0, 1.0)
+    penalty = rk.Penalty({"*": regularizer})
+    bound = penalty.bind({"x": x})
+    for l1, l2 in ((1.0, 1.0), (0.5, 2.0), (0.0, 2.0), (0.0, 0.0), (3.0, 0.0)):
+        regularizer.l1, regularizer.l2 = l1, l2
+        assert bound.value() == 3 * l1 + 5 * l2
+        assert penalty({"x": x}) == 3 * l1 + 5 * l2
+        np.testing.assert_array_equal(bound.value_and_grad()[1]["x"], l1 * np.sign(x) + 2 * l2 * x)
+
+
+def test_values_are_read_anew_each_time():
+    x = np.ones(5)
+    penalty = rk.Penalty({"*": rk.L1(1.0)})
+    bound = penalty.bind({"x": x})
+    for factor in (1.0, 3.0):
+        x[:] = factor
+        assert bound.value() == penalty({"x": x}) == 5 * factor
+    assert penalty({"x": np.ones(3)}) == 3.0
+    assert penalty({"x": np.ones((3, 2), np.float32)}) == 6.0
+
+
+def _resize(x):
+    x.resize(1000, refcheck=False)
+
+
+def _reshape(x):
+    x.shape = (5, 4)
+
+
+@pytest.mark.filterwarnings("ignore:Setting the shape:DeprecationWarning")
+@pytest.mark.parametrize("change", [_resize, _reshape])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda bound: bound.value(),
+        lambda bound: bound.per_tensor(),
+        lambda bound: bound.value_and_grad(),
+        lambda bound: bound.add_grad({"a": np.ones(3), "x": np.ones(20)}),
+        lambda bound: bound.prox_(1.0),
+    ],
+    ids=["value", "per_tensor", "value_and_grad", "add_grad", "prox_"],
+)
+def test_memory_that_moved_is_noticed(change, call):
+    x = np.ones(20)
+    bound = rk.Penalty({"*": rk.L1(1.0)}).bind({"a": np.ones(3), "x": x})
+    assert bound.value() == 23.0
+    change(x)
+    with pytest.raises(RuntimeError, match="x: expected memory that stays as it was; got an array that was resized"):
+        call(bound)
+
+
+def test_a_bound_penalty_keeps_its_arrays_alive():
+    bound = rk.Penalty({"*": rk.L1(1.0)}).bind({"x": np.ones(100_000)})
+    assert [np.zeros(100_000).sum(), bound.value()] == [0.0, 100_000.0]
+
+
+GOOD = {"a": np.zeros(3), "b": np.zeros((2, 2), np.float32)}
+READ_ONLY = np.zeros((2, 2), np.float32)
+READ_ONLY.flags.writeable = False
+
+
+@pytest.mark.parametrize(
+    ("grads", "error", "text"),
+    [
+        ({"a": GOOD["a"]}, ValueError, "grads: expected an array for each penalised tensor; got none for b"),
+        (GOOD | {"b": np.zeros(4, np.float32)}, ValueError, r"b: out: expected x's shape \(2, 2\); got \(4,\)"),
+        (GOOD | {"b": np.zeros((2, 2))}, TypeError, "b: out: expected x's dtype float32; got float64"),
+        (GOOD | {"b": READ_ONLY}, ValueError, "b: out: expected a writable array"),
+        (GOOD | {"b": None}, TypeError, "b: out: expected a numpy.ndarray; got NoneType"),
+    ],
+)
+def test_gradients_that_do_not_fit_change_nothing(grads, error, text):
+    bound = rk.Penalty({"*": rk.L1(1.0)}).bind({"a": np.ones(3), "b": np.ones((2, 2), np.float32)})
+    with pytest.raises(error, match=text):
+        bound.add_grad(grads)
+    assert not GOOD["a"].any()
+
+
+def test_a_gradient_that_became_read_only_is_noticed():
+    bound = rk.Penalty({"*": rk.L1(1.0)}).bind({"a": np.ones(3)})
+    grads = {"a": np.zeros(3)}
+    bound.add_grad(grads)
+    grads["a"].flags.writeable = False
+    with pytest.raises(ValueError, match="a: out: expected a writable array"):
+        bound.add_grad(grads)
+
+
+def test_errors_name_the_tensor(evaluate):
+    penalty = rk.Penalty({"matrix": rk.OrthogonalRegularizer(), "*": rk.L1(1.0)})
+    with pytest.raises(
+        TypeError, match="counts: x: expected an array of float16, bfloat16, float32, float64; got dtype"
+    ):
+        evaluate(penalty, {"x": np.ones(3), "counts": np.ones(3, np.int64)})
+    with pytest.raises(TypeError, match=r"list: x: expected an array of numpy.*; got list"):
+        evaluate(penalty, {"list": [1.0]})
+    with pytest.raises(ValueError, match="matrix: Inputs to OrthogonalRegularizer must have rank 2"):
+        evaluate(penalty, {"matrix": np.ones(3)})
+
+
+@pytest.mark.parametrize("rules", [{3: rk.L1()}, {"": rk.L1()}, {"*": 3}, {"*": "bogus"}, {"*": {"class_name": "L9"}}])
+def test_rules_that_are_none(rules):
+    with pytest.raises(ValueError, match="rule"):
+        rk.Penalty(rules)
+
+
+@pytest.mark.parametrize("rules", [None, [("*", rk.L1())], rk.L1()])
+def test_rules_are_a_mapping(rules):
+    with pytest.raises(TypeError, match="rules: expected a mapping of globs to regularizers; got"):
+        rk.Penalty(rules)
+
+
+@pytest.mark.parametrize("model", [None, [np.ones(3)], np.ones(3)])
+def test_models_that_are_none(model):
+    with pytest.raises(TypeError, match="expected a mapping of names to arrays, or a model"):
+        rk.Penalty({"*": rk.L1()})(model)
+
+
+def test_steps_and_scales():
+    bound = rk.Penalty({"*": rk.L1(1.0)}).bind({"x": np.ones(3)})
+    with pytest.raises(ValueError, match="step: expected a non-negative finite number"):
+        bound.prox_(-1.0)
+    with pytest.raises(ValueError, match="scale: expected a finite number"):
+        bound.add_grad({"x": np.ones(3)}, scale=float("nan"))
+
+
+def test_configs_go_through_json():
+    penalty = rk.Penalty({"*bias*": None, "*kernel*": rk.L1L2(1e-5, 1e-4), "*": rk.OrthogonalRegularizer(0.5)}, True)
+    again = rk.Penalty.from_config(json.loads(json.dumps(penalty.get_config())))
+    assert repr(again) == repr(penalty)
+    assert again.get_config() == penalty.get_config()
+    assert repr(penalty).endswith("mode='rows')}, count_tied=True)")
+
+
+def test_threads_share_a_bound_penalty():
+    rng = np.random.default_rng(4)
+    bound = rk.Penalty({"*": rk.L1L2(0.1, 0.2)}).bind({str(i): rng.standard_normal(5_000) for i in range(40)})
+    expected = bound.value()
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(lambda _: bound.value(), range(200))) == {expected}
+
+
+@pytest.fixture
+def module():
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(30, 20), torch.nn.ReLU(), torch.nn.Linear(20, 30, bias=False)]
+    model = torch.nn.Sequential(*layers)
+    model.register_parameter("tied", model[0].weight)
+    return model
+
+
+def test_modules_of_torch_are_differentiated(module):
+    penalty = rk.Penalty({"*bias": None, "*": rk.L1L2(0.1, 0.2)})
+    weights = [module[0].weight, module[2].weight]
+    loss = penalty(module)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    expected = sum(0.1 * weight.abs().sum() + 0.2 * weight.square().sum() for weight in weights)
+    torch.testing.assert_close(loss, expected)
+    for weight, gradient in zip(weights, torch.autograd.grad(expected, weights), strict=True):
+        torch.testing.assert_close(weight.grad, gradient)
+    assert module[0].bias.grad is None
+    with torch.no_grad():
+        assert not penalty(module).requires_grad
+
+
+def test_bound_modules_of_torch(module):
+    penalty = rk.Penalty({"*bias": None, "*": rk.L1L2(0.1, 0.2)})
+    penalty(module).backward()
+    bound = penalty.bind(module)
+    torch.testing.assert_close(bound.value(), penalty(module).detach())
+    value, grads = bound.value_and_grad()
+    assert list(grads) == ["tied", "2.weight"] or list(grads) == ["0.weight", "2.weight"]
+    torch.testing.assert_close(value, penalty(module).detach())
+    totals = {name: torch.zeros_like(each) for name, each in module.named_parameters()}
+    bound.add_grad(totals, scale=2.0)
+    for name, gradient in grads.items():
+        weight = dict(module.named_parameters())[name]
+        torch.testing.assert_close(gradient, weight.grad)
+        torch.testing.assert_close(totals[name], 2 * weight.grad)
+    before = module[2].weight.detach().clone()
+    versions = module[2].weight._version
+    bound.prox_(0.5)
+    torch.testing.assert_close(module[2].weight.detach(), rk.L1L2(0.1, 0.2).prox(before, 0.5))
+    assert module[2].weight._version > versions
+    module[2].weight.data = module[2].weight.data.clone()
+    with pytest.raises(RuntimeError, match=r"2\.weight: expected memory that stays as it was"):
+        bound.value()
