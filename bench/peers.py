@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 import regkern as rk
-from bench.cases import L1, L2, STEP
+from bench.cases import L1, L2, STEP, transformer
 
 Call = Callable[[], Any]
 _PEERS: dict[tuple[str, str], Callable[[np.ndarray], Call]] = {}
@@ -472,3 +472,73 @@ def tensorflow_gram(x):
 
     tensor = tf.constant(x)
     return lambda: orthogonal(tensor).numpy()
+
+
+# Many tensors
+
+
+_PENALTY = rk.Penalty({"*": _REGULARIZER})
+
+
+def _tensors(x) -> dict[str, np.ndarray]:
+    """Cut an array into those of the transformer, if it holds them all, else into its rows."""
+    if len(x) > 1:
+        return {str(i): row.copy() for i, row in enumerate(x)}
+    named, start = {}, 0
+    for name, tensor in transformer().items():
+        if start + tensor.size <= x.size:
+            named[name] = x[0, start : start + tensor.size].reshape(tensor.shape)
+            start += tensor.size
+    return named or {"x": x}
+
+
+@peer("bound_value", "regkern")
+def regkern_bound_value(x):
+    return _PENALTY.bind(_tensors(x)).value
+
+
+@peer("called_value", "regkern")
+def regkern_called_value(x):
+    return functools.partial(_PENALTY, _tensors(x))
+
+
+@peer("bound_value_and_grad", "regkern")
+def regkern_bound_value_and_grad(x):
+    return _PENALTY.bind(_tensors(x)).value_and_grad
+
+
+@peer("bound_value", "numpy")
+@peer("called_value", "numpy")
+def numpy_loop(x):
+    tensors = list(_tensors(x).values())
+    return lambda: sum(L1 * np.abs(each).sum() + L2 * np.square(each).sum() for each in tensors)
+
+
+@peer("bound_value", "one array")
+def regkern_one_array(x):
+    return functools.partial(_REGULARIZER, x)
+
+
+@peer("bound_value_and_grad", "numpy")
+def numpy_loop_with_gradients(x):
+    named = _tensors(x)
+
+    def call():
+        value = sum(L1 * np.abs(each).sum() + L2 * np.square(each).sum() for each in named.values())
+        return value, {name: L1 * np.sign(each) + 2 * L2 * each for name, each in named.items()}
+
+    return call
+
+
+@peer("bound_value_and_grad", "torch")
+def torch_loop_with_gradients(x):
+    tensors = [_tensor(each).requires_grad_() for each in _tensors(x).values()]
+
+    def call():
+        for tensor in tensors:
+            tensor.grad = None
+        value = sum(_torch_penalty(tensor) for tensor in tensors)
+        value.backward()
+        return value.detach(), [tensor.grad for tensor in tensors]
+
+    return call

@@ -1,9 +1,13 @@
 """Whole models: every tensor's penalty is the one that it has alone, and plans notice what has moved."""
 
+import gc
 import json
 import re
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -353,3 +357,30 @@ def test_bound_modules_of_torch(module):
     module[2].weight.data = module[2].weight.data.clone()
     with pytest.raises(RuntimeError, match=r"2\.weight: expected memory that stays as it was"):
         bound.value()
+
+
+def test_trees_of_jax_are_differentiated_inside_jit():
+    rng = np.random.default_rng(5)
+    weights = {name: jnp.asarray(rng.standard_normal((20, 10)), jnp.float32) for name in ("kernel", "bias", "other")}
+    penalty = rk.Penalty({"bias": None, "*": rk.L1L2(0.1, 0.2)})
+    value, grads = jax.jit(jax.value_and_grad(penalty))(weights)
+    named = {name: np.asarray(x) for name, x in weights.items()}
+    np.testing.assert_allclose(value, penalty(named), rtol=1e-6)
+    np.testing.assert_allclose(penalty.bind(weights).value(), penalty(named), rtol=1e-6)
+    assert not grads["bias"].any()
+    for name in ("kernel", "other"):
+        np.testing.assert_allclose(grads[name], rk.L1L2(0.1, 0.2).grad(named[name]), rtol=1e-6)
+
+
+def test_a_call_does_not_keep_arrays_alive():
+    penalty = rk.Penalty({"*": rk.L1(1.0)})
+    x = np.ones(10).view(Watched)
+    assert penalty({"x": x}) == 10.0
+    gone = weakref.ref(x)
+    del x
+    gc.collect()
+    assert gone() is None
+
+
+class Watched(np.ndarray):
+    """An array that weak references can be made of without hindering NumPy."""
