@@ -95,6 +95,10 @@ class Penalty:
         rules = ", ".join(f"{glob!r}: {regularizer!r}" for glob, regularizer in self.rules.regularizers.items())
         return f"Penalty({{{rules}}}{', count_tied=True' * self.count_tied})"
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what makes the penalty: addresses mean nothing in another process, or to a copy."""
+        return vars(self) | {"_last": None}
+
     def _tensors(self, named: Mapping[str, Any]) -> _Tensors:
         """Return the tensors' regularizers and plan: those of the last call, if they are the same, where they were.
 
@@ -106,7 +110,7 @@ class Penalty:
             self._last = last if last.reusable else None
         return last
 
-    def find(self, names: Sequence[str]) -> list[Any]:
+    def _find(self, names: Sequence[str]) -> list[Any]:
         """Return the regularizer of each name, or None; warn, once for each name, of those that no rule matches."""
         found = [self.rules.find(name) for name in names]
         new = {name for name, (glob, _) in zip(names, found, strict=True) if glob is None} - self._unmatched
@@ -194,7 +198,7 @@ class _Tensors:
 
     def __init__(self, penalty: Penalty, named: Mapping[str, Any], *, recorded: bool) -> None:
         self._names, arrays = list(named), list(named.values())
-        self._regularizers = penalty.find(self._names)
+        self._regularizers = penalty._find(self._names)
         self._planned: list[int] = []
         self._others: list[int] = []
         self._distinct: list[Any] = []

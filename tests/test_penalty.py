@@ -1,7 +1,9 @@
 """Whole models: every tensor's penalty is the one that it has alone, and plans notice what has moved."""
 
+import copy
 import gc
 import json
+import pickle
 import re
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -301,6 +303,13 @@ def test_configs_go_through_json():
     assert repr(again) == repr(penalty)
     assert again.get_config() == penalty.get_config()
     assert repr(penalty).endswith("mode='rows')}, count_tied=True)")
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda penalty: pickle.loads(pickle.dumps(penalty))])
+def test_copies_after_a_call(duplicate):
+    penalty = rk.Penalty({"*": rk.L2(0.5)})
+    named = {"x": np.array([1.0, 2.0])}
+    assert penalty(named) == duplicate(penalty)(named) == 2.5
 
 
 def test_threads_share_a_bound_penalty():
