@@ -54,7 +54,8 @@ class Penalty:
         """Return the penalty of all tensors.
 
         Args:
-            named: a mapping of names to arrays, or a `torch.nn.Module`, whose named parameters count.
+            named: a mapping of names to arrays, a `torch.nn.Module` (its named parameters), or a Keras 3 model
+                (its trainable variables by their paths).
 
         Returns:
             A 0-d scalar of the first penalised array's library: float64 if any of them is float64, else float32; 0.0

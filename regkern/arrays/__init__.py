@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, cast
 if TYPE_CHECKING:
     from regkern.arrays.adapter import Adapter
 
+# Of two that know a type, the first has it: a Keras model may be a module of torch, a DTensor is a tensor.
 _LIBRARIES = {
     "numpy": "regkern.arrays.numpy",
+    "keras": "regkern.arrays.keras",
     "torch.distributed.tensor": "regkern.arrays.dtensor",
     "torch": "regkern.arrays.torch",
     "jax": "regkern.arrays.jax",
@@ -62,4 +64,6 @@ def named_arrays(model: Any) -> Mapping[str, Any]:
             named = importlib.import_module(module).ADAPTER.named_arrays(model)
             if named is not None:
                 return cast(Mapping[str, Any], named)
-    raise TypeError(f"expected a mapping of names to arrays, or a model of PyTorch; got {type(model).__name__}.")
+    raise TypeError(
+        f"expected a mapping of names to arrays, or a model of PyTorch or Keras; got {type(model).__name__}."
+    )
