@@ -292,7 +292,9 @@ class _Tensors:
         for i in self._others:
             self._call(i, "prox", arrays[i], step, out=arrays[i])
 
-    def _of_plan(self, arrays: Sequence[Any]) -> list[Any]:
+    def _of_plan(self, arrays: Sequence[Any]) -> Sequence[Any]:
+        if len(self._planned) == len(arrays):  # of a thousand small arrays, another list would cost half of the launch
+            return arrays
         return [arrays[i] for i in self._planned]
 
     def _penalties(self) -> list[Weighted]:

@@ -22,12 +22,11 @@ RULES = {f"*{name}": regularizer for name, regularizer in REGULARIZERS.items()}
 
 
 def everything():
-    """Arrays of every dtype and layout, with a regularizer for each at the end of their names."""
+    """Arrays of every dtype and layout, with a regularizer for each dtype at the end of their names."""
     rng = np.random.default_rng(0)
     named = {}
-    for number, (layout_name, layout) in enumerate(LAYOUTS.items()):
-        for dtype_name, dtype in NUMPY_DTYPES.items():
-            regularizer = list(REGULARIZERS)[number % len(REGULARIZERS)]
+    for layout_name, layout in LAYOUTS.items():
+        for (dtype_name, dtype), regularizer in zip(NUMPY_DTYPES.items(), REGULARIZERS, strict=False):
             x = layout.view(rng.standard_normal(layout.base).astype(dtype))
             named[f"{layout_name} {dtype_name} {regularizer}"] = x
     return named
