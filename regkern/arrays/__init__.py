@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from regkern.arrays.adapter import Adapter
 
-_LIBRARIES = {"numpy": "regkern.arrays.numpy"}
+_LIBRARIES = {"numpy": "regkern.arrays.numpy", "dask.array": "regkern.arrays.dask"}
 
 
 class _Adapters(dict[type, "Adapter"]):
