@@ -238,7 +238,7 @@ def test_pairs_of_blocks_that_are_refused():
         regularizer.partial(x, matrix(4, 5))
     with pytest.raises(TypeError, match="other: expected x's dtype float32; got float64"):
         regularizer.partial(x, x.astype(np.float64))
-    with pytest.raises(TypeError, match="expected an array of .*; got list"):
+    with pytest.raises(TypeError, match=r"expected an array of .*; got list"):
         regularizer.partial(x, [[1.0]])
     with pytest.raises(ValueError, match="must have rank 2"):
         regularizer.partial(x, x[0])

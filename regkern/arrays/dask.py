@@ -12,15 +12,12 @@ import dask
 import dask.array as da
 import numpy as np
 from dask.array.utils import meta_from_array
-from dask.graph_manipulation import clone
 
 from regkern.arrays import ADAPTERS
 from regkern.arrays.adapter import Adapter
 from regkern.arrays.numpy import dtype_of
 from regkern.kernels.formulas import Formula
 
-# Blocks of rows that are compared with all that follow, before blocks are computed anew: they stay in memory that long.
-_HELD = 4
 # Partial sums that one task adds.
 _SPLIT = 16
 
@@ -69,10 +66,10 @@ class DaskAdapter(Adapter):
         if flatten and x.ndim > 2:
             x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
         n = x.shape[-1] if columns else x.shape[-2]
-        finish = functools.partial(_mean, factor, n * (n - 1) // 2)
+        matrices = math.prod(x.shape[:-2])  # one, or those of a batch, whose means are added
+        finish = functools.partial(_mean, factor, n * (n - 1) // 2, matrices)
         if x.ndim > 2:
-            matrices = x.rechunk({-2: -1, -1: -1})
-            return _reduce(matrices, functools.partial(_cosine_sum_of_batch, columns), finish)
+            return _reduce(x.rechunk({-2: -1, -1: -1}), functools.partial(_cosine_sum_of_batch, columns), finish)
         partials = list(_cosine_sums(x.T if columns else x))
         while len(partials) > _SPLIT:
             partials = [_add(partials[i : i + _SPLIT]) for i in range(0, len(partials), _SPLIT)]
@@ -130,18 +127,12 @@ def _map(x: Any, function: Callable[[Any], Any]) -> Any:
 
 
 def _cosine_sums(x: Any) -> Iterator[Any]:
-    """Make a task for each pair of blocks of rows, and each block with itself.
-
-    Dask keeps a block until its last use. To bound that, a few blocks at a time are held, while those after them pass
-    by; for the next few, blocks are computed or read anew.
-    """
-    bands = _bands(x)
-    for start in range(0, bands.numblocks[0], _HELD):
-        source = bands if start == 0 else clone(bands[:], seed=f"regkern-{start}")
-        blocks = source.to_delayed().ravel()
-        for j in range(start, len(blocks)):
-            for i in range(start, min(start + _HELD, j + 1)):
-                yield _cosine_sum(blocks[i], blocks[j] if j > i else None)
+    """Make a task for each pair of blocks of rows, and each block with itself; a task holds two blocks."""
+    blocks = _bands(x).to_delayed(optimize_graph=False).ravel()
+    for j, block in enumerate(blocks):
+        yield _cosine_sum(block, None)
+        for other in blocks[:j]:
+            yield _cosine_sum(other, block)
 
 
 def _bands(x: Any) -> Any:
@@ -180,8 +171,8 @@ def _weigh(a: float, b: float, sums: Any) -> Any:
     return a * sums[0] + b * sums[1]
 
 
-def _mean(factor: float, pairs: int, total: Any) -> Any:
-    return np.float64(factor * min(total / pairs, 1.0) if pairs else 0.0)  # beyond 1 by rounding alone; NaN stays
+def _mean(factor: float, pairs: int, most: int, total: Any) -> Any:
+    return np.float64(factor * min(total / pairs, float(most)) if pairs else 0.0)  # more by rounding alone; NaN stays
 
 
 def _total(partials: Iterable[Any]) -> Any:
