@@ -160,6 +160,31 @@ def _vectors(x: Any, mode: str, leading_axes: str | None) -> dict[str, bool]:
     return {"columns": mode == "columns", "flatten": leading_axes == "flatten"}
 
 
+def orthogonal_partial(x: Any, other: Any, mode: str, leading_axes: str | None) -> Any:
+    """Return the sum of |cosine| over pairs within x, or of x and other, and the number of pairs, in float64."""
+    if leading_axes == "batch":
+        raise ValueError(
+            'leading_axes: expected None or "flatten" for partial sums; got "batch", where each matrix has a mean of '
+            "its own; call the regularizer on whole matrices and add."
+        )
+    adapter = ADAPTERS[type(x)]
+    vectors = _vectors(x, mode, leading_axes)
+    n = vector_count(x.shape, **vectors)
+    if other is None:
+        return np.array([adapter.cosine_sum(x, None, **vectors), n * (n - 1) // 2])
+    if ADAPTERS[type(other)] is not adapter:
+        raise TypeError(f"other: expected an array of x's library; got {type(other).__name__}; convert one of them.")
+    m = vector_count(other.shape, **_vectors(other, mode, leading_axes))
+    return np.array([adapter.cosine_sum(x, other, **vectors), n * m])
+
+
+def vector_count(shape: Sequence[int], *, columns: bool, flatten: bool) -> int:
+    """Return how many vectors an array, or each matrix of a batch, holds for the orthogonal penalty."""
+    if columns:
+        return shape[-1]
+    return math.prod(shape[:-1]) if flatten else shape[-2]
+
+
 def check_rank(shape: Sequence[int], leading_axes: str | None) -> None:
     """Raise ValueError, as Keras words it, unless arrays of the shape can be matrices."""
     if len(shape) < 2 or (len(shape) > 2 and leading_axes is None):
@@ -280,6 +305,13 @@ def finish(a: float, b: float, partial: Any, dtype: Any) -> Any:
     if not hasattr(partial, "astype"):
         partial = np.asarray(partial, np.float64)
     return (a * partial[0] + b * partial[1]).astype(result)
+
+
+def orthogonal_finish(factor: float, partial: Any, dtype: Any) -> Any:
+    """Return `factor` times the mean from a sum of |cosine| and its number of pairs, in the result type of a dtype."""
+    total, pairs = np.asarray(partial, np.float64).tolist()
+    mean = min(total / pairs, 1.0) if pairs else 0.0  # beyond 1 by rounding alone; NaN stays
+    return np.dtype(_supported(dtype).result).type(factor * mean)
 
 
 def _supported(dtype: Any) -> DType:

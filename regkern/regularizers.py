@@ -165,10 +165,7 @@ class ElementwiseRegularizer(Regularizer):
         """
         return reductions.partial(self._formula[0], x)
 
-    @staticmethod
-    def combine(partials: Any) -> Any:
-        """Add partial sums: a sequence of what `partial` returned, or an array whose first axis counts them."""
-        return reductions.combine(partials)
+    combine = staticmethod(reductions.combine)
 
     def finish(self, partial: Any, dtype: Any = "float32") -> Any:
         """Return the penalty from the partial sums of all pieces.
@@ -381,6 +378,44 @@ class OrthogonalRegularizer(Regularizer):
             ValueError: x has another number of dimensions.
         """
         return reductions.orthogonal_penalty(self.factor, x, self.mode, self.leading_axes)
+
+    def partial(self, x: Any, other: Any = None) -> Any:
+        """Return what a block of rows, or a pair of blocks, contributes to the penalty: partial sums, which are added.
+
+        With `combine` and `finish`, the penalty of a matrix that no process holds as a whole. Of the blocks of its
+        rows, each is given alone once, for the pairs of rows within it, and each two once, for the pairs between them.
+        In mode "columns" blocks are of columns.
+
+        Args:
+            x: a block, as an array for a call.
+            other: another block with the same dtype and rows as long; None stands for x alone.
+
+        Returns:
+            A float64 array of two: the sum of |cosine| over the pairs of rows, and the number of pairs.
+
+        Raises:
+            TypeError: x or other is no array of a supported library and dtype, or the two differ in these.
+            ValueError: x or other has another number of dimensions, rows are not of the same length, or leading_axes
+                is "batch".
+            NotImplementedError: the library keeps its arrays on devices for which there are no such kernels.
+
+        Example:
+            >>> import itertools
+            >>> import numpy as np
+            >>> reg, x = OrthogonalRegularizer(0.5), np.random.default_rng(0).standard_normal((90, 40))
+            >>> blocks = x[:30], x[30:60], x[60:]
+            >>> partials = [reg.partial(block) for block in blocks]
+            >>> partials += [reg.partial(*pair) for pair in itertools.combinations(blocks, 2)]
+            >>> bool(np.isclose(reg.finish(reg.combine(partials), "float64"), reg(x)))
+            True
+        """
+        return reductions.orthogonal_partial(x, other, self.mode, self.leading_axes)
+
+    combine = staticmethod(reductions.combine)
+
+    def finish(self, partial: Any, dtype: Any = "float32") -> Any:
+        """Return the penalty from the partial sums of all blocks and pairs of blocks; arguments as for `L1.finish`."""
+        return reductions.orthogonal_finish(self.factor, partial, dtype)
 
     def value_and_grad(self, x: Any) -> tuple[Any, Any]:
         """Return the penalty and its gradient dP/dx, a new array like x.

@@ -28,16 +28,23 @@ def prox(regularizer, x, step):
     return np.sign(x) * np.maximum(np.abs(x) - step * l1, 0) / (1 + 2 * step * l2)
 
 
-def mean_abs_cosine(x):
-    """Mean |cosine| over unordered pairs of rows; a zero row is orthogonal to all."""
+def unit_rows(x):
     x = np.asarray(x, np.longdouble)
+    norms = np.sqrt(np.square(x).sum(axis=1, keepdims=True))
+    return np.divide(x, norms, out=np.zeros_like(x), where=norms != 0)
+
+
+def abs_cosines(x, y):
+    """|cosine| of every row of x with every row of y; a zero row is orthogonal to all."""
+    return np.abs(unit_rows(x) @ unit_rows(y).T)
+
+
+def mean_abs_cosine(x):
+    """Mean |cosine| over unordered pairs of rows."""
     n = len(x)
     if n < 2 or x.shape[1] == 0:
         return 0.0
-    norms = np.sqrt(np.square(x).sum(axis=1, keepdims=True))
-    unit = np.divide(x, norms, out=np.zeros_like(x), where=norms != 0)
-    gram = np.abs(unit @ unit.T)
-    return float(gram[np.triu_indices(n, 1)].mean())
+    return float(abs_cosines(x, x)[np.triu_indices(n, 1)].mean())
 
 
 def orthogonal(regularizer: rk.OrthogonalRegularizer, x):

@@ -1,5 +1,6 @@
 """The orthogonal penalty and its gradient against their definitions."""
 
+import itertools
 import subprocess
 import sys
 
@@ -115,8 +116,12 @@ def test_the_tiles_of_other_cpus(dtype, cpu):
         regularizer = rk.OrthogonalRegularizer(1.0)
         expected = reference.orthogonal(regularizer, x)
         tile = tile_for(CPUS[cpu], 8 if dtype == "float64" else 4, n)
-        value = gram.value_kernel(DTYPES[dtype], tile, CPUS[cpu]).serial(x.ctypes.data, *rows)
-        np.testing.assert_allclose(value, expected, rtol=TOLERANCE[dtype])
+        value = gram.value_kernel(DTYPES[dtype], tile, CPUS[cpu]).serial
+        total = value(d, x.ctypes.data, n, *x.strides, 0, 0, 0, 0)
+        np.testing.assert_allclose(total / (n * (n - 1) / 2), expected, rtol=TOLERANCE[dtype])
+        y = matrix(n + 4, d, dtype, seed=1)
+        total = value(d, x.ctypes.data, n, *x.strides, y.ctypes.data, len(y), *y.strides)
+        np.testing.assert_allclose(total, reference.abs_cosines(x, y).sum(), rtol=TOLERANCE[dtype])
         out = np.empty_like(x)
         kernel = gram.gradient_kernel(DTYPES[dtype], tile, CPUS[cpu]).serial
         value = kernel(x.ctypes.data, *rows, out.ctypes.data, *out.strides, 1.0, False)
@@ -148,6 +153,97 @@ def test_panels_of_few_rows_are_narrow(cpu, n):
         rows = tile.vectors * tile.bytes // itemsize
         assert rows % tile.mr == 0
         assert -(-n // rows) * rows <= max(2 * n, 16 // itemsize)
+
+
+def check_between(x, y, dtype, modes=("rows", "columns")):
+    """Compare the partial sums of a pair of blocks with the definition."""
+    for mode in modes:
+        regularizer = rk.OrthogonalRegularizer(0.3, mode)
+        partial = regularizer.partial(x, y) if mode == "rows" else regularizer.partial(x.T, y.T)
+        assert partial.dtype == np.float64
+        assert partial[1] == len(x) * len(y)
+        np.testing.assert_allclose(partial[0], reference.abs_cosines(x, y).sum(), rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("n", ROWS)
+@pytest.mark.parametrize("m", [1, 5, 24, 60, 193])
+def test_row_counts_of_a_pair_of_blocks(n, m):
+    check_between(matrix(n, 40), matrix(m, 40, seed=1), "float32")
+
+
+@pytest.mark.parametrize("d", DEPTHS)
+def test_depths_of_a_pair_of_blocks(d):
+    check_between(matrix(50, d), matrix(30, d, seed=1), "float32")
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (25, 17), (100, 60), (60, 600), (300, 30)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtypes_of_a_pair_of_blocks(dtype, shape):
+    n, d = shape
+    check_between(matrix(n, d, dtype), matrix(37, d, dtype, seed=1), dtype)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_views_as_a_pair_of_blocks(dtype, view):
+    x = VIEWS[view](matrix(70, 90, dtype))
+    check_between(x, matrix(20, x.shape[1], dtype, seed=1), dtype)
+    check_between(matrix(20, x.shape[1], dtype, seed=1), x, dtype)
+
+
+@pytest.mark.parametrize("sizes", [(60,), (0, 20, 40), (1, 1, 58), (7, 25, 28)])
+@pytest.mark.parametrize("mode", ["rows", "columns"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_partial_sums_of_blocks_are_those_of_the_whole(dtype, mode, sizes):
+    x = matrix(60, 50, dtype)
+    regularizer = rk.OrthogonalRegularizer(0.3, mode)
+    blocks = np.split(x, np.cumsum(sizes)[:-1])
+    if mode == "columns":
+        x, blocks = x.T, [block.T for block in blocks]
+    partials = [regularizer.partial(block) for block in blocks]
+    partials += [regularizer.partial(*pair) for pair in itertools.combinations(blocks, 2)]
+    value = regularizer.finish(regularizer.combine(partials), dtype)
+    assert type(value) is np.dtype(DTYPES[dtype].result).type
+    np.testing.assert_allclose(value, reference.orthogonal(regularizer, x), rtol=TOLERANCE[dtype])
+
+
+def test_partial_sums_of_flattened_axes():
+    x = np.random.default_rng(0).standard_normal((6, 4, 5))
+    regularizer = rk.OrthogonalRegularizer(0.3, leading_axes="flatten")
+    partials = [regularizer.partial(x[:2]), regularizer.partial(x[2:]), regularizer.partial(x[:2], x[2:])]
+    np.testing.assert_allclose(regularizer.finish(regularizer.combine(partials), "float64"), regularizer(x), rtol=1e-13)
+
+
+def test_partial_sums_of_fewer_than_two_rows():
+    regularizer = rk.OrthogonalRegularizer(0.3)
+    assert regularizer.partial(np.ones((1, 5))).tolist() == [0.0, 0.0]
+    assert regularizer.finish(regularizer.partial(np.ones((1, 5))), "float64") == 0.0
+    assert regularizer.partial(np.zeros((3, 5)), np.ones((2, 5))).tolist() == [0.0, 6.0]
+    assert regularizer.partial(np.ones((3, 0)), np.ones((2, 0))).tolist() == [0.0, 6.0]
+
+
+@pytest.mark.parametrize("special", [np.nan, np.inf])
+def test_a_special_value_in_one_of_two_blocks(special):
+    x, y = matrix(30, 20), matrix(7, 20, seed=1)
+    y[3, 3] = special
+    regularizer = rk.OrthogonalRegularizer(0.3)
+    assert np.isnan(regularizer.partial(x, y)[0])
+    assert np.isnan(regularizer.partial(y, x)[0])
+    assert np.isnan(regularizer.finish(regularizer.partial(x, y)))
+
+
+def test_pairs_of_blocks_that_are_refused():
+    regularizer, x = rk.OrthogonalRegularizer(0.3), matrix(5, 4)
+    with pytest.raises(ValueError, match="other: expected rows as long as x's, 4 elements; got 5"):
+        regularizer.partial(x, matrix(4, 5))
+    with pytest.raises(TypeError, match="other: expected x's dtype float32; got float64"):
+        regularizer.partial(x, x.astype(np.float64))
+    with pytest.raises(TypeError, match=r"expected an array of .*; got list"):
+        regularizer.partial(x, [[1.0]])
+    with pytest.raises(ValueError, match="must have rank 2"):
+        regularizer.partial(x, x[0])
+    with pytest.raises(ValueError, match='leading_axes: expected None or "flatten" for partial sums; got "batch"'):
+        rk.OrthogonalRegularizer(leading_axes="batch").partial(x)
 
 
 def test_antiparallel_rows_are_penalised():

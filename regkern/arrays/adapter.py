@@ -77,3 +77,17 @@ class Adapter(ABC):
         self, factor: float, x: Any, out: Any, *, columns: bool, flatten: bool, accumulate: bool
     ) -> Any:
         """Write the orthogonal penalty's gradient to out, or add it, and return out; a new array where out is None."""
+
+    def cosine_sum(self, x: Any, other: Any, *, columns: bool, flatten: bool) -> Any:
+        """Return the sum of |cosine| over pairs of rows, or columns, of x, summed over a batch of matrices; in float64.
+
+        Where other is an array, the pairs are of one row of x and one of other's, and both are single matrices.
+        """
+        held, held_other = self.on_host(x), None if other is None else self.on_host(other)
+        if held is not None and (other is None or held_other is not None):
+            adapter, array = held
+            return adapter.cosine_sum(array, held_other and held_other[1], columns=columns, flatten=flatten)
+        raise NotImplementedError(
+            f"x: expected an array in the host's memory for partial sums of cosines; got {type(x).__name__}; "
+            "call the regularizer itself."
+        )

@@ -142,6 +142,20 @@ class HostAdapter(Adapter):
         mean = sum(gram.mean(dtype, matrix, *lengths, *strides) for matrix in matrices)
         return self.scalar(factor * mean, dtype)
 
+    def cosine_sum(self, x: Any, other: Any, *, columns: bool, flatten: bool) -> Any:
+        flat = self._flat(x, flatten)
+        dtype, matrices, (n, d), strides = self._matrices(flat, columns)
+        if other is None:
+            return sum((gram.sum_within(dtype, matrix, n, d, *strides) for matrix in matrices), 0.0)
+        flat_other = self._flat(other, flatten)
+        other_dtype, (other_matrix,), (m, other_d), other_strides = self._matrices(flat_other, columns)
+        if other_dtype is not dtype:
+            raise TypeError(f"other: expected x's dtype {dtype.name}; got {other_dtype.name}; convert one of them.")
+        if other_d != d:
+            vectors = "columns" if columns else "rows"
+            raise ValueError(f"other: expected {vectors} as long as x's, {d} elements; got {other_d}.")
+        return gram.sum_between(dtype, d, matrices[0], n, *strides, other_matrix, m, *other_strides)
+
     def orthogonal_value_and_grad(self, factor: float, x: Any, *, columns: bool, flatten: bool) -> tuple[Any, Any]:
         matrices = self._flat(x, flatten)
         out = self.empty_like(matrices)

@@ -118,3 +118,12 @@ class _DTypes(dict[Any, DType]):
 
 _dtypes = _DTypes({np.dtype(name): dtype for name, dtype in DTYPES.items() if dtype is not BFLOAT16})
 ADAPTER = NumpyAdapter()
+
+
+def dtype_of(dtype: np.dtype[Any]) -> DType:
+    """Return what a NumPy dtype means to regkern.
+
+    Raises:
+        TypeError: the dtype is not supported.
+    """
+    return _dtypes[dtype]

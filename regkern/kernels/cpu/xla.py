@@ -359,7 +359,8 @@ def _make_gram(value_signature, gradient_signature):
         for i in range(matrices):
             address = _data(x) + i * size
             if kind == VALUE:
-                succeeded, mean = call_value(kernel, (address, n, d, row_stride, depth_stride))
+                succeeded, total = call_value(kernel, (d, address, n, row_stride, depth_stride, 0, 0, 0, 0))
+                mean = total / max(1.0, n * (n - 1) / 2)
             else:
                 g = _read(_argument(frame, 2), i) if kind == GRADIENT else 1.0
                 target = _data(out) + i * size

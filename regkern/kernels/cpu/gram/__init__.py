@@ -12,9 +12,10 @@ manner of Goto and van de Geijn (2008) and BLIS (Van Zee and van de Geijn 2015):
 * *Macro kernel* (`value`). A macro tile is GROUP x GROUP panel pairs; its depth blocks run outermost, so KC x GROUP *
   NR of each operand stay in the L2 cache, and one KC x NR block in the L1 cache. Deeper matrices than KC carry their
   unfinished dot products in a buffer of the macro tile's size.
-* *Tasks* (`value`). Macro tiles on or above the diagonal are numbered; threads draw the next number from a shared
-  counter, so they finish together whatever each one's speed. A task's sum has a fixed place, and the places are added
-  in order: the result has the same bits for any number of threads.
+* *Tasks* (`value`). Macro tiles on or above the diagonal are numbered, or all of them where the columns are another
+  matrix's rows; threads draw the next number from a shared counter, so they finish together whatever each one's
+  speed. A task's sum has a fixed place, and the places are added in order: the result has the same bits for any number
+  of threads.
 * *Gradient* (`gradient`). The signs S of each tile are multiplied with both of its panels while they are in cache: V
   = S U, symmetric tiles used twice.
 
@@ -42,7 +43,7 @@ PARALLEL_FROM = 1 << 22
 # The kernels are compiled without fast-math flags: Numba gives them to the intrinsics' instructions as well, and
 # reassociation would undo the scaling of subnormal rows. The micro kernel asks for fused multiply-adds itself.
 _INT = types.intp
-VALUE = types.float64(*[_INT] * 5)
+VALUE = types.float64(*[_INT] * 9)
 VALUE_AND_GRADIENT = types.float64(*[_INT] * 8, types.float64, types.boolean)
 
 
@@ -50,8 +51,36 @@ def mean(dtype: DType, x: int, n: int, d: int, row_stride: int, depth_stride: in
     """Return the mean |cosine| over pairs of n rows of d elements, at an address and with strides in bytes."""
     if n < 2 or d < 1:
         return 0.0
-    mean = kernel(dtype, n, gradient=False).for_size(n * n * d // 2)
-    return _at_most_one(mean(x, n, d, row_stride, depth_stride))
+    return _at_most_one(sum_within(dtype, x, n, d, row_stride, depth_stride) / (n * (n - 1) / 2))
+
+
+def sum_within(dtype: DType, x: int, n: int, d: int, row_stride: int, depth_stride: int) -> float:
+    """Return the sum of |cosine| over pairs of n rows of d elements, at an address and with strides in bytes."""
+    if n < 2 or d < 1:
+        return 0.0
+    value = kernel(dtype, n, gradient=False).for_size(n * n * d // 2)
+    total: float = value(d, x, n, row_stride, depth_stride, 0, 0, 0, 0)
+    return total
+
+
+def sum_between(
+    dtype: DType,
+    d: int,
+    x: int,
+    n: int,
+    row_stride: int,
+    depth_stride: int,
+    y: int,
+    m: int,
+    y_row_stride: int,
+    y_depth_stride: int,
+) -> float:
+    """Return the sum of |cosine| over all pairs of one of the n rows at x and one of the m rows at y."""
+    if n < 1 or m < 1 or d < 1:
+        return 0.0
+    value = kernel(dtype, max(n, m), gradient=False).for_size(n * m * d)
+    total: float = value(d, x, n, row_stride, depth_stride, y, m, y_row_stride, y_depth_stride)
+    return total
 
 
 def mean_and_gradient(

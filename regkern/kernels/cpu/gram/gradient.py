@@ -25,7 +25,7 @@ def make_value_and_gradient(vec, tile):
     """
     nr, size, spare, accumulator = tile.vectors * vec.lanes, vec.size, vec.spare, vec.accumulator
     pack_panel, unpack_panel, project = (
-        make_pack_panel(vec, nr),
+        make_pack_panel(vec, nr, tile.mr),
         make_unpack_panel(vec, nr),
         project_ir(vec, tile.vectors),
     )

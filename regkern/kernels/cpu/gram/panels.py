@@ -18,9 +18,10 @@ def _vector_blocks(rows, d, row_stride, depth_stride, w, item):
     return 0, 0
 
 
-def make_pack_panel(vec, nr):
+def make_pack_panel(vec, nr, mr):
     """Make ``pack_panel(x, rows, d, row_stride, depth_stride, panel, scales)``."""
     w, size, item = vec.lanes, vec.size, vec.stored_size
+    step = max(w, mr)  # both are powers of two
     pack_block, pack_lanes, pack_row = _pack_block(vec, nr), _pack_strided(vec, nr, True), _pack_strided(vec, nr, False)
     zero_row, normalise = _zero_row(vec, nr), _normalise(vec, nr)
 
@@ -28,7 +29,8 @@ def make_pack_panel(vec, nr):
     def pack_panel(x, rows, d, row_stride, depth_stride, panel, scales):
         """Widen, transpose and normalise up to NR rows at address x into the panel at address panel.
 
-        Missing rows are zero up to a whole vector; further ones are left as they are.
+        Missing rows are zero up to a whole vector and, for the left operand, a whole tile; further ones are left as
+        they are.
         """
         full, whole = _vector_blocks(rows, d, row_stride, depth_stride, w, item)
         for r in range(0, full, w):
@@ -43,7 +45,7 @@ def make_pack_panel(vec, nr):
             if k < d:
                 pack_row(x + r * row_stride + k * depth_stride, depth_stride, d - k, panel + (k * nr + r) * size)
         vectors = (rows + w - 1) // w
-        for r in range(rows, vectors * w):
+        for r in range(rows, (rows + step - 1) // step * step):
             zero_row(d, panel + r * size)
         normalise(panel, vectors, d, scales)
 

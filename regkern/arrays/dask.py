@@ -1,0 +1,213 @@
+"""Dask arrays: lazy penalties, whose chunks are evaluated by the adapter of their own library, wherever they are."""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NoReturn
+
+import dask
+import dask.array as da
+import numpy as np
+from dask.array.utils import meta_from_array
+
+from regkern.arrays import ADAPTERS
+from regkern.arrays.adapter import Adapter
+from regkern.arrays.numpy import dtype_of
+from regkern.kernels.formulas import Formula
+
+# Partial sums that one task adds.
+_SPLIT = 16
+
+_Finish = Callable[[Any], Any]
+
+
+class DaskAdapter(Adapter):
+    """Makes graphs: partial sums of chunks, combined in a tree, and maps over chunks.
+
+    Results are 0-d arrays for sums and arrays with x's chunks for gradients and proximal operators. Nothing is computed
+    here, and dtypes are checked here all the same.
+    """
+
+    def owns(self, array_type: type) -> bool:
+        return issubclass(array_type, da.Array)
+
+    def penalty(self, formula: Formula, a: float, b: float, x: Any) -> Any:
+        return _reduce(x, functools.partial(_sums, formula), functools.partial(_weigh, a, b))
+
+    def sums(self, formula: Formula, x: Any) -> tuple[Any, Any]:
+        sums = functools.partial(_sums, formula)  # the same name in both graphs, so each chunk is read once
+        return _reduce(x, sums, operator.itemgetter(0)), _reduce(x, sums, operator.itemgetter(1))
+
+    def partial(self, formula: Formula, x: Any) -> Any:
+        sums = functools.partial(_sums, formula)
+        return da.stack([_reduce(x, sums, operator.itemgetter(i), "float64") for i in range(2)])
+
+    def value_and_grad(self, formula: Formula, a: float, b: float, x: Any) -> tuple[Any, Any]:
+        return self.penalty(formula, a, b, x), self.grad(formula, a, b, x, None, False)
+
+    def grad(self, formula: Formula, a: float, b: float, x: Any, out: Any, accumulate: bool) -> Any:
+        _refuse_out(out)
+        return _map(x, functools.partial(_grad, formula, a, b))
+
+    def prox(self, formula: Formula, a: float, b: float, x: Any, out: Any) -> Any:
+        _refuse_out(out)
+        return _map(x, functools.partial(_prox, formula, a, b))
+
+    def orthogonal(self, factor: float, x: Any, *, columns: bool, flatten: bool) -> Any:
+        dtype_of(x.dtype)
+        if any(math.isnan(length) for length in x.shape):
+            raise ValueError(
+                "x: expected known chunk sizes, by which pairs of rows are counted; got unknown ones; "
+                "call x.compute_chunk_sizes() first."
+            )
+        if flatten and x.ndim > 2:
+            x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+        n = x.shape[-1] if columns else x.shape[-2]
+        matrices = math.prod(x.shape[:-2])  # one, or those of a batch, whose means are added
+        finish = functools.partial(_mean, factor, n * (n - 1) // 2, matrices)
+        if x.ndim > 2:
+            return _reduce(x.rechunk({-2: -1, -1: -1}), functools.partial(_cosine_sum_of_batch, columns), finish)
+        partials = list(_cosine_sums(x.T if columns else x))
+        while len(partials) > _SPLIT:
+            partials = [_add(partials[i : i + _SPLIT]) for i in range(0, len(partials), _SPLIT)]
+        return da.from_delayed(_finish(partials, finish, _result(x)), (), meta=_scalar_meta(x, _result(x)))
+
+    def orthogonal_value_and_grad(self, factor: float, x: Any, *, columns: bool, flatten: bool) -> tuple[Any, Any]:
+        _no_gradient()
+
+    def orthogonal_grad(
+        self, factor: float, x: Any, out: Any, *, columns: bool, flatten: bool, accumulate: bool
+    ) -> Any:
+        _no_gradient()
+
+
+def _refuse_out(out: Any) -> None:
+    if out is not None:
+        raise TypeError(
+            f"out: expected None, because Dask arrays are not written to; got {type(out).__name__}; "
+            "take what is returned, and to accumulate write out + scale * grad."
+        )
+
+
+def _no_gradient() -> NoReturn:
+    raise NotImplementedError(
+        "OrthogonalRegularizer has no gradient for Dask arrays; compute the matrix, and call it on that."
+    )
+
+
+def _result(x: Any) -> str:
+    return dtype_of(x.dtype).result
+
+
+def _scalar_meta(x: Any, dtype: str) -> Any:
+    return meta_from_array(x._meta, ndim=0, dtype=dtype)
+
+
+def _reduce(x: Any, partial: Callable[[Any], Any], finish: _Finish, result: str | None = None) -> Any:
+    """Return a 0-d array: ``finish`` of the sum, over all chunks, of what ``partial`` makes of a chunk."""
+    result = result or _result(x)
+    return da.reduction(
+        x,
+        functools.partial(_chunk, partial),
+        functools.partial(_aggregate, finish, result),
+        combine=_combine,
+        concatenate=False,
+        split_every=_SPLIT,
+        dtype=result,
+        meta=_scalar_meta(x, result),
+    )
+
+
+def _map(x: Any, function: Callable[[Any], Any]) -> Any:
+    dtype_of(x.dtype)
+    return x.map_blocks(function, dtype=x.dtype, meta=x._meta)
+
+
+def _cosine_sums(x: Any) -> Iterator[Any]:
+    """Make a task for each pair of blocks of rows, and each block with itself; a task holds two blocks."""
+    blocks = _bands(x).to_delayed(optimize_graph=False).ravel()
+    for j, block in enumerate(blocks):
+        yield _cosine_sum(block, None)
+        for other in blocks[:j]:
+            yield _cosine_sum(other, block)
+
+
+def _bands(x: Any) -> Any:
+    """Rechunk a matrix to whole rows, as many as make the largest chunk that it has."""
+    if x.numblocks[1] <= 1:
+        return x
+    rows = max(1, max(x.chunks[0]) * max(x.chunks[1]) // max(1, x.shape[1]))
+    return x.rechunk({0: rows, 1: -1})
+
+
+# What tasks do, on any worker: each function takes a chunk, or partial sums.
+
+
+def _sums(formula: Formula, chunk: Any) -> Any:
+    return ADAPTERS[type(chunk)].partial(formula, chunk)
+
+
+def _grad(formula: Formula, a: float, b: float, chunk: Any) -> Any:
+    return ADAPTERS[type(chunk)].grad(formula, a, b, chunk, None, False)
+
+
+def _prox(formula: Formula, a: float, b: float, chunk: Any) -> Any:
+    return ADAPTERS[type(chunk)].prox(formula, a, b, chunk, None)
+
+
+def _cosine_sum_of_batch(columns: bool, chunk: Any) -> Any:
+    return np.float64(ADAPTERS[type(chunk)].cosine_sum(chunk, None, columns=columns, flatten=False))
+
+
+@dask.delayed(pure=True)
+def _cosine_sum(block: Any, other: Any) -> Any:
+    return ADAPTERS[type(block)].cosine_sum(block, other, columns=False, flatten=False)
+
+
+def _weigh(a: float, b: float, sums: Any) -> Any:
+    return a * sums[0] + b * sums[1]
+
+
+def _mean(factor: float, pairs: int, most: int, total: Any) -> Any:
+    return np.float64(factor * min(total / pairs, float(most)) if pairs else 0.0)  # more by rounding alone; NaN stays
+
+
+def _total(partials: Iterable[Any]) -> Any:
+    return functools.reduce(operator.add, partials)
+
+
+def _chunk(partial: Callable[[Any], Any], chunk: Any, axis: Any, keepdims: bool) -> Any:
+    return partial(chunk)
+
+
+def _combine(partials: Any, axis: Any, keepdims: bool) -> Any:
+    return _total(_flat(partials))
+
+
+def _aggregate(finish: _Finish, result: str, partials: Any, axis: Any, keepdims: bool) -> Any:
+    return finish(_total(_flat(partials))).astype(result)
+
+
+def _flat(partials: Any) -> Iterator[Any]:
+    """Iterate over the nested lists in which Dask hands partial results on; a single one comes without a list."""
+    if isinstance(partials, list):
+        for each in partials:
+            yield from _flat(each)
+    else:
+        yield partials
+
+
+@dask.delayed(pure=True)
+def _add(partials: Sequence[Any]) -> Any:
+    return _total(partials)
+
+
+@dask.delayed(pure=True)
+def _finish(partials: Sequence[Any], finish: _Finish, result: str) -> Any:
+    return finish(_total(partials)).astype(result)
+
+
+ADAPTER = DaskAdapter()
