@@ -477,6 +477,11 @@ def activity_penalty(regularizer: Any, outputs: Any) -> Any:
         raise TypeError(f"outputs: expected an array; got {type(outputs).__name__}.")
     if len(shape) == 0:
         raise ValueError("outputs: expected a batch on axis 0; got an array without dimensions.")
+    if shape[0] != shape[0]:  # NaN is how Dask says that it does not know
+        raise ValueError(
+            "outputs: expected a known batch size; got a Dask array with unknown chunk sizes; "
+            "call outputs.compute_chunk_sizes() first."
+        )
     if shape[0] == 0:
         return reductions.penalty(ZERO, 0.0, 0.0, outputs)
     return regularizer(outputs) / shape[0]
