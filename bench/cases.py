@@ -53,7 +53,8 @@ class Case:
     """One thing that regkern and its peers compute.
 
     Attributes:
-        kind: which function of `peers.py`: value, value_and_grad, accumulate, prox, gram, gram_columns, gram_and_grad.
+        kind: which function of `peers.py`: value, value_and_grad, accumulate, prox, gram, gram_columns, gram_and_grad;
+            jax_value_and_grad and jax_gram_and_grad are those of a jitted JAX program.
         shape: of the array from which the layout makes a view.
         peers: names of the peers beside regkern; those that are not installed are left out, and it is said.
         dtype: of the elements.
@@ -156,6 +157,8 @@ ELEMENTWISE = (
     Case("value_and_grad", (1024, 1024), _WRITING_PEERS),
     Case("accumulate", (4096, 4096), _WRITING_PEERS),
     Case("prox", (4096, 4096), _WRITING_PEERS),
+    Case("jax_value_and_grad", (256, 256), ("jax",), targets=(over("jax", 4),)),
+    Case("jax_value_and_grad", (4096, 4096), ("jax",), targets=(over("jax", 1.8),)),
     _layout((1024, 1024), "transpose", _LIKE_C),
     _layout((4096, 4096), "transpose", _LIKE_C),
     _layout((1024, 1024), "Fortran", _LIKE_C),
@@ -180,6 +183,7 @@ GRAM = (
         "gram_columns", (1024, 4096), ("rows mode",), targets=(over("rows mode", 1 / 1.1, "within 1.1x of rows mode"),)
     ),
     Case("gram_and_grad", (4096, 1024), ("torch", "jax", "peak FMA"), targets=(over("torch", 3),)),
+    Case("jax_gram_and_grad", (4096, 1024), ("jax",), targets=(over("jax", 2.5),)),
 )
 
 TORCH = (

@@ -398,6 +398,17 @@ def jax_value(x):
     return _jitted(_jax_penalty, x)
 
 
+@peer("jax_value_and_grad", "regkern")
+def regkern_jax_value_and_grad(x):
+    return _jitted(_jax().value_and_grad(_REGULARIZER), x)
+
+
+@peer("jax_gram_and_grad", "regkern")
+def regkern_jax_gram_and_grad(x):
+    return _jitted(_jax().value_and_grad(rk.OrthogonalRegularizer(0.01, "rows")), x)
+
+
+@peer("jax_value_and_grad", "jax")
 @peer("value_and_grad", "jax")
 def jax_value_and_grad(x):
     return _jitted(_jax().value_and_grad(_jax_penalty), x)
@@ -436,6 +447,7 @@ def jax_gram(x):
     return _jitted(_jax_orthogonal, x)
 
 
+@peer("jax_gram_and_grad", "jax")
 @peer("gram_and_grad", "jax")
 def jax_gram_and_grad(x):
     return _jitted(_jax().value_and_grad(_jax_orthogonal), x)

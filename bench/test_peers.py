@@ -6,7 +6,7 @@ from bench import peers
 from bench.cases import CASES
 
 LIMITS = ("bare read", "bare copy", "peak FMA")
-KINDS = ("value", "value_and_grad", "gram", "gram_columns", "gram_and_grad")
+KINDS = ("value", "value_and_grad", "gram", "gram_columns", "gram_and_grad", "jax_value_and_grad", "jax_gram_and_grad")
 # NumPy adds bfloat16 in bfloat16, and is off by tens of per cent at a thousand values.
 COMPARED = [case for case in CASES if case.kind in KINDS and case.dtype not in ("float16", "bfloat16")]
 

@@ -216,8 +216,10 @@ def combine(partials: Any) -> Any:
 
 def finish(a: float, b: float, partial: Any, dtype: Any) -> Any:
     """Return ``a * partial[0] + b * partial[1]`` in the result type of a dtype."""
-    sum0, sum1 = np.asarray(partial, np.float64).tolist()
-    return np.dtype(_supported(dtype).result).type(a * sum0 + b * sum1)
+    result = np.dtype(_supported(dtype).result)
+    if not hasattr(partial, "astype"):
+        partial = np.asarray(partial, np.float64)
+    return (a * partial[0] + b * partial[1]).astype(result)
 
 
 def _supported(dtype: Any) -> DType:

@@ -178,7 +178,7 @@ class ElementwiseRegularizer(Regularizer):
             dtype: the dtype of the pieces' elements, or its name.
 
         Returns:
-            A NumPy scalar: float64 for float64, float32 for the rest.
+            A scalar, of JAX where the partial sums are JAX's, else of NumPy: float64 for float64, float32 for the rest.
 
         Raises:
             TypeError: the dtype is not supported.

@@ -17,6 +17,9 @@ _LIBRARIES = {
     "numpy": "regkern.arrays.numpy",
     "torch.distributed.tensor": "regkern.arrays.dtensor",
     "torch": "regkern.arrays.torch",
+    "jax": "regkern.arrays.jax",
+    "tensorflow": "regkern.arrays.tensorflow",
+    "keras": "regkern.arrays.keras",
 }
 
 

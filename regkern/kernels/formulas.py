@@ -95,7 +95,7 @@ def _abs_square_prox(v: float, clipped: float, a: float, b: float) -> float:
 
 
 def _count_terms(magnitude: float) -> tuple[float, float]:
-    return (1.0 if magnitude == 0.0 else 0.0), (1.0 if magnitude - magnitude != 0.0 else 0.0)
+    return (magnitude == 0.0) * 1.0, (magnitude - magnitude != 0.0) * 1.0
 
 
 ZERO = Formula("zero", _zero_terms, _zero_derivative, _zero_prox)

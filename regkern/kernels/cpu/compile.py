@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import llvmlite
 import numba
@@ -59,9 +59,24 @@ def cache_folder() -> Path:
     return Path(os.environ.get(CACHE_VARIABLE) or user_cache_dir("regkern", appauthor=False))
 
 
+class Build(NamedTuple):
+    """A compiled kernel.
+
+    Attributes:
+        call: the function for Python, without Numba's dispatch on argument types. It releases the GIL.
+        native: the address of the function for compiled code, by Numba's calling convention, which returns a status;
+            0 where Numba's compiler is switched off.
+        c: the address of the same with C's calling convention, which has no way to tell of an error; 0 likewise.
+    """
+
+    call: Callable[..., Any]
+    native: int
+    c: int
+
+
 def compile_kernel(
     body: Callable[..., Any], signature: Any, name: str, *, parallel: bool = False, fastmath: bool = True
-) -> Callable[..., Any]:
+) -> Build:
     """Compile one kernel, or load it from the cache.
 
     Args:
@@ -70,19 +85,18 @@ def compile_kernel(
         name: unique among all kernels; with the signature it stands for the code in the cache.
         parallel: whether `prange` loops run on Numba's threads.
         fastmath: whether LLVM may reorder sums and fuse products into them.
-
-    Returns:
-        The compiled function itself, without Numba's dispatch on argument types. It releases the GIL.
     """
     name = f"{name}-parallel" if parallel else name
     dispatcher = numba.njit(
         _named(body, name), parallel=parallel, nogil=True, fastmath=FASTMATH if fastmath else False, error_model="numpy"
     )
     if config.DISABLE_JIT:
-        return body
+        return Build(body, 0, 0)
     dispatcher._cache = _KernelCache(name)
-    entry_point: Callable[..., Any] = dispatcher.compile(signature)
-    return entry_point
+    entry_point = dispatcher.compile(signature)
+    result = dispatcher.overloads[signature.args]
+    address = result.library.get_pointer_to_function
+    return Build(entry_point, address(result.fndesc.llvm_func_name), address(result.fndesc.llvm_cfunc_wrapper_name))
 
 
 def inner(name: str, **options: Any) -> Callable[[Callable[..., Any]], Any]:

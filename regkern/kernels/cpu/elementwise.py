@@ -34,6 +34,11 @@ SCALAR_BLOCK = 1 << 7
 # Bounds the partial sums to 256 KiB, whatever the array's size.
 MAX_CHUNKS = 1 << 14
 
+# All dtypes are summed, and their factors given, in the same type.
+_SUMS, _FACTORS = types.UniTuple(types.float64, 2), (types.float64, types.float64)
+FLAT = _SUMS(types.intp, types.intp, types.intp, *_FACTORS)
+STRIDED = _SUMS(types.intp, types.intp, types.Array(types.int64, 2, "C"), *_FACTORS)
+
 
 @dataclass(frozen=True, eq=False)
 class Operation:
@@ -104,19 +109,15 @@ class Kernels:
     def __init__(self, operation: Operation, formula: Formula, dtype: DType, in_place: bool) -> None:
         name = "-".join([operation.name, formula.name, dtype.name] + ["in_place"] * in_place)
         run = _make_run(name, operation, formula, dtype, in_place)
-        accumulator = getattr(types, dtype.accumulator)
-        sums = types.UniTuple(accumulator, 2)
-        factors = (accumulator, accumulator)
-        layout = types.Array(types.int64, 2, "C")
         self.flat = Kernel(
             _make_flat(run, dtype),
-            sums(types.intp, types.intp, types.intp, *factors),
+            FLAT,
             name,
             parallel_from=PARALLEL_FROM,
         )
         self.strided = Kernel(
             _make_strided(run),
-            sums(types.intp, types.intp, layout, *factors),
+            STRIDED,
             f"{name}-strided",
             parallel_from=STRIDED_PARALLEL_FROM,
         )

@@ -17,7 +17,7 @@ from typing import Any
 import numba
 
 from regkern.kernels import forks
-from regkern.kernels.cpu.compile import compile_kernel
+from regkern.kernels.cpu.compile import Build, compile_kernel
 
 _launching = threading.Lock()
 
@@ -51,6 +51,8 @@ class Kernel:
         self, body: Callable[..., Any], signature: Any, name: str, *, parallel_from: int, fastmath: bool = True
     ) -> None:
         self._compile = partial(compile_kernel, body, signature, name, fastmath=fastmath)
+        self.name = name
+        self.signature = signature
         self.parallel_from = parallel_from
 
     def for_size(self, size: int) -> Callable[..., Any]:
@@ -60,7 +62,7 @@ class Kernel:
     @cached_property
     def serial(self) -> Callable[..., Any]:
         """The build for one thread."""
-        return self._compile()
+        return self.serial_build.call
 
     def parallel(self, *arguments: Any) -> Any:
         """Run on all threads where that is safe now, else on this one."""
@@ -79,4 +81,14 @@ class Kernel:
 
     @cached_property
     def _parallel(self) -> Callable[..., Any]:
+        return self.parallel_build.call
+
+    @cached_property
+    def serial_build(self) -> Build:
+        """The build for one thread, with its addresses."""
+        return self._compile()
+
+    @cached_property
+    def parallel_build(self) -> Build:
+        """The build for all threads, with its addresses. Compiled code must know itself where it may be called."""
         return self._compile(parallel=True)

@@ -42,16 +42,16 @@ PARALLEL_FROM = 1 << 22
 # The kernels are compiled without fast-math flags: Numba gives them to the intrinsics' instructions as well, and
 # reassociation would undo the scaling of subnormal rows. The micro kernel asks for fused multiply-adds itself.
 _INT = types.intp
-_VALUE = types.float64(*[_INT] * 5)
-_VALUE_AND_GRADIENT = types.float64(*[_INT] * 8, types.float64, types.boolean)
+VALUE = types.float64(*[_INT] * 5)
+VALUE_AND_GRADIENT = types.float64(*[_INT] * 8, types.float64, types.boolean)
 
 
 def mean(dtype: DType, x: int, n: int, d: int, row_stride: int, depth_stride: int) -> float:
     """Return the mean |cosine| over pairs of n rows of d elements, at an address and with strides in bytes."""
     if n < 2 or d < 1:
         return 0.0
-    kernel = _value(dtype, _tile(dtype, n)).for_size(n * n * d // 2)
-    return _at_most_one(kernel(x, n, d, row_stride, depth_stride))
+    mean = kernel(dtype, n, gradient=False).for_size(n * n * d // 2)
+    return _at_most_one(mean(x, n, d, row_stride, depth_stride))
 
 
 def mean_and_gradient(
@@ -70,10 +70,15 @@ def mean_and_gradient(
     """Return the mean |cosine|, and write factor times its gradient to out, or add it."""
     if n < 1 or d < 1:
         return 0.0
-    kernel = _value_and_gradient(dtype, _tile(dtype, n)).for_size(3 * n * n * d // 2)
+    mean_and_gradient = kernel(dtype, n, gradient=True).for_size(3 * n * n * d // 2)
     return _at_most_one(
-        kernel(x, n, d, row_stride, depth_stride, out, out_row_stride, out_depth_stride, factor, accumulate)
+        mean_and_gradient(x, n, d, row_stride, depth_stride, out, out_row_stride, out_depth_stride, factor, accumulate)
     )
+
+
+def kernel(dtype: DType, n: int, *, gradient: bool) -> Kernel:
+    """Return the kernel for matrices of n rows, of the value alone or with the gradient."""
+    return (_value_and_gradient if gradient else _value)(dtype, _tile(dtype, n))
 
 
 def _at_most_one(mean: float) -> float:
@@ -99,11 +104,11 @@ def value_kernel(dtype: DType, tile: Tile, features: Mapping[str, bool]) -> Kern
     """Make the kernel of the value with a register tile, for a CPU with these LLVM features."""
     vectors = Vectors(dtype, tile, converts_float16(features))
     body, name = make_value(vectors, tile), f"gram-{vectors.tag}"
-    return Kernel(body, _VALUE, name, parallel_from=PARALLEL_FROM, fastmath=False)
+    return Kernel(body, VALUE, name, parallel_from=PARALLEL_FROM, fastmath=False)
 
 
 def gradient_kernel(dtype: DType, tile: Tile, features: Mapping[str, bool]) -> Kernel:
     """Make the kernel of value and gradient with a register tile, for a CPU with these LLVM features."""
     vectors = Vectors(dtype, tile, converts_float16(features))
     body, name = make_value_and_gradient(vectors, tile), f"gram_gradient-{vectors.tag}"
-    return Kernel(body, _VALUE_AND_GRADIENT, name, parallel_from=PARALLEL_FROM, fastmath=False)
+    return Kernel(body, VALUE_AND_GRADIENT, name, parallel_from=PARALLEL_FROM, fastmath=False)
