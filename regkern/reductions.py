@@ -203,6 +203,11 @@ def prox(formula: Formula, a: float, b: float, x: Any, step: float, out: Any) ->
     return ADAPTERS[type(x)].prox(formula, a * step, b * step, x, out)
 
 
+def over_batch(penalty: Any, x: Any) -> Any:
+    """Return a penalty divided by the length of x's first axis, which is not known yet."""
+    return ADAPTERS[type(x)].over_batch(penalty, x)
+
+
 def partial(formula: Formula, x: Any) -> Any:
     """Return the formula's two sums over a piece of an array, in float64."""
     return ADAPTERS[type(x)].partial(formula, x)

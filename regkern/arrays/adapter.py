@@ -1,5 +1,7 @@
 """What regkern asks of an array library: one method per thing that a regularizer can do with an array."""
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -59,3 +61,57 @@ class Adapter(ABC):
         self, factor: float, x: Any, out: Any, *, columns: bool, flatten: bool, accumulate: bool
     ) -> Any:
         """Write the orthogonal penalty's gradient to out, or add it, and return out; a new array where out is None."""
+
+    def over_batch(self, penalty: Any, x: Any) -> Any:
+        """Return a penalty divided by the length of x's first axis, which may not be known yet; 0 where it is 0."""
+        return penalty / x.shape[0]
+
+
+class ChoosingAdapter(Adapter):
+    """Hands each array on to another adapter, which depends on more than its type."""
+
+    @abstractmethod
+    def choose(self, x: Any) -> tuple[Adapter, Any]:
+        """Return the adapter for an array, and what to give to it."""
+
+    def penalty(self, formula: Formula, a: float, b: float, x: Any) -> Any:
+        adapter, x = self.choose(x)
+        return adapter.penalty(formula, a, b, x)
+
+    def sums(self, formula: Formula, x: Any) -> tuple[Any, Any]:
+        adapter, x = self.choose(x)
+        return adapter.sums(formula, x)
+
+    def partial(self, formula: Formula, x: Any) -> Any:
+        adapter, x = self.choose(x)
+        return adapter.partial(formula, x)
+
+    def value_and_grad(self, formula: Formula, a: float, b: float, x: Any) -> tuple[Any, Any]:
+        adapter, x = self.choose(x)
+        return adapter.value_and_grad(formula, a, b, x)
+
+    def grad(self, formula: Formula, a: float, b: float, x: Any, out: Any, accumulate: bool) -> Any:
+        adapter, x = self.choose(x)
+        return adapter.grad(formula, a, b, x, out, accumulate)
+
+    def prox(self, formula: Formula, a: float, b: float, x: Any, out: Any) -> Any:
+        adapter, x = self.choose(x)
+        return adapter.prox(formula, a, b, x, out)
+
+    def orthogonal(self, factor: float, x: Any, *, columns: bool, flatten: bool) -> Any:
+        adapter, x = self.choose(x)
+        return adapter.orthogonal(factor, x, columns=columns, flatten=flatten)
+
+    def orthogonal_value_and_grad(self, factor: float, x: Any, *, columns: bool, flatten: bool) -> tuple[Any, Any]:
+        adapter, x = self.choose(x)
+        return adapter.orthogonal_value_and_grad(factor, x, columns=columns, flatten=flatten)
+
+    def orthogonal_grad(
+        self, factor: float, x: Any, out: Any, *, columns: bool, flatten: bool, accumulate: bool
+    ) -> Any:
+        adapter, x = self.choose(x)
+        return adapter.orthogonal_grad(factor, x, out, columns=columns, flatten=flatten, accumulate=accumulate)
+
+    def over_batch(self, penalty: Any, x: Any) -> Any:
+        adapter, x = self.choose(x)
+        return adapter.over_batch(penalty, x)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from regkern.arrays.adapter import Adapter
+from regkern.arrays.adapter import Adapter, ChoosingAdapter
 from regkern.arrays.numpy import NumpyAdapter
 from regkern.arrays.operations import OperationsAdapter
 from regkern.dtypes import DTYPES
@@ -70,14 +70,12 @@ class Operations(OperationsAdapter):
         return tf.linalg.matrix_transpose(x)
 
     def unit(self, x: Any) -> Any:
-        largest = tf.stop_gradient(tf.reduce_max(abs(x), axis=-1, keepdims=True))
-        x = tf.math.divide_no_nan(x, largest)  # its squares neither overflow nor vanish
         squares = tf.reduce_sum(tf.square(x), axis=-1, keepdims=True)
         zero = tf.equal(squares, 0)
         return x * tf.where(zero, tf.zeros_like(squares), tf.math.rsqrt(tf.where(zero, tf.ones_like(squares), squares)))
 
     def off_diagonal(self, x: Any) -> Any:
-        return tf.linalg.set_diag(x, tf.zeros(tf.shape(x)[:-1], x.dtype))
+        return x * (1 - tf.eye(x.shape[-1], dtype=x.dtype))
 
     def differentiate(self, function: Callable[[Any], Any], x: Any) -> tuple[Any, Any]:
         with tf.GradientTape() as tape:
@@ -126,6 +124,10 @@ class Operations(OperationsAdapter):
                 f"other; got shape {tuple(x.shape)}; set it, for example by tf.ensure_shape."
             )
         return super().orthogonal(factor, x, columns=columns, flatten=flatten)
+
+
+    def over_batch(self, penalty: Any, x: Any) -> Any:
+        return tf.math.divide_no_nan(penalty, tf.cast(tf.shape(x)[0], penalty.dtype))
 
 
 OPERATIONS = Operations()
@@ -278,52 +280,15 @@ def _is_plain(x: Any) -> bool:
 KERNELS = Kernels()
 
 
-class TensorflowAdapter(Adapter):
+class TensorflowAdapter(ChoosingAdapter):
     """Reads variables, and chooses the evaluator for each tensor."""
 
     def owns(self, array_type: type) -> bool:
         return issubclass(array_type, tf.Tensor | tf.Variable)
 
-    def penalty(self, formula: Formula, a: float, b: float, x: Any) -> Any:
-        evaluator, x = _evaluator(x)
-        return evaluator.penalty(formula, a, b, x)
-
-    def sums(self, formula: Formula, x: Any) -> tuple[Any, Any]:
-        evaluator, x = _evaluator(x)
-        return evaluator.sums(formula, x)
-
-    def partial(self, formula: Formula, x: Any) -> Any:
-        evaluator, x = _evaluator(x)
-        return evaluator.partial(formula, x)
-
-    def value_and_grad(self, formula: Formula, a: float, b: float, x: Any) -> tuple[Any, Any]:
-        evaluator, x = _evaluator(x)
-        return evaluator.value_and_grad(formula, a, b, x)
-
-    def grad(self, formula: Formula, a: float, b: float, x: Any, out: Any, accumulate: bool) -> Any:
-        evaluator, x = _evaluator(x)
-        return evaluator.grad(formula, a, b, x, out, accumulate)
-
-    def prox(self, formula: Formula, a: float, b: float, x: Any, out: Any) -> Any:
-        evaluator, x = _evaluator(x)
-        return evaluator.prox(formula, a, b, x, out)
-
-    def orthogonal(self, factor: float, x: Any, **vectors: bool) -> Any:
-        evaluator, x = _evaluator(x)
-        return evaluator.orthogonal(factor, x, **vectors)
-
-    def orthogonal_value_and_grad(self, factor: float, x: Any, **vectors: bool) -> tuple[Any, Any]:
-        evaluator, x = _evaluator(x)
-        return evaluator.orthogonal_value_and_grad(factor, x, **vectors)
-
-    def orthogonal_grad(self, factor: float, x: Any, out: Any, **options: bool) -> Any:
-        evaluator, x = _evaluator(x)
-        return evaluator.orthogonal_grad(factor, x, out, **options)
-
-
-def _evaluator(x: Any) -> tuple[Any, Any]:
-    tensor = tf.convert_to_tensor(x)
-    return (KERNELS if _is_plain(tensor) else OPERATIONS), tensor
+    def choose(self, x: Any) -> tuple[Adapter, Any]:
+        tensor = tf.convert_to_tensor(x)
+        return (KERNELS if _is_plain(tensor) else OPERATIONS), tensor
 
 
 ADAPTER = TensorflowAdapter()
