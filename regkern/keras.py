@@ -17,6 +17,8 @@ Objects registered by `regkern.register_keras_serializable` are registered with 
 Reference: https://keras.io/guides/serialization_and_saving/
 """
 
+import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -125,11 +127,19 @@ def _of_variables(layer: Any) -> Iterator[tuple[Any, Callable[[Any], None]]]:
     for variable in [*getattr(layer, "_trainable_variables", ()), *getattr(layer, "_non_trainable_variables", ())]:
         if getattr(variable, "regularizer", None) is not None:
             yield variable.regularizer, _attribute_setter(variable)
-    for loss in getattr(layer, "_callable_losses", ()):  # tf_keras keeps a regularizer in a function's closure alone
-        function = getattr(loss, "func", None)
-        if function is not None and "regularizer" in function.__code__.co_freevars:
-            cell = function.__closure__[function.__code__.co_freevars.index("regularizer")]
+    for loss in getattr(layer, "_callable_losses", ()):
+        for cell in _regularizer_cells(loss):
             yield cell.cell_contents, _cell_setter(cell)
+
+
+def _regularizer_cells(loss: Any) -> Iterator[Any]:
+    """Yield the cell in which tf_keras keeps the regularizer of a weight, which is in a function's closure alone."""
+    if isinstance(loss, functools.partial):
+        for part in (loss.func, *loss.args):
+            yield from _regularizer_cells(part)
+    elif inspect.isfunction(loss) and "regularizer" in loss.__code__.co_freevars:
+        assert loss.__closure__ is not None
+        yield loss.__closure__[loss.__code__.co_freevars.index("regularizer")]
 
 
 def _attribute_setter(variable: Any) -> Callable[[Any], None]:

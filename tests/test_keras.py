@@ -1,6 +1,10 @@
-"""Configs written by Keras are read by regkern, and the other way round."""
+"""Keras: configs of either are read by the other, and `keras_checks.py` holds on every backend and under tf_keras."""
 
+import importlib.util
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
@@ -30,3 +34,27 @@ def test_configs_and_values_agree(ours, theirs):
         read = keras.regularizers.deserialize(rk.serialize(ours, use_legacy_format=legacy))
         assert type(read) is type(theirs)
         assert read.get_config() == theirs.get_config()
+
+
+LIBRARIES = {
+    "numpy": ("keras", "jax"),  # Keras's NumPy backend infers shapes through JAX
+    "torch": ("keras", "torch"),
+    "jax": ("keras", "jax"),
+    "tensorflow": ("keras", "tensorflow"),
+    "tf_keras": ("tf_keras", "tf_keras"),
+}
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_checks(name):
+    """Run the checks in a process of their own: Keras's backend is chosen once for each."""
+    library, needed = LIBRARIES[name]
+    pytest.importorskip("sklearn")
+    if importlib.util.find_spec(needed) is None:
+        pytest.skip(f"{needed} is not installed")
+    backend = "tensorflow" if name == "tf_keras" else name
+    environment = os.environ | {"KERAS_LIBRARY": library, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "tests/keras_checks.py"]
+    root = Path(__file__).parent.parent
+    result = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
