@@ -458,7 +458,7 @@ def activity_penalty(regularizer: Any, outputs: Any) -> Any:
 
     Args:
         regularizer: a regularizer or any callable that returns the penalty of an array.
-        outputs: an array whose axis 0 is the batch.
+        outputs: an array whose axis 0 is the batch, of a length that a graph may leave open.
 
     Returns:
         A 0-d scalar of the outputs' library; 0 for an empty batch.
@@ -477,14 +477,9 @@ def activity_penalty(regularizer: Any, outputs: Any) -> Any:
         raise TypeError(f"outputs: expected an array; got {type(outputs).__name__}.")
     if len(shape) == 0:
         raise ValueError("outputs: expected a batch on axis 0; got an array without dimensions.")
-    if shape[0] != shape[0]:  # NaN is how Dask says that it does not know
-        raise ValueError(
-            "outputs: expected a known batch size; got a Dask array with unknown chunk sizes; "
-            "call outputs.compute_chunk_sizes() first."
-        )
     if shape[0] == 0:
         return reductions.penalty(ZERO, 0.0, 0.0, outputs)
-    return regularizer(outputs) / shape[0]
+    return reductions.over_batch(regularizer(outputs), outputs)
 
 
 def l1_l2(l1: float | None = 0.01, l2: float | None = 0.01) -> L1L2:

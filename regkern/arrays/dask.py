@@ -84,6 +84,13 @@ class DaskAdapter(Adapter):
             gradient = _gradient_of_rows(factor, matrices)
         return gradient.reshape(x.shape).rechunk(x.chunks)
 
+    def over_batch(self, penalty: Any, x: Any) -> Any:
+        if not math.isnan(x.shape[0]):
+            return penalty / x.shape[0]
+        first_of_each = x[(slice(None), *[0] * (x.ndim - 1))]
+        length = da.ones_like(first_of_each, dtype="int64").sum()
+        return (penalty / da.maximum(length, 1)).astype(penalty.dtype)
+
 
 def _refuse_out(out: Any) -> None:
     if out is not None:
