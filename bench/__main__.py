@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import accuracy, machine, measure, peers, process, tables
-from bench.cases import CASES, Case
+from bench.cases import CASES, FIT, Case
 
 RESULTS = Path(__file__).parent / "results"
 Results = dict[str, Any]
@@ -84,12 +84,26 @@ def measure_accuracy() -> Results:
     return rows
 
 
+def measure_fit_steps() -> Results:
+    """Training steps of Keras on each backend that is installed."""
+    rows = {}
+    for backend in FIT:
+        try:
+            seconds = process.compare_fit_steps(backend, width=2048, seconds=8.0)
+        except ImportError as error:
+            print(f"Keras step on {backend}: {error}")
+            continue
+        rows[f"Keras step on {backend} / with Keras's own"] = seconds | {"measured": process.ratio(seconds, "keras")}
+    return rows
+
+
 CHECKS: dict[str, Callable[[], Results]] = {
     "import": measure_imports,
     "first penalty": measure_first_penalties,
     "memory": measure_memory,
     "gram memory": measure_gram_memory,
     "accuracy": measure_accuracy,
+    "fit": measure_fit_steps,
 }
 
 

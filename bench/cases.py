@@ -54,9 +54,10 @@ class Case:
 
     Attributes:
         kind: which function of `peers.py`: value, value_and_grad, accumulate, prox, gram, gram_columns, gram_and_grad;
-            jax_value_and_grad and jax_gram_and_grad are those of a jitted JAX program, torch_backward and
-            torch_gram_backward a forward and a backward pass in PyTorch. Of bound_value, called_value and
-            bound_value_and_grad, the array is cut into many tensors: its rows, or those of the transformer.
+            jax_value_and_grad and jax_gram_and_grad are those of a jitted JAX program, jax_autodiff is differentiated
+            there by JAX; torch_backward and torch_gram_backward are a forward and a backward pass in PyTorch. Of
+            bound_value, called_value and bound_value_and_grad, the array is cut into many tensors: its rows, or those
+            of the transformer.
         shape: of the array from which the layout makes a view.
         peers: names of the peers beside regkern; those that are not installed are left out, and it is said.
         dtype: of the elements.
@@ -164,6 +165,8 @@ ELEMENTWISE = (
     Case("prox", (4096, 4096), _WRITING_PEERS),
     Case("jax_value_and_grad", (256, 256), ("jax",), targets=(over("jax", 4),)),
     Case("jax_value_and_grad", (4096, 4096), ("jax",), targets=(over("jax", 1.8),)),
+    Case("jax_autodiff", (256, 256), ("jax",), targets=(over("jax", 1.0, "no slower than jax"),)),
+    Case("jax_autodiff", (4096, 4096), ("jax",), targets=(over("jax", 1.0, "no slower than jax"),)),
     _layout((1024, 1024), "transpose", _LIKE_C),
     _layout((4096, 4096), "transpose", _LIKE_C),
     _layout((1024, 1024), "Fortran", _LIKE_C),
@@ -240,7 +243,16 @@ class Check:
     text: str
 
 
+# What a step of Keras's `fit` with regkern's regularizers may take, over one with Keras's own, by backend.
+FIT = {"torch": 1.5, "jax": 1.1, "tensorflow": 1.0, "numpy": 1.0}
+
 CHECKS = {
+    **{
+        f"Keras step on {backend} / with Keras's own": Check(
+            1 / faster, f"at most 1/{faster:g}" if faster > 1 else "no slower"
+        )
+        for backend, faster in FIT.items()
+    },
     "import regkern / import numpy": Check(1.3, "under 1.3"),
     "first penalty, 10x10 / bare cached Numba": Check(1.25, "under 1.25"),
     "first penalty, 1024x1024 / bare cached Numba": Check(1.25, "under 1.25"),

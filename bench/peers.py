@@ -400,6 +400,11 @@ def jax_value(x):
 
 @peer("jax_value_and_grad", "regkern")
 def regkern_jax_value_and_grad(x):
+    return _jitted(_REGULARIZER.value_and_grad, x)
+
+
+@peer("jax_autodiff", "regkern")
+def regkern_jax_autodiff(x):
     return _jitted(_jax().value_and_grad(_REGULARIZER), x)
 
 
@@ -409,6 +414,7 @@ def regkern_jax_gram_and_grad(x):
 
 
 @peer("jax_value_and_grad", "jax")
+@peer("jax_autodiff", "jax")
 @peer("value_and_grad", "jax")
 def jax_value_and_grad(x):
     return _jitted(_jax().value_and_grad(_jax_penalty), x)

@@ -1,5 +1,7 @@
 """Measures what only a fresh process shows: the import, the first penalty, and the peak of memory."""
 
+import importlib.util
+import json
 import os
 import statistics
 import subprocess
@@ -77,6 +79,39 @@ _ACCUMULATE = {
 }
 _GRAM = {"regkern": "import regkern as rk\nreg = rk.OrthogonalRegularizer(0.01)\nrun = lambda x: reg(x)"}
 
+# A training step of Keras, with its own regularizers and with regkern's, in turns. The NumPy backend does not train:
+# there the losses alone are evaluated.
+_FIT = """
+import json, warnings
+warnings.simplefilter("ignore")
+import keras
+import numpy as np
+import regkern as rk
+from bench import measure
+
+def network(regularizers):
+    keras.utils.set_random_seed(0)
+    layers = [
+        keras.layers.Dense({width}, "relu", kernel_regularizer=regularizers.L1L2(1e-5, 1e-4)) for _ in range(4)
+    ]
+    model = keras.Sequential([keras.Input(({width},)), *layers])
+    model.compile("sgd", "mse")
+    return model
+
+def step(model):
+    if keras.config.backend() == "numpy":
+        return lambda: [float(loss) for loss in model.losses]
+    return lambda: float(model.train_on_batch(x, y))
+
+rng = np.random.default_rng(0)
+x, y = (rng.standard_normal((32, {width})).astype("float32") for _ in range(2))
+steps = {{"regkern": step(network(rk)), "keras": step(network(keras.regularizers))}}
+for call in steps.values():
+    call()
+samples = measure.interleave(steps, {seconds})
+print(json.dumps({{name: measure.summary(each)["median"] for name, each in samples.items()}}))
+"""
+
 
 def _python(script: str, **environment: str) -> str:
     """Run a script in a fresh process at the repository's root and return what it printed."""
@@ -141,6 +176,19 @@ def peak_of_accumulate(shape: tuple[int, int]) -> dict[str, float]:
 def peak_of_gram(shape: tuple[int, int]) -> dict[str, float]:
     """Peak memory in MB beyond the input of the orthogonal penalty."""
     return {name: peak_kib(setup, shape, warm=(256, 64)) * 1024 / 1e6 for name, setup in _GRAM.items()}
+
+
+def compare_fit_steps(backend: str, width: int, seconds: float) -> dict[str, float]:
+    """Return median seconds of a training step of an MLP with four square layers on one of Keras's backends.
+
+    Raises:
+        ImportError: the backend is not installed.
+    """
+    if importlib.util.find_spec(backend) is None:
+        raise ImportError(f"No module named {backend!r}")
+    output = _python(_FIT.format(width=width, seconds=seconds), KERAS_BACKEND=backend, TF_CPP_MIN_LOG_LEVEL="3")
+    medians: dict[str, float] = json.loads(output.splitlines()[-1])
+    return medians
 
 
 def ratio(seconds: dict[str, float], over: str) -> float:

@@ -3,6 +3,7 @@
 import pytest
 
 from bench import process
+from bench.cases import FIT
 
 
 @pytest.mark.parametrize("module", ["numpy", "regkern", "numba"])
@@ -19,6 +20,17 @@ def test_first_penalty(benchmark, smoke, shape):
     benchmark.group = f"first penalty {shape}"
     seconds = benchmark.pedantic(process.compare_first_penalties, (shape, 1 if smoke else 8), rounds=1)
     benchmark.extra_info.update(seconds)
+
+
+@pytest.mark.parametrize("backend", FIT)
+def test_fit_step(benchmark, smoke, backend):
+    benchmark.group = f"Keras step on {backend}"
+    width, seconds = (16, 0.01) if smoke else (2048, 2.0)
+    try:
+        medians = benchmark.pedantic(process.compare_fit_steps, (backend, width, seconds), rounds=1)
+    except ImportError as error:
+        pytest.skip(str(error))
+    benchmark.extra_info.update(medians)
 
 
 @pytest.mark.parametrize("peak", [process.peak_of_value, process.peak_of_accumulate, process.peak_of_gram])

@@ -41,6 +41,10 @@ class OperationsAdapter(Adapter):
     def clip(self, x: Any, limit: float) -> Any:
         """Return x limited to [-limit, limit]."""
 
+    def magnitude(self, x: Any) -> Any:
+        """Return |x|, whose derivative at 0 is 0."""
+        return abs(x)
+
     @abstractmethod
     def flatten_leading(self, x: Any) -> Any:
         """Return x as a matrix, with the last axis for its columns."""
@@ -73,12 +77,12 @@ class OperationsAdapter(Adapter):
         """
 
     def sums(self, formula: Formula, x: Any) -> tuple[Any, Any]:
-        v = abs(self.widen(x))
+        v = self.magnitude(self.widen(x))
         term0, term1 = (self.zero(v) if isinstance(term, float) else self.sum(term) for term in formula.terms(v))
         return term0, term1
 
     def penalty(self, formula: Formula, a: float, b: float, x: Any) -> Any:
-        v = abs(self.widen(x))
+        v = self.magnitude(self.widen(x))
         terms = zip((a, b), formula.terms(v), strict=True)
         parts = [factor * self.sum(term) for factor, term in terms if not isinstance(term, float)]
         return functools.reduce(operator.add, parts) if parts else self.zero(v)
@@ -103,7 +107,7 @@ class OperationsAdapter(Adapter):
         if rows < 2 or depth == 0:
             return self.zero(v)
         u = self.unit(v)
-        return factor / (rows * (rows - 1)) * self.sum(abs(self.off_diagonal(u @ self.transpose(u))))
+        return factor / (rows * (rows - 1)) * self.sum(self.magnitude(self.off_diagonal(u @ self.transpose(u))))
 
     def orthogonal_value_and_grad(self, factor: float, x: Any, *, columns: bool, flatten: bool) -> tuple[Any, Any]:
         return self.differentiate(lambda x: self.orthogonal(factor, x, columns=columns, flatten=flatten), x)

@@ -19,6 +19,7 @@ from regkern.arrays.adapter import Adapter
 from regkern.arrays.host import HostAdapter
 from regkern.arrays.layout import Strides
 from regkern.arrays.operations import OperationsAdapter
+from regkern.arrays.pages import ask_for_large_pages
 from regkern.dtypes import DTYPES, DType
 from regkern.kernels.formulas import FORMULAS, Formula
 
@@ -94,7 +95,9 @@ class Kernels(HostAdapter):
             return torch.tensor(value, dtype=_results[dtype], device=_CPU)
 
     def empty_like(self, x: Tensor) -> Tensor:
-        return torch.empty_like(x)
+        out = torch.empty_like(x)
+        ask_for_large_pages(out.data_ptr(), out.nbytes)
+        return out
 
     def flatten_leading(self, x: Tensor, *, copy: bool) -> Tensor:
         x = x.detach()
