@@ -381,8 +381,8 @@ def test_wrong_use(arguments):
 
 def test_progress_is_silent_without_a_terminal(tmp_path, capfd):
     np.save(tmp_path / "x.npy", np.zeros(4))
-    with open_weights(tmp_path / "x.npy") as tensors, _progress(tensors, cosine=True) as before:
-        report = evaluate(tensors, parse_rules(["*=l1"]), before=before)
+    with open_weights(tmp_path / "x.npy") as tensors, _progress(tensors, cosine=True) as done:
+        report = evaluate(tensors, parse_rules(["*=l1"]), done=done)
     assert report.totals.zeros == 4
     assert capfd.readouterr() == ("", "")
 
