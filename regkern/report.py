@@ -167,49 +167,41 @@ def _row(tensor: Tensor, rules: Rules, cosine: bool, report: Report, done: Calla
     if not tensor.evaluated:
         return Row(tensor.name, tensor.shape, tensor.dtype, tensor.size)
     glob, regularizer = rules.find(tensor.name)
+    elementwise = regularizer if isinstance(regularizer, ElementwiseRegularizer) else None
     matrix = cosine and len(tensor.shape) == 2
-    elementwise = isinstance(regularizer, ElementwiseRegularizer)
-    whole = matrix or report.comparison or not (elementwise or regularizer is None)
+    whole = matrix or report.comparison or regularizer is not elementwise
     x = tensor.load() if whole else None
-
-    zeros = nonfinite = 0
-    sums, penalties = [], []
+    partials = []
     for piece in tensor.pieces() if x is None else flat_pieces(x):
-        counts = zero_and_nonfinite_counts(piece)  # first, so that the sums below are timed in memory
-        zeros, nonfinite = zeros + counts[0], nonfinite + counts[1]
-        started = time.perf_counter()
-        sums.append(_BOTH_SUMS.partial(piece))
-        report.sums_seconds += time.perf_counter() - started
-        if elementwise:
-            penalties.append(regularizer.partial(piece))
+        partials.append(_partials(piece, elementwise, report))
         done(tensor, piece.nbytes)
     with np.errstate(all="ignore"):  # infinities are for the table to show
-        abs_sum, square_sum = _combined(sums).tolist()
-        penalty = regularizer.finish(_combined(penalties), tensor.dtype) if elementwise else None
-
+        counts, sums, terms = _BOTH_SUMS.combine(partials) if partials else np.zeros((3, 2))
+        penalty = None if elementwise is None else elementwise.finish(terms, tensor.dtype)
     mean = None
     if x is not None:
         _compare(report.comparison, x)
-        mean = float(_orthogonal(_COSINE, x)) if matrix else None
-        if isinstance(regularizer, OrthogonalRegularizer):
-            penalty = _orthogonal(regularizer, x)
-        elif regularizer is not None and not elementwise:
-            penalty = regularizer(x)
+        mean = float(_whole_penalty(_COSINE, x)) if matrix else None
+        penalty = penalty if regularizer is elementwise else _whole_penalty(regularizer, x)
     return Row(
         *(tensor.name, tensor.shape, tensor.dtype, tensor.size),
-        abs_sum=abs_sum,
-        square_sum=square_sum,
+        abs_sum=float(sums[0]),
+        square_sum=float(sums[1]),
         cosine=mean,
-        zeros=zeros,
-        nonfinite=nonfinite,
+        zeros=int(counts[0]),
+        nonfinite=int(counts[1]),
         penalty=None if penalty is None else float(penalty),
         rule=glob,
     )
 
 
-def _combined(partials: Sequence[Array]) -> Array:
-    combined: Array = _BOTH_SUMS.combine(partials) if partials else np.zeros(2)
-    return combined
+def _partials(piece: Array, regularizer: ElementwiseRegularizer | None, report: Report) -> Array:
+    """Return, of a piece, what is added over pieces: counts of zeros and of NaN, both sums, a penalty's two terms."""
+    counts = zero_and_nonfinite_counts(piece)  # first, so that the sums below are timed in memory
+    started = time.perf_counter()
+    sums = _BOTH_SUMS.partial(piece)
+    report.sums_seconds += time.perf_counter() - started
+    return np.array([counts, sums, (0.0, 0.0) if regularizer is None else regularizer.partial(piece)])
 
 
 def _sums(x: Array) -> tuple[float, float]:
@@ -218,9 +210,10 @@ def _sums(x: Array) -> tuple[float, float]:
     return abs_sum, square_sum
 
 
-def _orthogonal(regularizer: OrthogonalRegularizer, x: Array) -> Any:
+def _whole_penalty(regularizer: Any, x: Array) -> Any:
     """Return ``regularizer(x)``, of a large matrix by pairs of blocks: memory is two blocks, whatever its size."""
-    if x.size <= 2 * _BLOCK or regularizer.leading_axes == "batch":
+    in_blocks = isinstance(regularizer, OrthogonalRegularizer) and regularizer.leading_axes != "batch"
+    if x.size <= 2 * _BLOCK or not in_blocks:
         return regularizer(x)
     blocks = list(_blocks(x, -1 if regularizer.mode == "columns" else 0))
     partials = [regularizer.partial(block) for block in blocks]
