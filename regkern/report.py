@@ -21,9 +21,9 @@ from regkern.weights import Array, Tensor, flat_pieces
 _LARGE = 1 << 20
 _MANY_ROWS = 3000
 
-# Elements of a block of rows. The Gram kernel packs copies of two at a time, in float32 or float64; matrices that are
+# Elements of a block of rows. The Gram kernel packs copies of two at a time, 256 MiB in float32; matrices that are
 # larger than two are evaluated by pairs of blocks.
-_BLOCK = 1 << 24
+_BLOCK = 1 << 25
 
 _BOTH_SUMS = L1L2(1.0, 1.0)
 _COSINE = OrthogonalRegularizer(1.0)
