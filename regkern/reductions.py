@@ -288,6 +288,11 @@ def plan(members: Sequence[tuple[str, HostAdapter, Any, int]]) -> HostPlan:
     return HostPlan([Member(*member) for member in members])
 
 
+def over_batch(penalty: Any, x: Any) -> Any:
+    """Return a penalty divided by the length of x's first axis, which is not 0, or not known yet."""
+    return ADAPTERS[type(x)].over_batch(penalty, x)
+
+
 def partial(formula: Formula, x: Any) -> Any:
     """Return the formula's two sums over a piece of an array, in float64."""
     return ADAPTERS[type(x)].partial(formula, x)

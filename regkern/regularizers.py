@@ -458,7 +458,7 @@ def activity_penalty(regularizer: Any, outputs: Any) -> Any:
 
     Args:
         regularizer: a regularizer or any callable that returns the penalty of an array.
-        outputs: an array whose axis 0 is the batch.
+        outputs: an array whose axis 0 is the batch, of a length that a graph may leave open.
 
     Returns:
         A 0-d scalar of the outputs' library; 0 for an empty batch.
@@ -479,7 +479,7 @@ def activity_penalty(regularizer: Any, outputs: Any) -> Any:
         raise ValueError("outputs: expected a batch on axis 0; got an array without dimensions.")
     if shape[0] == 0:
         return reductions.penalty(ZERO, 0.0, 0.0, outputs)
-    return regularizer(outputs) / shape[0]
+    return reductions.over_batch(regularizer(outputs), outputs)
 
 
 def l1_l2(l1: float | None = 0.01, l2: float | None = 0.01) -> L1L2:

@@ -7,9 +7,10 @@ own. Nothing is imported and nothing else is called because a config says so.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar, Token
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any, Self, TypeVar
 
 from regkern.regularizers import L1, L1L2, L2, OrthogonalRegularizer, Regularizer, l1_l2
@@ -42,6 +43,9 @@ _FAMILY = ("keras", "tf_keras", "tensorflow", "regkern")
 
 _registered: dict[str, Any] = {}
 _registered_names: dict[Any, str] = {}
+
+# As Keras writes regkern's classes, once `regkern.keras` has registered them there.
+_REGISTERED_WITH_KERAS = {f"regkern>{cls.__name__}": cls for cls in (L1, L2, L1L2, OrthogonalRegularizer)}
 _scoped: ContextVar[Mapping[str, Any]] = ContextVar("regkern_custom_objects")
 
 
@@ -74,9 +78,22 @@ def register_keras_serializable(package: str = "Custom", name: str | None = None
         registered_name = f"{package}>{name or custom.__name__}"  # type: ignore[attr-defined]
         _registered[registered_name] = custom
         _registered_names[custom] = registered_name
+        if "regkern.keras" in sys.modules:
+            for library in keras_libraries():
+                library.saving.register_keras_serializable(package, name)(custom)
         return custom
 
     return register
+
+
+def registered_objects() -> dict[str, Any]:
+    """Return what was registered, by registered name."""
+    return dict(_registered)
+
+
+def keras_libraries() -> list[ModuleType]:
+    """Return Keras 3 and tf_keras, as far as they are loaded: what is registered with them is known here as well."""
+    return [sys.modules[name] for name in ("keras", "tf_keras") if hasattr(sys.modules.get(name), "saving")]
 
 
 class CustomObjectScope:
@@ -158,7 +175,7 @@ def serialize(regularizer: Any, use_legacy_format: bool = False) -> Any:
     if regularizer is None:
         return None
     if inspect.isfunction(regularizer):
-        name = _registered_names.get(regularizer, regularizer.__name__)
+        name = _registered_name(regularizer)
         if use_legacy_format:
             return name
         return {"module": "builtins", "class_name": "function", "config": name, "registered_name": "function"}
@@ -167,7 +184,7 @@ def serialize(regularizer: Any, use_legacy_format: bool = False) -> Any:
     cls = type(regularizer)
     config = regularizer.get_config()
     built_in = cls in _CLASSES.values()
-    registered_name = None if built_in else _registered_names.get(cls, cls.__name__)
+    registered_name = None if built_in else _registered_name(cls)
     if use_legacy_format:
         return {"class_name": registered_name or cls.__name__, "config": config}
     module = "keras.regularizers" if config.keys() <= _KERAS_ARGUMENTS else "regkern.regularizers"
@@ -238,12 +255,25 @@ def _find_class(config: dict[str, Any], custom_objects: Mapping[str, Any] | None
     return found
 
 
+def _registered_name(custom: Any) -> str:
+    """Return the name under which a class or function is registered, here or with Keras, else its own."""
+    own: str = custom.__name__
+    names = (library.saving.get_registered_name(custom) for library in keras_libraries())
+    return _registered_names.get(custom) or next((name for name in names if name != own), own)
+
+
 def _custom(name: Any, custom_objects: Mapping[str, Any] | None) -> Any:
-    """Look a custom object up in Keras's order: scopes, the registry, the argument."""
-    for objects in (_scoped.get({}), _registered, custom_objects or {}):
-        if isinstance(name, str) and name in objects:
+    """Look a custom object up in Keras's order: scopes, registries, the argument."""
+    if not isinstance(name, str):
+        return None
+    for objects in (_scoped.get({}), _registered, _REGISTERED_WITH_KERAS):
+        if name in objects:
             return objects[name]
-    return None
+    for library in keras_libraries():
+        found = library.saving.get_registered_object(name)
+        if found is not None:
+            return found
+    return (custom_objects or {}).get(name)
 
 
 def _not_interpreted(identifier: Any) -> ValueError:

@@ -18,6 +18,7 @@ HEAVY = [
     "safetensors",
     "matplotlib",
     "rich",
+    "dask",
 ]
 
 

@@ -1,15 +1,18 @@
-"""Keras and regkern read each other's configs, and Keras's layers train with regkern's regularizers as with its own."""
+"""Keras: configs of either are read by the other, and `keras_checks.py` holds on every backend and under tf_keras."""
 
+import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+os.environ.setdefault("KERAS_BACKEND", "torch")
 
 import keras
 import numpy as np
 import pytest
 
 import regkern as rk
-from tests import keras_training
 
 # Keras's own conversion of torch's tensors.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -36,37 +39,35 @@ def test_configs_and_values_agree(ours, theirs):
         assert read.get_config() == theirs.get_config()
 
 
-def test_the_documented_example():
-    assert keras_training.documented_example() == 5.25
+LIBRARIES = {
+    "numpy": ("keras", "jax"),  # Keras's NumPy backend infers shapes through JAX
+    "torch": ("keras", "torch"),
+    "jax": ("keras", "jax"),
+    "tensorflow": ("keras", "tensorflow"),
+    "tf_keras": ("tf_keras", "tf_keras"),
+}
 
 
-def test_training_gives_the_same_numbers():
-    model = keras_training.agree()
-    penalty = rk.Penalty({"*kernel": rk.L2(0.5), "*": None})
-    kernels = {variable.path: variable for variable in model.trainable_variables if "kernel" in variable.path}
-    expected = {path: float(rk.L2(0.5)(keras.ops.convert_to_numpy(kernel))) for path, kernel in kernels.items()}
-    assert {path: each.item() for path, each in penalty.per_tensor(model).items()} == expected
-    np.testing.assert_allclose(penalty(model).item(), sum(expected.values()), rtol=1e-6)
-
-
-@pytest.mark.parametrize("regularizer", [rk.L1(0.1), rk.L1L2(0.1, 0.2), rk.OrthogonalRegularizer(0.3)], ids=repr)
-def test_variables(regularizer):
-    x = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
-    variable = keras.Variable(x)
-    value, gradient = regularizer.value_and_grad(variable)
-    assert value.item() == regularizer(variable).item() == regularizer(x)
-    np.testing.assert_array_equal(gradient.numpy(), regularizer.grad(x))
-    out = keras.Variable(np.ones_like(x))
-    regularizer.grad(variable, out, 2.0, accumulate=True)
-    np.testing.assert_array_equal(out.numpy(), regularizer.grad(x, np.ones_like(x), 2.0, True))
-    if not isinstance(regularizer, rk.OrthogonalRegularizer):
-        regularizer.prox(variable, 0.5, out=variable)
-        np.testing.assert_array_equal(variable.numpy(), regularizer.prox(x, 0.5))
-        np.testing.assert_array_equal(regularizer.partial(keras.Variable(x)), regularizer.partial(x))
-
-
-def test_the_jax_backend():
-    code = "from tests.keras_training import *; agree(); agree(run_eagerly=True); print(documented_example())"
-    environment = os.environ | {"KERAS_BACKEND": "jax"}
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
-    assert result.stdout == "5.25\n", result.stderr
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_checks(name):
+    """Run the checks in a process of their own: Keras's backend is chosen once for each."""
+    library, needed = LIBRARIES[name]
+    pytest.importorskip("sklearn")
+    if importlib.util.find_spec(needed) is None:
+        pytest.skip(f"{needed} is not installed")
+    backend = "tensorflow" if name == "tf_keras" else name
+    environment = os.environ | {"KERAS_LIBRARY": library, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "tests/keras_checks.py",
+    ]
+    root = Path(__file__).parent.parent
+    result = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]

@@ -21,6 +21,7 @@ _LIBRARIES = {
     "torch.distributed.tensor": "regkern.arrays.dtensor",
     "torch": "regkern.arrays.torch",
     "jax": "regkern.arrays.jax",
+    "tensorflow": "regkern.arrays.tensorflow",
     "dask.array": "regkern.arrays.dask",
 }
 

@@ -91,3 +91,67 @@ class Adapter(ABC):
             f"x: expected an array in the host's memory for partial sums of cosines; got {type(x).__name__}; "
             "call the regularizer itself."
         )
+
+    def over_batch(self, penalty: Any, x: Any) -> Any:
+        """Return a penalty divided by the length of x's first axis; 0 where a length that is open yet becomes 0."""
+        return penalty / x.shape[0]
+
+
+class ChoosingAdapter(Adapter):
+    """Hands each array on to another adapter, which depends on more than its type."""
+
+    def tracks(self, x: Any) -> bool:
+        adapter, x = self.choose(x)
+        return adapter.tracks(x)
+
+    @abstractmethod
+    def choose(self, x: Any) -> tuple[Adapter, Any]:
+        """Return the adapter for an array, and what to give to it."""
+
+    def penalty(self, formula: Formula, a: float, b: float, x: Any) -> Any:
+        adapter, x = self.choose(x)
+        return adapter.penalty(formula, a, b, x)
+
+    def sums(self, formula: Formula, x: Any) -> tuple[Any, Any]:
+        adapter, x = self.choose(x)
+        return adapter.sums(formula, x)
+
+    def partial(self, formula: Formula, x: Any) -> Any:
+        adapter, x = self.choose(x)
+        return adapter.partial(formula, x)
+
+    def value_and_grad(self, formula: Formula, a: float, b: float, x: Any) -> tuple[Any, Any]:
+        adapter, x = self.choose(x)
+        return adapter.value_and_grad(formula, a, b, x)
+
+    def grad(self, formula: Formula, a: float, b: float, x: Any, out: Any, accumulate: bool) -> Any:
+        adapter, x = self.choose(x)
+        return adapter.grad(formula, a, b, x, out, accumulate)
+
+    def prox(self, formula: Formula, a: float, b: float, x: Any, out: Any) -> Any:
+        adapter, x = self.choose(x)
+        return adapter.prox(formula, a, b, x, out)
+
+    def orthogonal(self, factor: float, x: Any, *, columns: bool, flatten: bool) -> Any:
+        adapter, x = self.choose(x)
+        return adapter.orthogonal(factor, x, columns=columns, flatten=flatten)
+
+    def orthogonal_value_and_grad(self, factor: float, x: Any, *, columns: bool, flatten: bool) -> tuple[Any, Any]:
+        adapter, x = self.choose(x)
+        return adapter.orthogonal_value_and_grad(factor, x, columns=columns, flatten=flatten)
+
+    def orthogonal_grad(
+        self, factor: float, x: Any, out: Any, *, columns: bool, flatten: bool, accumulate: bool
+    ) -> Any:
+        adapter, x = self.choose(x)
+        return adapter.orthogonal_grad(factor, x, out, columns=columns, flatten=flatten, accumulate=accumulate)
+
+    def cosine_sum(self, x: Any, other: Any, *, columns: bool, flatten: bool) -> Any:
+        adapter, x = self.choose(x)
+        if other is not None:
+            _, other = self.choose(other)
+        return adapter.cosine_sum(x, other, columns=columns, flatten=flatten)
+
+    def over_batch(self, penalty: Any, x: Any) -> Any:
+        adapter, x = self.choose(x)
+        return adapter.over_batch(penalty, x)

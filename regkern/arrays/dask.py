@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import dask
 import dask.array as da
@@ -57,31 +58,38 @@ class DaskAdapter(Adapter):
         return _map(x, functools.partial(_prox, formula, a, b))
 
     def orthogonal(self, factor: float, x: Any, *, columns: bool, flatten: bool) -> Any:
-        dtype_of(x.dtype)
-        if any(math.isnan(length) for length in x.shape):
-            raise ValueError(
-                "x: expected known chunk sizes, by which pairs of rows are counted; got unknown ones; "
-                "call x.compute_chunk_sizes() first."
-            )
-        if flatten and x.ndim > 2:
-            x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-        n = x.shape[-1] if columns else x.shape[-2]
-        matrices = math.prod(x.shape[:-2])  # one, or those of a batch, whose means are added
-        finish = functools.partial(_mean, factor, n * (n - 1) // 2, matrices)
-        if x.ndim > 2:
-            return _reduce(x.rechunk({-2: -1, -1: -1}), functools.partial(_cosine_sum_of_batch, columns), finish)
-        partials = list(_cosine_sums(x.T if columns else x))
-        while len(partials) > _SPLIT:
-            partials = [_add(partials[i : i + _SPLIT]) for i in range(0, len(partials), _SPLIT)]
-        return da.from_delayed(_finish(partials, finish, _result(x)), (), meta=_scalar_meta(x, _result(x)))
+        x = _matrices(x, flatten)
+        pairs = _pairs(x, columns)
+        if x.ndim > 2:  # the means of a batch are added
+            finish = functools.partial(_mean, factor, pairs, math.prod(x.shape[:-2]))
+            return _reduce(_whole(x), functools.partial(_cosine_sum_of_batch, columns), finish)
+        finish = functools.partial(_mean, factor, pairs, 1)
+        total = _tree(list(_cosine_sums(x.T if columns else x)))
+        return da.from_delayed(_finish(total, finish, _result(x)), (), meta=_scalar_meta(x, _result(x)))
 
     def orthogonal_value_and_grad(self, factor: float, x: Any, *, columns: bool, flatten: bool) -> tuple[Any, Any]:
-        _no_gradient()
+        value = self.orthogonal(factor, x, columns=columns, flatten=flatten)
+        return value, self.orthogonal_grad(factor, x, None, columns=columns, flatten=flatten, accumulate=False)
 
     def orthogonal_grad(
         self, factor: float, x: Any, out: Any, *, columns: bool, flatten: bool, accumulate: bool
     ) -> Any:
-        _no_gradient()
+        matrices = _matrices(x, flatten)
+        _refuse_out(out)
+        if matrices.ndim > 2:
+            gradient = _map(_whole(matrices), functools.partial(_gradient_of_batch, factor, columns))
+        elif columns:
+            gradient = _gradient_of_rows(factor, matrices.T).T
+        else:
+            gradient = _gradient_of_rows(factor, matrices)
+        return gradient.reshape(x.shape).rechunk(x.chunks)
+
+    def over_batch(self, penalty: Any, x: Any) -> Any:
+        if not math.isnan(x.shape[0]):
+            return penalty / x.shape[0]
+        first_of_each = x[(slice(None), *[0] * (x.ndim - 1))]
+        length = da.ones_like(first_of_each, dtype="int64").sum()
+        return (penalty / da.maximum(length, 1)).astype(penalty.dtype)
 
 
 def _refuse_out(out: Any) -> None:
@@ -92,10 +100,30 @@ def _refuse_out(out: Any) -> None:
         )
 
 
-def _no_gradient() -> NoReturn:
-    raise NotImplementedError(
-        "OrthogonalRegularizer has no gradient for Dask arrays; compute the matrix, and call it on that."
-    )
+def _matrices(x: Any, flatten: bool) -> Any:
+    """Check what the orthogonal penalty needs, and make one matrix of the axes before the last where it is asked for.
+
+    Raises:
+        TypeError: the dtype is not supported.
+        ValueError: lengths of chunks are not known.
+    """
+    dtype_of(x.dtype)
+    if any(math.isnan(length) for length in x.shape):
+        raise ValueError(
+            "x: expected known chunk sizes, by which pairs of rows are counted; got unknown ones; "
+            "call x.compute_chunk_sizes() first."
+        )
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) if flatten and x.ndim > 2 else x
+
+
+def _pairs(x: Any, columns: bool) -> int:
+    n: int = x.shape[-1] if columns else x.shape[-2]
+    return n * (n - 1) // 2
+
+
+def _whole(x: Any) -> Any:
+    """Rechunk a batch so that no matrix is divided."""
+    return x.rechunk({-2: -1, -1: -1})
 
 
 def _result(x: Any) -> str:
@@ -135,6 +163,28 @@ def _cosine_sums(x: Any) -> Iterator[Any]:
             yield _cosine_sum(other, block)
 
 
+def _gradient_of_rows(factor: float, x: Any) -> Any:
+    """Make the gradient from the same tasks: each gives what a pair of blocks adds to the gradients of both."""
+    bands, weight = _bands(x), factor / max(1, _pairs(x, columns=False))
+    blocks = bands.to_delayed(optimize_graph=False).ravel()
+    parts = [[_gradient_within(weight, block)] for block in blocks]
+    for i, j in itertools.combinations(range(len(blocks)), 2):
+        for k, part in zip((i, j), _gradients_between(weight, blocks[i], blocks[j]), strict=True):
+            parts[k].append(part)
+    gradients = [
+        da.from_delayed(_narrow(_tree(each), x.dtype), (rows, x.shape[1]), meta=x._meta)
+        for each, rows in zip(parts, bands.chunks[0], strict=True)
+    ]
+    return da.concatenate(gradients)
+
+
+def _tree(partials: list[Any]) -> Any:
+    """Make tasks that add up delayed values, a few at a time."""
+    while len(partials) > 1:
+        partials = [_add(partials[i : i + _SPLIT]) for i in range(0, len(partials), _SPLIT)]
+    return partials[0]
+
+
 def _bands(x: Any) -> Any:
     """Rechunk a matrix to whole rows, as many as make the largest chunk that it has."""
     if x.numblocks[1] <= 1:
@@ -165,6 +215,50 @@ def _cosine_sum_of_batch(columns: bool, chunk: Any) -> Any:
 @dask.delayed(pure=True)
 def _cosine_sum(block: Any, other: Any) -> Any:
     return ADAPTERS[type(block)].cosine_sum(block, other, columns=False, flatten=False)
+
+
+def _gradient_of_batch(factor: float, columns: bool, chunk: Any) -> Any:
+    adapter = ADAPTERS[type(chunk)]
+    return adapter.orthogonal_grad(factor, chunk, None, columns=columns, flatten=False, accumulate=False)
+
+
+@dask.delayed(pure=True)
+def _gradient_within(weight: float, block: Any) -> Any:
+    """Weight times the gradient of the sum of |cosine| over pairs of rows of a block, in the result type."""
+    wide, pairs = block.astype(_result(block)), _pairs(block, columns=False)
+    return ADAPTERS[type(wide)].orthogonal_grad(
+        weight * pairs, wide, None, columns=False, flatten=False, accumulate=False
+    )
+
+
+@dask.delayed(pure=True, nout=2)
+def _gradients_between(weight: float, block: Any, other: Any) -> tuple[Any, Any]:
+    """Weight times the gradients of the sum of |cosine| over pairs of rows of two blocks, in the result type."""
+    (u, u_norms), (v, v_norms) = _unit(block), _unit(other)
+    u_products, v_products = np.empty_like(u), np.zeros_like(v)
+    step = max(64, u.shape[1])  # as many rows at a time that the signs take no more room than a block
+    for start in range(0, len(u), step):
+        rows = slice(start, start + step)
+        signs = np.sign(u[rows] @ v.T)
+        u_products[rows] = signs @ v
+        v_products += signs.T @ u[rows]
+    return _project(weight, u, u_products, u_norms), _project(weight, v, v_products, v_norms)
+
+
+def _unit(block: Any) -> tuple[Any, Any]:
+    """Return a block's rows divided by their norms, and their norms; a zero row stays, its norm is infinite."""
+    wide = block.astype(_result(block))
+    largest = np.abs(wide).max(axis=1, initial=0.0, keepdims=True)
+    largest[largest == 0.0] = 1.0
+    scaled = wide / largest  # so that no square overflows
+    norms = np.linalg.norm(scaled, axis=1, keepdims=True)
+    norms[norms == 0.0] = np.inf
+    return scaled / norms, norms * largest
+
+
+def _project(weight: float, u: Any, products: Any, norms: Any) -> Any:
+    along = (products * u).sum(axis=1, keepdims=True)
+    return weight * (products - along * u) / norms
 
 
 def _weigh(a: float, b: float, sums: Any) -> Any:
@@ -206,8 +300,13 @@ def _add(partials: Sequence[Any]) -> Any:
 
 
 @dask.delayed(pure=True)
-def _finish(partials: Sequence[Any], finish: _Finish, result: str) -> Any:
-    return finish(_total(partials)).astype(result)
+def _narrow(gradient: Any, dtype: Any) -> Any:
+    return gradient.astype(dtype)
+
+
+@dask.delayed(pure=True)
+def _finish(total: Any, finish: _Finish, result: str) -> Any:
+    return finish(total).astype(result)
 
 
 ADAPTER = DaskAdapter()

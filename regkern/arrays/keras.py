@@ -1,71 +1,135 @@
-"""Keras 3's variables: what holds their values is another library's, and its adapter does the work."""
+"""Keras 3's variables, on every backend, and its symbolic tensors.
 
-from __future__ import annotations
+A variable is handed on as what it stands for at that moment: inside `jit` a tracer, under autocast a tensor of the
+compute dtype. A symbolic tensor becomes Keras's own operations.
+"""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
+from keras import KerasTensor, Layer, Variable, ops
 
 from regkern.arrays import ADAPTERS
-from regkern.arrays.adapter import Adapter
+from regkern.arrays.adapter import Adapter, ChoosingAdapter
+from regkern.arrays.operations import OperationsAdapter
+from regkern.dtypes import DTYPES
 from regkern.kernels.formulas import Formula
 
-# Keras 2 has neither: its variables are TensorFlow's.
-_VARIABLE: Any = (keras.Variable,) if hasattr(keras, "Variable") else ()
-_LAYER: Any = (keras.Layer,) if hasattr(keras, "Layer") else ()
+if not hasattr(ops, "divide_no_nan"):
+    raise ImportError(f"regkern needs Keras 3.8 or later; got {keras.__version__}; upgrade it.")
 
 
-class KerasAdapter(Adapter):
-    """Passes a variable's current value on, as its backend holds it; results are the backend's."""
+class Operations(OperationsAdapter):
+    """Penalties of symbolic tensors as Keras's operations, which make symbolic tensors; they have no gradients."""
 
     def owns(self, array_type: type) -> bool:
-        return issubclass(array_type, _VARIABLE)
+        return issubclass(array_type, KerasTensor)
+
+    def widen(self, x: Any) -> Any:
+        name = keras.backend.standardize_dtype(x.dtype)
+        if name not in DTYPES:
+            raise TypeError(
+                f"x: expected an array of {', '.join(DTYPES)}; got dtype {name}; "
+                "convert it, for example by keras.ops.cast(x, 'float32')."
+            )
+        return ops.cast(x, DTYPES[name].result)
+
+    def narrow(self, value: Any, x: Any) -> Any:
+        return ops.cast(value, x.dtype)
+
+    def zero(self, x: Any) -> Any:
+        return ops.sum(ops.zeros_like(x))
+
+    def sum(self, x: Any) -> Any:
+        return ops.sum(x)
+
+    def clip(self, x: Any, limit: float) -> Any:
+        return ops.clip(x, -limit, limit)
+
+    def flatten_leading(self, x: Any) -> Any:
+        return ops.reshape(x, (-1, x.shape[-1]))
+
+    def transpose(self, x: Any) -> Any:
+        return ops.swapaxes(x, -1, -2)
+
+    def unit(self, x: Any) -> Any:
+        squares = ops.sum(ops.square(x), axis=-1, keepdims=True)
+        return ops.where(squares == 0, 0.0, x * ops.rsqrt(ops.where(squares == 0, 1.0, squares)))
+
+    def off_diagonal(self, x: Any) -> Any:
+        return x * (1 - ops.eye(x.shape[-1], dtype=x.dtype))
+
+    def differentiate(self, function: Callable[[Any], Any], x: Any) -> tuple[Any, Any]:
+        raise TypeError("x: expected an array of numbers; got a symbolic KerasTensor, which has no gradient.")
+
+    def write(self, value: Any, out: Any, accumulate: bool) -> Any:
+        if out is not None:
+            raise TypeError(f"out: expected None, because a KerasTensor is symbolic; got {type(out).__name__}.")
+        return value
+
+    def partial(self, formula: Formula, x: Any) -> Any:
+        return ops.cast(ops.stack(self.sums(formula, x)), "float64")
+
+    def over_batch(self, penalty: Any, x: Any) -> Any:
+        first_of_each = x[(slice(None), *[0] * (len(x.shape) - 1))]
+        return ops.divide_no_nan(penalty, ops.sum(ops.ones_like(first_of_each, dtype=penalty.dtype)))
+
+
+OPERATIONS = Operations()
+
+
+class KerasAdapter(ChoosingAdapter):
+    """Hands a variable's value on to the adapter of its library."""
+
+    def owns(self, array_type: type) -> bool:
+        return issubclass(array_type, Variable | KerasTensor)
 
     def named_arrays(self, model: Any) -> Mapping[str, Any] | None:
-        if not isinstance(model, _LAYER):
+        if not isinstance(model, Layer):
             return None
         return {variable.path: variable for variable in model.trainable_variables}
 
-    def penalty(self, formula: Formula, a: float, b: float, x: Any) -> Any:
+    def choose(self, x: Any) -> tuple[Adapter, Any]:
+        if isinstance(x, KerasTensor):
+            return OPERATIONS, x
         value = x.value
-        return ADAPTERS[type(value)].penalty(formula, a, b, value)
-
-    def sums(self, formula: Formula, x: Any) -> tuple[Any, Any]:
-        value = x.value
-        return ADAPTERS[type(value)].sums(formula, value)
-
-    def partial(self, formula: Formula, x: Any) -> Any:
-        value = x.value
-        return ADAPTERS[type(value)].partial(formula, value)
-
-    def value_and_grad(self, formula: Formula, a: float, b: float, x: Any) -> tuple[Any, Any]:
-        value = x.value
-        return ADAPTERS[type(value)].value_and_grad(formula, a, b, value)
+        return ADAPTERS[type(value)], value
 
     def grad(self, formula: Formula, a: float, b: float, x: Any, out: Any, accumulate: bool) -> Any:
-        value = x.value
-        return ADAPTERS[type(value)].grad(formula, a, b, value, _value(out), accumulate)
+        def compute(out: Any, accumulate: bool) -> Any:
+            return super(KerasAdapter, self).grad(formula, a, b, x, out, accumulate)
+
+        return _compute(compute, out, accumulate)
 
     def prox(self, formula: Formula, a: float, b: float, x: Any, out: Any) -> Any:
-        value = x.value
-        return ADAPTERS[type(value)].prox(formula, a, b, value, _value(out))
+        def compute(out: Any, accumulate: bool) -> Any:
+            return super(KerasAdapter, self).prox(formula, a, b, x, out)
 
-    def orthogonal(self, factor: float, x: Any, **vectors: bool) -> Any:
-        value = x.value
-        return ADAPTERS[type(value)].orthogonal(factor, value, **vectors)
+        return _compute(compute, out, False)
 
-    def orthogonal_value_and_grad(self, factor: float, x: Any, **vectors: bool) -> tuple[Any, Any]:
-        value = x.value
-        return ADAPTERS[type(value)].orthogonal_value_and_grad(factor, value, **vectors)
+    def orthogonal_grad(
+        self, factor: float, x: Any, out: Any, *, columns: bool, flatten: bool, accumulate: bool
+    ) -> Any:
+        def compute(out: Any, accumulate: bool) -> Any:
+            return super(KerasAdapter, self).orthogonal_grad(
+                factor, x, out, columns=columns, flatten=flatten, accumulate=accumulate
+            )
 
-    def orthogonal_grad(self, factor: float, x: Any, out: Any, **options: bool) -> Any:
-        value = x.value
-        return ADAPTERS[type(value)].orthogonal_grad(factor, value, _value(out), **options)
+        return _compute(compute, out, accumulate)
 
 
-def _value(out: Any) -> Any:
-    return out.value if isinstance(out, _VARIABLE) else out
+def _compute(compute: Callable[[Any, bool], Any], out: Any, accumulate: bool) -> Any:
+    """Compute to `out`: where that is a variable, to its memory, or by assigning where arrays are immutable."""
+    if not isinstance(out, Variable):
+        return compute(out, accumulate)
+    if keras.backend.backend() != "jax":
+        compute(out.value, accumulate)
+    elif accumulate:
+        out.assign_add(compute(None, False))
+    else:
+        out.assign(compute(None, False))
+    return out
 
 
 ADAPTER = KerasAdapter()

@@ -1,0 +1,293 @@
+"""TensorFlow tensors and variables: the CPU kernels for eager tensors, TensorFlow's own operations in graphs.
+
+Eager tensors in the host's memory are read where they lie. Inside `tf.function`, in SavedModels, under XLA and on other
+devices, penalties are TensorFlow's operations, of which nothing leaves the graph.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from regkern.arrays.adapter import Adapter, ChoosingAdapter
+from regkern.arrays.numpy import NumpyAdapter
+from regkern.arrays.operations import OperationsAdapter
+from regkern.dtypes import DTYPES
+from regkern.kernels.formulas import ABS, ABS_SQUARE, SQUARE, Formula
+
+if tuple(int(part) for part in tf.__version__.split(".")[:2]) < (2, 18):
+    raise ImportError(f"regkern needs TensorFlow 2.18 or later; got {tf.__version__}; upgrade it.")
+
+# Which of its two terms, the absolute values and the squares, a formula has: for these, faster operations are known.
+_TERMS = {ABS: (True, False), SQUARE: (False, True), ABS_SQUARE: (True, True)}
+_ALIGNMENT = 64  # bytes: TensorFlow's operations rely on it
+_EXCHANGED = (np.float16, np.float32, np.float64)  # by NumPy through DLPack, which has no bfloat16 there
+
+
+class _DTypes(dict[Any, Any]):
+    """The result types of TensorFlow's dtypes."""
+
+    def __missing__(self, dtype: Any) -> Any:
+        raise TypeError(
+            f"x: expected an array of {', '.join(DTYPES)}; got dtype {dtype.name}; "
+            "convert it, for example by tf.cast(x, 'float32')."
+        )
+
+
+_results = _DTypes({tf.dtypes.as_dtype(name): tf.dtypes.as_dtype(dtype.result) for name, dtype in DTYPES.items()})
+
+
+class Operations(OperationsAdapter):
+    """Penalties as TensorFlow's own operations."""
+
+    def owns(self, array_type: type) -> bool:
+        return issubclass(array_type, tf.Tensor)
+
+    def widen(self, x: Any) -> Any:
+        return tf.cast(x, _results[x.dtype])
+
+    def narrow(self, value: Any, x: Any) -> Any:
+        return tf.cast(value, x.dtype)
+
+    def zero(self, x: Any) -> Any:
+        return tf.zeros((), x.dtype)
+
+    def sum(self, x: Any) -> Any:
+        return tf.reduce_sum(x)
+
+    def clip(self, x: Any, limit: float) -> Any:
+        return tf.clip_by_value(x, -limit, limit)
+
+    def flatten_leading(self, x: Any) -> Any:
+        *leading, columns = x.shape
+        rows = -1 if None in leading or columns in (None, 0) else math.prod(leading)
+        return tf.reshape(x, (rows, tf.shape(x)[-1] if columns is None else columns))
+
+    def transpose(self, x: Any) -> Any:
+        return tf.linalg.matrix_transpose(x)
+
+    def unit(self, x: Any) -> Any:
+        squares = tf.reduce_sum(tf.square(x), axis=-1, keepdims=True)
+        zero = tf.equal(squares, 0)
+        return x * tf.where(zero, tf.zeros_like(squares), tf.math.rsqrt(tf.where(zero, tf.ones_like(squares), squares)))
+
+    def off_diagonal(self, x: Any) -> Any:
+        return x * (1 - tf.eye(x.shape[-1], dtype=x.dtype))
+
+    def differentiate(self, function: Callable[[Any], Any], x: Any) -> tuple[Any, Any]:
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            value = function(x)
+        return value, tape.gradient(value, x, unconnected_gradients="zero")
+
+    def write(self, value: Any, out: Any, accumulate: bool) -> Any:
+        if out is None:
+            return value
+        _check_out(value, out)
+        return out.assign_add(value) if accumulate else out.assign(value)
+
+    def penalty(self, formula: Formula, a: float, b: float, x: Any) -> Any:
+        if formula not in _TERMS:
+            return super().penalty(formula, a, b, x)
+        has_abs, has_square = _TERMS[formula]
+
+        # Keras's expressions as autodiff sees them fill arrays with the upstream gradient; a sum of squares by
+        # multiplication fills one more.
+        @tf.custom_gradient
+        def elastic_net(v: Any) -> Any:
+            def gradient(upstream: Any) -> Any:
+                first = (a * upstream) * tf.sign(v) if has_abs else 0.0
+                second = (2 * b * upstream) * v if has_square else 0.0
+                return first + second if has_abs and has_square else first if has_abs else second
+
+            first = a * tf.reduce_sum(tf.abs(v)) if has_abs else 0.0
+            second = (2 * b) * tf.nn.l2_loss(v) if has_square else 0.0
+            return first + second, gradient
+
+        return elastic_net(self.widen(x))
+
+    def partial(self, formula: Formula, x: Any) -> Any:
+        terms = formula.terms(abs(self.widen(x)))
+        return tf.stack([tf.reduce_sum(tf.cast(term, tf.float64)) for term in terms])
+
+    def prox(self, formula: Formula, a: float, b: float, x: Any, out: Any) -> Any:
+        return super().prox(formula, a, b, tf.stop_gradient(x), out)
+
+    def orthogonal(self, factor: float, x: Any, *, columns: bool, flatten: bool) -> Any:
+        counted = x.shape[-1:] if columns else x.shape[:-1] if flatten else x.shape[-2:-1]
+        if None in counted:
+            raise ValueError(
+                f"x: expected a known number of {'columns' if columns else 'rows'}, which are compared with each "
+                f"other; got shape {tuple(x.shape)}; set it, for example by tf.ensure_shape."
+            )
+        return super().orthogonal(factor, x, columns=columns, flatten=flatten)
+
+    def over_batch(self, penalty: Any, x: Any) -> Any:
+        return tf.math.divide_no_nan(penalty, tf.cast(tf.shape(x)[0], penalty.dtype))
+
+
+OPERATIONS = Operations()
+
+
+class Views(NumpyAdapter):
+    """Reads tensors as views, and makes arrays whose memory a tensor can take over."""
+
+    def empty_like(self, x: Any) -> Any:
+        memory = np.empty(x.nbytes + _ALIGNMENT, np.uint8)
+        start = -memory.ctypes.data % _ALIGNMENT
+        return memory[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
+
+
+VIEWS = Views()
+
+
+class Kernels(Adapter):
+    """The kernels, which read an eager tensor through a NumPy view of its memory; penalties join gradient tapes."""
+
+    def owns(self, array_type: type) -> bool:
+        return issubclass(array_type, tf.Tensor)
+
+    def penalty(self, formula: Formula, a: float, b: float, x: Any) -> Any:
+        penalty = _Penalty(
+            lambda view: VIEWS.penalty(formula, a, b, view),
+            lambda view, scale: VIEWS.grad(formula, a * scale, b * scale, view, None, False),
+            lambda x: OPERATIONS.penalty(formula, a, b, x),
+        )
+        return _recorded(x, penalty=penalty)
+
+    def sums(self, formula: Formula, x: Any) -> tuple[Any, Any]:
+        return self.penalty(formula, 1.0, 0.0, x), self.penalty(formula, 0.0, 1.0, x)
+
+    def partial(self, formula: Formula, x: Any) -> Any:
+        return tf.convert_to_tensor(VIEWS.partial(formula, _view(x)))
+
+    def value_and_grad(self, formula: Formula, a: float, b: float, x: Any) -> tuple[Any, Any]:
+        value, out = VIEWS.value_and_grad(formula, a, b, _view(x))
+        return _scalar(value), _tensor(out)
+
+    def grad(self, formula: Formula, a: float, b: float, x: Any, out: Any, accumulate: bool) -> Any:
+        gradient = VIEWS.grad(formula, a, b, _view(x), None, False)
+        return OPERATIONS.write(_tensor(gradient), out, accumulate)
+
+    def prox(self, formula: Formula, a: float, b: float, x: Any, out: Any) -> Any:
+        result = VIEWS.prox(formula, a, b, _view(x), None)
+        return OPERATIONS.write(_tensor(result), out, False)
+
+    def orthogonal(self, factor: float, x: Any, **vectors: bool) -> Any:
+        penalty = _Penalty(
+            lambda view: VIEWS.orthogonal(factor, view, **vectors),
+            lambda view, scale: VIEWS.orthogonal_grad(factor * scale, view, None, **vectors, accumulate=False),
+            lambda x: OPERATIONS.orthogonal(factor, x, **vectors),
+        )
+        return _recorded(x, penalty=penalty)
+
+    def orthogonal_value_and_grad(self, factor: float, x: Any, **vectors: bool) -> tuple[Any, Any]:
+        value, gradient = VIEWS.orthogonal_value_and_grad(factor, _view(x), **vectors)
+        return _scalar(value), _tensor(gradient)
+
+    def orthogonal_grad(self, factor: float, x: Any, out: Any, *, accumulate: bool, **vectors: bool) -> Any:
+        _, gradient = self.orthogonal_value_and_grad(factor, x, **vectors)
+        return OPERATIONS.write(gradient, out, accumulate)
+
+
+@dataclass(frozen=True, slots=True)
+class _Penalty:
+    """What gradient tapes need of a penalty.
+
+    Attributes:
+        value: computes it from a view.
+        gradient: computes its gradient, times a scale, from a view and the scale.
+        by_operations: computes it by TensorFlow's operations, for second derivatives and vectorised tapes.
+    """
+
+    value: Callable[[Any], Any]
+    gradient: Callable[[Any, float], Any]
+    by_operations: Callable[[Any], Any]
+
+    def slope(self, x: Any, upstream: Any) -> Any:
+        """Return the gradient times upstream, by operations."""
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = self.by_operations(x)
+        return tape.gradient(y, x, upstream, unconnected_gradients="zero")
+
+
+# Each decoration costs 15 us, so that nothing is decorated anew for each call.
+@tf.custom_gradient
+def _recorded(x: Any, *, penalty: _Penalty) -> Any:
+    """Return the penalty of an eager tensor, which gradient tapes can differentiate."""
+
+    def gradient(upstream: Any) -> Any:
+        if _is_plain(upstream):
+            return _recorded_slope(x, upstream, penalty=penalty)
+        return penalty.slope(x, upstream)
+
+    return _scalar(penalty.value(_view(x))), gradient
+
+
+@tf.custom_gradient
+def _recorded_slope(x: Any, upstream: Any, *, penalty: _Penalty) -> Any:
+    """Return the gradient times upstream, which gradient tapes can differentiate again."""
+
+    def gradient(vector: Any) -> Any:
+        with tf.GradientTape() as tape:
+            tape.watch((x, upstream))
+            slope = penalty.slope(x, upstream)
+        return tape.gradient(slope, (x, upstream), vector, unconnected_gradients="zero")
+
+    return _tensor(penalty.gradient(_view(x), float(upstream))), gradient
+
+
+def _view(x: Any) -> np.ndarray[Any, Any]:
+    """Return an eager tensor's memory as a read-only array."""
+    _results[x.dtype]
+    return np.asarray(x)
+
+
+def _scalar(value: Any) -> Any:
+    return tf.constant(value.item(), value.dtype)
+
+
+def _tensor(array: np.ndarray[Any, Any]) -> Any:
+    """Return an array of `Views` as a tensor over the same memory."""
+    if array.dtype in _EXCHANGED:
+        return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
+    return tf.bitcast(tf.experimental.dlpack.from_dlpack(array.view(np.uint16).__dlpack__()), array.dtype)
+
+
+def _check_out(value: Any, out: Any) -> None:
+    if not isinstance(out, tf.Variable):
+        raise TypeError(
+            f"out: expected a tf.Variable or None, because tensors are immutable; got {type(out).__name__}; "
+            "use what is returned."
+        )
+    if out.shape != value.shape or out.dtype != value.dtype:
+        raise ValueError(
+            f"out: expected x's shape and dtype, {tuple(value.shape)} and {value.dtype.name}; "
+            f"got {tuple(out.shape)} and {out.dtype.name}; make it by tf.Variable(tf.zeros_like(x))."
+        )
+
+
+def _is_plain(x: Any) -> bool:
+    """Whether x is an eager tensor in this process's own memory."""
+    return tf.executing_eagerly() and not tf.is_symbolic_tensor(x) and "CPU" in x.backing_device
+
+
+KERNELS = Kernels()
+
+
+class TensorflowAdapter(ChoosingAdapter):
+    """Reads variables, and chooses the evaluator for each tensor."""
+
+    def owns(self, array_type: type) -> bool:
+        return issubclass(array_type, tf.Tensor | tf.Variable)
+
+    def choose(self, x: Any) -> tuple[Adapter, Any]:
+        tensor = tf.convert_to_tensor(x)
+        return (KERNELS if _is_plain(tensor) else OPERATIONS), tensor
+
+
+ADAPTER = TensorflowAdapter()
