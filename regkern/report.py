@@ -147,7 +147,7 @@ def evaluate(
         rules: which regularizer each gets.
         cosine: compute the mean |cosine| between rows of 2-D tensors, at a cost that grows with rows**2 * columns.
         compare: compute the two sums by NumPy as well, which makes temporary arrays of a tensor's size.
-        done: called with each tensor and 0 before it is read, and with the bytes of each piece after.
+        done: called with each tensor and 0 before it is read, and then with bytes that are done.
 
     Raises:
         WeightsError: a part of the file is damaged.
@@ -174,7 +174,8 @@ def _row(tensor: Tensor, rules: Rules, cosine: bool, report: Report, done: Calla
     partials = []
     for piece in tensor.pieces() if x is None else flat_pieces(x):
         partials.append(_partials(piece, elementwise, report))
-        done(tensor, piece.nbytes)
+        if x is None:
+            done(tensor, piece.nbytes)
     with np.errstate(all="ignore"):  # infinities are for the table to show
         counts, sums, terms = _BOTH_SUMS.combine(partials) if partials else np.zeros((3, 2))
         penalty = None if elementwise is None else elementwise.finish(terms, tensor.dtype)
@@ -183,6 +184,7 @@ def _row(tensor: Tensor, rules: Rules, cosine: bool, report: Report, done: Calla
         _compare(report.comparison, x)
         mean = float(_whole_penalty(_COSINE, x)) if matrix else None
         penalty = penalty if regularizer is elementwise else _whole_penalty(regularizer, x)
+        done(tensor, x.nbytes)  # not before: of large matrices, the cosines take longest
     return Row(
         *(tensor.name, tensor.shape, tensor.dtype, tensor.size),
         abs_sum=float(sums[0]),
