@@ -181,7 +181,8 @@ def _row(tensor: Tensor, rules: Rules, cosine: bool, report: Report, done: Calla
         penalty = None if elementwise is None else elementwise.finish(terms, tensor.dtype)
     mean = None
     if x is not None:
-        _compare(report.comparison, x)
+        if report.comparison:
+            _compare(report.comparison, x)
         mean = float(_whole_penalty(_COSINE, x)) if matrix else None
         penalty = penalty if regularizer is elementwise else _whole_penalty(regularizer, x)
         done(tensor, x.nbytes)  # not before: of large matrices, the cosines take longest
