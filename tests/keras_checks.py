@@ -457,3 +457,36 @@ def test_configs_of_models_are_read():
         keras.regularizers.serialize(keras.regularizers.L2(0.5)),
     ):
         assert repr(rk.get(config)) == "L2(l2=0.5)"
+
+
+def test_penalties_of_models(digits):
+    model = make("mlp", rk, activity=False)
+    x = tensor(digits[0][:5])
+    model(x)
+    rules = {"a/kernel": rk.L1L2(1e-4, 1e-3), "*a/bias": rk.L2(1e-2), "*b/kernel": rk.OrthogonalRegularizer(0.1)}
+    penalty = rk.Penalty({**{f"*{glob}": each for glob, each in rules.items()}, "*c/kernel": rk.L1(1e-4), "*": None})
+    expected = sum(numbers(loss) for loss in model.losses)
+    np.testing.assert_allclose(numbers(penalty(model)), expected, rtol=1e-6)
+    assert sorted(name.split("/", 1)[-1] if name.startswith("seq") else name for name in penalty.per_tensor(model)) == [
+        "a/bias", "a/kernel", "b/kernel", "c/kernel"
+    ]  # fmt: skip
+    bound = penalty.bind(model)
+    np.testing.assert_allclose(numbers(bound.value()), expected, rtol=1e-6)
+    model.set_weights([2 * weight for weight in model.get_weights()])
+    model(x)
+    assert numbers(bound.value()) > expected
+    np.testing.assert_allclose(numbers(bound.value()), sum(numbers(loss) for loss in model.losses), rtol=1e-6)
+
+
+def test_variables_of_one_name_are_refused():
+    class Twins(layers.Layer):
+        def build(self, shape):
+            self.first, self.second = (self.add_weight(name="scale", shape=(2,)) for _ in range(2))
+
+        def call(self, x):
+            return x * self.first + self.second
+
+    layer = Twins(name="twins")
+    layer(tensor(np.ones((1, 2), np.float32)))
+    with pytest.raises(ValueError, match=r"model: expected a name of its own for each variable; got two .*scale"):
+        rk.Penalty({"*": rk.L2(0.1)})(layer)

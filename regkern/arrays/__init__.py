@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from regkern.arrays.adapter import Adapter
@@ -58,6 +58,7 @@ def named_arrays(model: Any) -> Mapping[str, Any]:
 
     Raises:
         TypeError: it is neither.
+        ValueError: two arrays of a model have the same name.
     """
     if isinstance(model, Mapping):
         return model
@@ -65,7 +66,20 @@ def named_arrays(model: Any) -> Mapping[str, Any]:
         if library in sys.modules:
             named = importlib.import_module(module).ADAPTER.named_arrays(model)
             if named is not None:
-                return cast(Mapping[str, Any], named)
+                return _by_name(named)
     raise TypeError(
-        f"expected a mapping of names to arrays, or a model of PyTorch or Keras; got {type(model).__name__}."
+        "expected a mapping of names to arrays, or a model of PyTorch, Keras or TensorFlow; "
+        f"got {type(model).__name__}."
     )
+
+
+def _by_name(named: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    arrays: dict[str, Any] = {}
+    for name, array in named:
+        if name in arrays:
+            raise ValueError(
+                f"model: expected a name of its own for each variable; got two that are called {name!r}; "
+                "name the layers, or pass a mapping of names to arrays."
+            )
+        arrays[name] = array
+    return arrays

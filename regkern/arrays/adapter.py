@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from regkern.kernels.formulas import Formula
@@ -33,8 +33,8 @@ class Adapter(ABC):
         """Whether the library would differentiate what is computed from x: kernels must not bypass it then."""
         return False
 
-    def named_arrays(self, model: Any) -> Mapping[str, Any] | None:
-        """Return the arrays that a model of this library trains, by name; None for what is no such model."""
+    def named_arrays(self, model: Any) -> Iterable[tuple[str, Any]] | None:
+        """Return the arrays that a model of this library trains, with their names; None for what is no such model."""
         return None
 
     @abstractmethod

@@ -4,7 +4,7 @@ A variable is handed on as what it stands for at that moment: inside `jit` a tra
 compute dtype. A symbolic tensor becomes Keras's own operations.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import keras
@@ -85,10 +85,10 @@ class KerasAdapter(ChoosingAdapter):
     def owns(self, array_type: type) -> bool:
         return issubclass(array_type, Variable | KerasTensor)
 
-    def named_arrays(self, model: Any) -> Mapping[str, Any] | None:
+    def named_arrays(self, model: Any) -> Iterable[tuple[str, Any]] | None:
         if not isinstance(model, Layer):
             return None
-        return {variable.path: variable for variable in model.trainable_variables}
+        return ((variable.path, variable) for variable in model.trainable_variables)
 
     def choose(self, x: Any) -> tuple[Adapter, Any]:
         if isinstance(x, KerasTensor):

@@ -5,7 +5,7 @@ devices, penalties are TensorFlow's operations, of which nothing leaves the grap
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +53,7 @@ class Operations(OperationsAdapter):
         return tf.cast(value, x.dtype)
 
     def zero(self, x: Any) -> Any:
-        return tf.zeros((), x.dtype)
+        return tf.reduce_sum(tf.reshape(x, (-1,))[:0])  # none of x's elements: its gradient is zero, not missing
 
     def sum(self, x: Any) -> Any:
         return tf.reduce_sum(x)
@@ -87,7 +87,11 @@ class Operations(OperationsAdapter):
         if out is None:
             return value
         _check_out(value, out)
-        return out.assign_add(value) if accumulate else out.assign(value)
+        if accumulate:
+            out.assign_add(value)
+        else:
+            out.assign(value)
+        return out
 
     def penalty(self, formula: Formula, a: float, b: float, x: Any) -> Any:
         if formula not in _TERMS:
@@ -192,6 +196,9 @@ class Kernels(Adapter):
         _, gradient = self.orthogonal_value_and_grad(factor, x, **vectors)
         return OPERATIONS.write(gradient, out, accumulate)
 
+    def cosine_sum(self, x: Any, other: Any, **vectors: bool) -> Any:
+        return VIEWS.cosine_sum(_view(x), None if other is None else _view(other), **vectors)
+
 
 @dataclass(frozen=True, slots=True)
 class _Penalty:
@@ -244,7 +251,7 @@ def _recorded_slope(x: Any, upstream: Any, *, penalty: _Penalty) -> Any:
 def _view(x: Any) -> np.ndarray[Any, Any]:
     """Return an eager tensor's memory as a read-only array."""
     _results[x.dtype]
-    return np.asarray(x)
+    return np.asarray(x if x.ndim else x.numpy())  # bfloat16 of no dimension comes as a scalar
 
 
 def _scalar(value: Any) -> Any:
@@ -284,6 +291,12 @@ class TensorflowAdapter(ChoosingAdapter):
 
     def owns(self, array_type: type) -> bool:
         return issubclass(array_type, tf.Tensor | tf.Variable)
+
+    def named_arrays(self, model: Any) -> Iterable[tuple[str, Any]] | None:
+        """Name the variables of a `tf.Module`, as tf_keras's models are."""
+        if not isinstance(model, tf.Module):
+            return None
+        return ((variable.name.removesuffix(":0"), variable) for variable in model.trainable_variables)
 
     def choose(self, x: Any) -> tuple[Adapter, Any]:
         tensor = tf.convert_to_tensor(x)

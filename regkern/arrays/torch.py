@@ -8,7 +8,7 @@ operators of `torch.library`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -398,8 +398,8 @@ class TorchAdapter(Adapter):
     def tracks(self, x: Tensor) -> bool:
         return x.requires_grad and torch.is_grad_enabled()
 
-    def named_arrays(self, model: Any) -> Mapping[str, Any] | None:
-        return dict(model.named_parameters()) if isinstance(model, torch.nn.Module) else None
+    def named_arrays(self, model: Any) -> Iterable[tuple[str, Any]] | None:
+        return model.named_parameters() if isinstance(model, torch.nn.Module) else None
 
     def penalty(self, formula: Formula, a: float, b: float, x: Tensor) -> Tensor:
         return _evaluator(x).penalty(formula, a, b, x)
