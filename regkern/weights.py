@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib
 import io
-import itertools
 import json
 import math
 import os
@@ -489,9 +488,10 @@ def _boxes(shape: Sequence[int], chunks: Sequence[int], size: int) -> Iterator[t
         box[axis] = min(box[axis] * max(1, size // max(1, math.prod(box))), shape[axis])
         if box[axis] < shape[axis]:
             break
-    starts = (range(0, length, max(1, step)) for length, step in zip(shape, box, strict=True))
-    for corner in itertools.product(*starts):
-        yield tuple(slice(start, start + step) for start, step in zip(corner, box, strict=True))
+    counts = [-(-length // max(1, step)) for length, step in zip(shape, box, strict=True)]
+    for number in range(math.prod(counts)):  # itertools.product would keep a tuple of each range
+        index = map(int, np.unravel_index(number, counts))
+        yield tuple(slice(i * step, (i + 1) * step) for i, step in zip(index, box, strict=True))
 
 
 def _read_torch(path: Path, stack: ExitStack) -> list[Tensor]:
