@@ -431,6 +431,7 @@ def test_links_to_other_files(tmp_path):
 
 @pytest.mark.parametrize("write", [write_npz, write_compressed_npz])
 def test_checksum_of_pieces(tmp_path, monkeypatch, write):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(weights, "PIECE", 100)
     data = saved(write)
     middle = ELEMENTS if write is write_npz else data[len(data) // 2 :][:8]
