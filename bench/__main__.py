@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import accuracy, machine, measure, peers, process, tables
+from bench import accuracy, growth, machine, measure, peers, process, tables
 from bench.cases import CASES, FIT, Case
 
 RESULTS = Path(__file__).parent / "results"
@@ -70,6 +70,25 @@ def measure_gram_memory() -> Results:
     return {"memory beyond the input, gram 100000x64, MB": peaks | {"measured": peaks["regkern"]}}
 
 
+def measure_mapped_file() -> Results:
+    """A value of a file that is mapped, beside a plain read of it."""
+    found = process.compare_mapped_reads(8 * 10**9, rounds=5)
+    name, peak = "memory-mapped file of 8 GB", found.pop("anonymous MB")
+    return {
+        f"{name}, value / plain read": found | {"measured": process.ratio(found, "plain read")},
+        f"{name}, anonymous memory of the process, MB": {"regkern": peak, "measured": peak},
+    }
+
+
+def measure_growth() -> Results:
+    """Seconds per element and per tensor, by how many there are."""
+    elements, tensors = growth.per_element(), growth.per_tensor()
+    return {
+        "time per element, 10^9 / 10^7": elements | {"measured": elements["1e+09"] / elements["1e+07"]},
+        "time per tensor, 10,000 / 10, bound value": tensors | {"measured": tensors["10000"] / tensors["10"]},
+    }
+
+
 def measure_accuracy() -> Results:
     """Errors of sums of 10^8 values: ulp of float32, relative of float64, and every peer's relative error beside."""
     rows = {}
@@ -102,6 +121,8 @@ CHECKS: dict[str, Callable[[], Results]] = {
     "first penalty": measure_first_penalties,
     "memory": measure_memory,
     "gram memory": measure_gram_memory,
+    "mapped file": measure_mapped_file,
+    "growth": measure_growth,
     "accuracy": measure_accuracy,
     "fit": measure_fit_steps,
 }

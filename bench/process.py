@@ -1,4 +1,4 @@
-"""Measures what only a fresh process shows: the import, the first penalty, and the peak of memory."""
+"""Measures what only a fresh process shows: the import, the first penalty, peaks of memory, a file that is mapped."""
 
 import importlib.util
 import json
@@ -65,6 +65,34 @@ run(x)
 print(status("VmHWM") - before)
 """
 
+# A plain read goes through the file once, by read(2) into a buffer of 1 MiB. Each value has a mapping of its own, so
+# that its page faults are timed as well.
+_MAPPED = """
+import statistics, time
+import numpy as np
+import regkern as rk
+reg = rk.L1L2(1e-5, 1e-4)
+
+def read():
+    buffer = bytearray(1 << 20)
+    with open({path!r}, "rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+
+def value():
+    reg(np.memmap({path!r}, np.float32, "r"))
+
+def seconds(call):
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+read()
+value()
+samples = [(seconds(read), seconds(value)) for _ in range({rounds})]
+print(*map(statistics.median, zip(*samples)))
+"""
+
 _VALUE = {
     "regkern": "import regkern as rk\nreg = rk.L1L2(1e-5, 1e-4)\nrun = lambda x: reg(x)",
     "numpy": "run = lambda x: 1e-5 * np.abs(x).sum() + 1e-4 * np.square(x).sum()",
@@ -125,6 +153,24 @@ def _python(script: str, **environment: str) -> str:
 def import_seconds(module: str) -> float:
     """Seconds that `import module` takes in a fresh process, without the interpreter's own start."""
     return float(_python(_IMPORT.format(module=module)))
+
+
+def _python_and_anonymous_peak(script: str) -> tuple[str, float]:
+    """Run a script as `_python` does; return what it printed and the peak of its memory without page cache, in MB.
+
+    Linux keeps no such peak, so it is looked at from outside every millisecond.
+    """
+    peak = 0
+    command = [sys.executable, "-c", script]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        while process.poll() is None:
+            lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+            peak = max([peak, *(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))])
+            time.sleep(1e-3)
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, command)
+        return process.stdout.read(), peak * 1024 / 1e6
 
 
 def _seconds(call: Callable[[], object]) -> float:
@@ -189,6 +235,18 @@ def compare_fit_steps(backend: str, width: int, seconds: float) -> dict[str, flo
     output = _python(_FIT.format(width=width, seconds=seconds), KERAS_BACKEND=backend, TF_CPP_MIN_LOG_LEVEL="3")
     medians: dict[str, float] = json.loads(output.splitlines()[-1])
     return medians
+
+
+def compare_mapped_reads(nbytes: int, rounds: int) -> dict[str, float]:
+    """Median seconds of a value of a mapped float32 file and of a plain read of it, both from the page cache.
+
+    The file is sparse. The third entry is the peak of the whole process's memory without page cache, in MB.
+    """
+    with tempfile.NamedTemporaryFile(suffix=".bin", dir=ROOT) as file:  # on a disk: /tmp may be memory
+        file.truncate(nbytes)
+        output, peak = _python_and_anonymous_peak(_MAPPED.format(path=file.name, rounds=rounds))
+    read, value = map(float, output.split())
+    return {"regkern": value, "plain read": read, "anonymous MB": peak}
 
 
 def ratio(seconds: dict[str, float], over: str) -> float:

@@ -47,8 +47,11 @@ _BOX = Box("    \n    \n -- \n    \n    \n -- \n    \n    \n")
 # Click keeps the lines after \b as they are.
 _REPORT_HELP = """Show the sums, sparsity and penalties of every tensor in weight files.
 
-Formats: .npy, .npz, .safetensors, .h5 and .hdf5 (Keras's and others), .keras, and PyTorch's .pt, .pth and .bin (weights
-only). Files are memory-mapped where their format allows it, and never run code.
+Formats: .npy, .npz, .safetensors, .h5 and .hdf5 (Keras's and others), .keras, PyTorch's .pt, .pth and .bin (weights
+only), and the .index.json of a sharded checkpoint, which is reported as one. They never run code.
+
+Files can be larger than memory: they are mapped where their format allows it, else read piece by piece. Cosines,
+orthogonal penalties and --compare need a tensor that cannot be mapped in memory as a whole.
 
 A rule is GLOB=none or GLOB=REGULARIZER[:factor=value,...], where the regularizer is l1, l2, l1_l2 (both factors 0.01
 unless given) or orthogonal_regularizer (2-D tensors alone).
@@ -57,6 +60,7 @@ unless given) or orthogonal_regularizer (2-D tensors alone).
 Examples:
   regkern report --demo
   regkern report model.safetensors --rule '*bias*=none' --rule '*=l2:l2=1e-4'
+  regkern report model.safetensors.index.json --no-cosine
   regkern report model.keras --rule '*=l1_l2:l1=1e-5,l2=1e-4' --plot model.png
   regkern report pytorch_model.bin --no-cosine --json > penalties.json
   regkern report kernel.npy --compare \\
@@ -94,7 +98,9 @@ def cli() -> None:
     help=f"A penalty for tensors whose name matches GLOB; the first rule that matches wins. Default: {_DEFAULT_RULE}",
 )
 @click.option("--cosine/--no-cosine", default=True, help="The mean |cosine| between rows; its cost grows with rows².")
-@click.option("--compare", is_flag=True, help="Compute the sums by NumPy as well: times and differences side by side.")
+@click.option(
+    "--compare", is_flag=True, help="Compute the sums by NumPy as well, side by side. It makes copies of tensors."
+)
 @click.option(
     "--plot", metavar="PNG", type=click.Path(path_type=Path), help="Save a picture: penalty and zeros by layer."
 )
@@ -133,6 +139,11 @@ def report(
             click.echo(f"Error: {error}", err=True)
             failed = True
             continue
+        except MemoryError as error:
+            raise _Failure(
+                f"{path}: expected memory for cosines and comparisons; got too little of it; "
+                "leave them out by --no-cosine, and without --compare."
+            ) from error
         except RuleError as error:
             raise _WrongUse(str(error)) from error
         if not (as_json or as_csv):
@@ -188,32 +199,27 @@ def _info_lines(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _evaluate(path: Path, rules: Rules, *, cosine: bool, compare: bool) -> Report:
-    with open_weights(path) as tensors, _progress(tensors, cosine) as before:
-        return evaluate(tensors, rules, cosine=cosine, compare=compare, before=before)
+    with open_weights(path) as tensors, _progress(tensors, cosine) as done:
+        return evaluate(tensors, rules, cosine=cosine, compare=compare, done=done)
 
 
 @contextmanager
-def _progress(tensors: Sequence[Tensor], cosine: bool) -> Iterator[Callable[[Tensor], None]]:
+def _progress(tensors: Sequence[Tensor], cosine: bool) -> Iterator[Callable[[Tensor, int], None]]:
     """Show a bar of bytes on stderr where that is a terminal and the work is long."""
     nbytes = sum(tensor.nbytes for tensor in tensors)
     matrices = [tensor.shape for tensor in tensors if cosine and tensor.evaluated and len(tensor.shape) == 2]
     long = nbytes > _LONG_BYTES or sum(rows**2 * columns for rows, columns in matrices) > _LONG_PRODUCTS
     console = Console(stderr=True)
     if not (long and console.is_terminal):
-        yield lambda tensor: None
+        yield lambda tensor, nbytes: None
         return
     name = TextColumn("{task.description}", markup=False)
     columns = (SpinnerColumn(), BarColumn(), DownloadColumn(), TimeElapsedColumn(), name)
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=nbytes)
-        started: list[Tensor] = []
-
-        def before(tensor: Tensor) -> None:
-            done = sum(each.nbytes for each in started)
-            progress.update(task, completed=done, description=elided(printable(tensor.name), 40))
-            started.append(tensor)
-
-        yield before
+        yield lambda tensor, nbytes: progress.update(
+            task, advance=nbytes, description=elided(printable(tensor.name), 40)
+        )
 
 
 def _console() -> Console:

@@ -299,9 +299,16 @@ def partial(formula: Formula, x: Any) -> Any:
 
 
 def combine(partials: Any) -> Any:
-    """Add partial sums, a sequence of float64 arrays of the same shape, or an array whose first axis counts them."""
-    stacked = np.moveaxis(np.asarray(partials, np.float64), 0, -1)
-    return np.ascontiguousarray(stacked).sum(axis=-1)  # pairwise, along memory
+    """Add partial sums, a sequence of float64 arrays of the same shape, or an array whose first axis counts them.
+
+    Neighbours are added, and the sums of neighbours, as the kernels add the sums of their chunks: pieces of 2**k
+    chunks give the bits of the whole.
+    """
+    sums = np.asarray(partials, np.float64)
+    while len(sums) > 1:
+        pairs = sums[:-1:2] + sums[1::2]
+        sums = np.concatenate([pairs, sums[-1:]]) if len(sums) % 2 else pairs
+    return sums[0]
 
 
 def finish(a: float, b: float, partial: Any, dtype: Any) -> Any:

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from regkern.dtypes import DTYPES
-from regkern.reductions import check_rank, gram_offdiagonal_mean, zero_and_nonfinite_counts
-from regkern.regularizers import L1L2, OrthogonalRegularizer
+from regkern.reductions import check_rank, zero_and_nonfinite_counts
+from regkern.regularizers import L1L2, ElementwiseRegularizer, OrthogonalRegularizer
 from regkern.rules import RuleError, Rules
-from regkern.weights import Array, Tensor
+from regkern.weights import Array, Tensor, flat_pieces
 
 # Kernels are chosen by size, and are the same for all arrays beyond this one.
 _LARGE = 1 << 20
 _MANY_ROWS = 3000
 
+# Elements of a block of rows. The Gram kernel packs copies of two at a time, 256 MiB in float32; matrices that are
+# larger than two are evaluated by pairs of blocks.
+_BLOCK = 1 << 25
+
 _BOTH_SUMS = L1L2(1.0, 1.0)
+_COSINE = OrthogonalRegularizer(1.0)
 
 AS_WRITTEN = "NumPy as written"
 
@@ -93,7 +99,7 @@ class Report:
         rows: one per tensor, in the file's order.
         loading_seconds: the time that loading kernels took, or compiling them, once per machine.
         seconds: the time that all else took, reading included.
-        sums_seconds: the time that the sums of |x| and x**2 took, over elements that were in memory.
+        sums_seconds: the time that the sums of |x| and x**2 took, over pieces that had just been read.
         comparison: NumPy's ways beside regkern's, where they were asked for.
     """
 
@@ -130,16 +136,18 @@ def evaluate(
     *,
     cosine: bool = True,
     compare: bool = False,
-    before: Callable[[Tensor], None] = lambda tensor: None,
+    done: Callable[[Tensor, int], None] = lambda tensor, nbytes: None,
 ) -> Report:
-    """Evaluate the tensors of an open file, of which one at a time is in memory.
+    """Evaluate the tensors of an open file, in pieces: files can be larger than memory.
+
+    What is not element-wise, and a comparison, take a tensor as a whole: one that cannot be mapped is in memory then.
 
     Args:
         tensors: what `open_weights` gives.
         rules: which regularizer each gets.
         cosine: compute the mean |cosine| between rows of 2-D tensors, at a cost that grows with rows**2 * columns.
-        compare: compute the two sums by NumPy as well.
-        before: called with each tensor before it is read.
+        compare: compute the two sums by NumPy as well, which makes temporary arrays of a tensor's size.
+        done: called with each tensor and 0 before it is read, and then with bytes that are done.
 
     Raises:
         WeightsError: a part of the file is damaged.
@@ -149,40 +157,80 @@ def evaluate(
     report = Report(comparison=_ways() if compare else [], loading_seconds=_load_kernels(tensors, cosine))
     started = time.perf_counter()
     for tensor in tensors:
-        before(tensor)
-        report.rows.append(_row(tensor, rules, cosine, report))
+        done(tensor, 0)
+        report.rows.append(_row(tensor, rules, cosine, report, done))
     report.seconds = time.perf_counter() - started
     return report
 
 
-def _row(tensor: Tensor, rules: Rules, cosine: bool, report: Report) -> Row:
+def _row(tensor: Tensor, rules: Rules, cosine: bool, report: Report, done: Callable[[Tensor, int], None]) -> Row:
     if not tensor.evaluated:
         return Row(tensor.name, tensor.shape, tensor.dtype, tensor.size)
     glob, regularizer = rules.find(tensor.name)
-    x = tensor.load()
-    zeros, nonfinite = zero_and_nonfinite_counts(x)  # first, so that the sums below are timed in memory
-    started = time.perf_counter()
-    sums = _sums(x)
-    report.sums_seconds += time.perf_counter() - started
-    _compare(report.comparison, x)
-    mean = float(gram_offdiagonal_mean(x)) if cosine and x.ndim == 2 else None
-    penalty = None if regularizer is None else float(regularizer(x))
+    elementwise = regularizer if isinstance(regularizer, ElementwiseRegularizer) else None
+    matrix = cosine and len(tensor.shape) == 2
+    whole = matrix or report.comparison or regularizer is not elementwise
+    x = tensor.load() if whole else None
+    partials = []
+    for piece in tensor.pieces() if x is None else flat_pieces(x):
+        partials.append(_partials(piece, elementwise, report))
+        if x is None:
+            done(tensor, piece.nbytes)
+    with np.errstate(all="ignore"):  # infinities are for the table to show
+        counts, sums, terms = _BOTH_SUMS.combine(partials) if partials else np.zeros((3, 2))
+        penalty = None if elementwise is None else elementwise.finish(terms, tensor.dtype)
+    mean = None
+    if x is not None:
+        if report.comparison:
+            _compare(report.comparison, x)
+        mean = float(_whole_penalty(_COSINE, x)) if matrix else None
+        penalty = penalty if regularizer is elementwise else _whole_penalty(regularizer, x)
+        done(tensor, x.nbytes)  # not before: of large matrices, the cosines take longest
     return Row(
         *(tensor.name, tensor.shape, tensor.dtype, tensor.size),
-        abs_sum=sums[0],
-        square_sum=sums[1],
+        abs_sum=float(sums[0]),
+        square_sum=float(sums[1]),
         cosine=mean,
-        zeros=zeros,
-        nonfinite=nonfinite,
-        penalty=penalty,
+        zeros=int(counts[0]),
+        nonfinite=int(counts[1]),
+        penalty=None if penalty is None else float(penalty),
         rule=glob,
     )
+
+
+def _partials(piece: Array, regularizer: ElementwiseRegularizer | None, report: Report) -> Array:
+    """Return, of a piece, what is added over pieces: counts of zeros and of NaN, both sums, a penalty's two terms."""
+    counts = zero_and_nonfinite_counts(piece)  # first, so that the sums below are timed in memory
+    started = time.perf_counter()
+    sums = _BOTH_SUMS.partial(piece)
+    report.sums_seconds += time.perf_counter() - started
+    return np.array([counts, sums, (0.0, 0.0) if regularizer is None else regularizer.partial(piece)])
 
 
 def _sums(x: Array) -> tuple[float, float]:
     """Return the sums of |x| and x**2 in float64, before the public reductions round them to the result's dtype."""
     abs_sum, square_sum = _BOTH_SUMS.partial(x).tolist()
     return abs_sum, square_sum
+
+
+def _whole_penalty(regularizer: Any, x: Array) -> Any:
+    """Return ``regularizer(x)``, of a large matrix by pairs of blocks: memory is two blocks, whatever its size."""
+    in_blocks = isinstance(regularizer, OrthogonalRegularizer) and regularizer.leading_axes != "batch"
+    if x.size <= 2 * _BLOCK or not in_blocks:
+        return regularizer(x)
+    blocks = list(_blocks(x, -1 if regularizer.mode == "columns" else 0))
+    partials = [regularizer.partial(block) for block in blocks]
+    partials += [regularizer.partial(*pair) for pair in itertools.combinations(blocks, 2)]
+    return regularizer.finish(regularizer.combine(partials), x.dtype)
+
+
+def _blocks(x: Array, axis: int) -> Iterator[Array]:
+    """Cut an array across one axis into views of some _BLOCK elements."""
+    length = x.shape[axis]
+    step = max(1, _BLOCK * length // x.size)
+    for start in range(0, length, step):
+        part = slice(start, start + step)
+        yield x[part] if axis == 0 else x[..., part]
 
 
 def _check_ranks(tensors: Iterable[Tensor], rules: Rules) -> None:
@@ -208,7 +256,7 @@ def _load_kernels(tensors: Sequence[Tensor], cosine: bool) -> float:
         zero_and_nonfinite_counts(x)
     matrices = [tensor for tensor in evaluated if cosine and len(tensor.shape) == 2]
     for dtype, rows in {(tensor.dtype, min(tensor.shape[0], _MANY_ROWS)) for tensor in matrices}:
-        gram_offdiagonal_mean(np.zeros((rows, 1), dtype))
+        _COSINE(np.zeros((rows, 1), dtype))
     return time.perf_counter() - started
 
 

@@ -11,6 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 import regkern as rk
 from regkern.dtypes import DTYPES
+from regkern.kernels.cpu.elementwise import CHUNK
 from tests import reference
 from tests.cases import LAYOUTS, NUMPY_DTYPES, READ_ONLY_LAYOUTS, REGULARIZERS, SIZES, Layout, make
 
@@ -236,3 +237,11 @@ def test_finish_takes_the_supported_dtypes():
     assert type(rk.L1(1.0).finish(np.zeros(2), "float64")) is np.float64
     with pytest.raises(TypeError, match="dtype: expected one of float16, bfloat16, float32, float64; got 'int8'"):
         rk.L1(1.0).finish(np.zeros(2), "int8")
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 3.5, 7, 16, 21.01])
+def test_pieces_of_whole_chunks_give_the_bits_of_the_whole(chunks):
+    x = np.random.default_rng(0).standard_normal(int(chunks * CHUNK))
+    regularizer, piece = rk.L1L2(0.3, 0.7), 2 * CHUNK
+    partials = [regularizer.partial(x[start : start + piece]) for start in range(0, x.size, piece)]
+    assert regularizer.combine(partials).tolist() == regularizer.partial(x).tolist()

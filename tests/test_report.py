@@ -9,9 +9,11 @@ import math
 import os
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
+import h5py
 import ml_dtypes
 import numpy as np
 import pytest
@@ -20,6 +22,8 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import regkern as rk
+from regkern import report as report_module
+from regkern import weights
 from regkern.cli import _progress, cli
 from regkern.report import evaluate
 from regkern.rules import RuleError, parse_rule, parse_rules
@@ -381,8 +385,8 @@ def test_wrong_use(arguments):
 
 def test_progress_is_silent_without_a_terminal(tmp_path, capfd):
     np.save(tmp_path / "x.npy", np.zeros(4))
-    with open_weights(tmp_path / "x.npy") as tensors, _progress(tensors, cosine=True) as before:
-        report = evaluate(tensors, parse_rules(["*=l1"]), before=before)
+    with open_weights(tmp_path / "x.npy") as tensors, _progress(tensors, cosine=True) as done:
+        report = evaluate(tensors, parse_rules(["*=l1"]), done=done)
     assert report.totals.zeros == 4
     assert capfd.readouterr() == ("", "")
 
@@ -526,3 +530,169 @@ def test_orthogonal_rules_with_leading_axes(tmp_path):
     np.save(tmp_path / "x.npy", x)
     (row,) = evaluate_file(tmp_path / "x.npy", "*=orthogonal_regularizer:leading_axes=flatten,mode=columns")
     assert row.penalty == rk.OrthogonalRegularizer(mode="columns", leading_axes="flatten")(x)
+
+
+# Files larger than memory.
+
+
+@pytest.mark.parametrize("rule", ["*=l1", "*=l2", "*=l1_l2"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_pieces_give_the_bits_of_the_whole(tmp_path, monkeypatch, rule, order):
+    x = np.asarray(np.random.default_rng(0).standard_normal((301, 333)), order=order)
+    np.save(tmp_path / "x.npy", x)
+    monkeypatch.setattr(weights, "PIECE", 1 << 13)
+    (row,) = evaluate_file(tmp_path / "x.npy", rule)
+    assert row.penalty == parse_rule(rule)[1](x)
+    assert [row.abs_sum, row.square_sum] == [float(total) for total in rk.reductions.abs_square_sums(x)]
+    assert row.cosine == rk.reductions.gram_offdiagonal_mean(x)
+
+
+@pytest.mark.parametrize(
+    "options", ["", ":mode=columns", ":leading_axes=flatten", ":leading_axes=flatten,mode=columns"]
+)
+def test_large_matrices_are_evaluated_in_blocks(tmp_path, monkeypatch, options):
+    shape = (7, 30, 40) if "flatten" in options else (70, 40)
+    x = np.random.default_rng(0).standard_normal(shape)
+    np.save(tmp_path / "x.npy", x)
+    regularizer = parse_rule(f"*=orthogonal_regularizer{options}")[1]
+    expected = regularizer(x)
+    monkeypatch.setattr(report_module, "_BLOCK", 500)
+    (row,) = evaluate_file(tmp_path / "x.npy", f"*=orthogonal_regularizer{options}")
+    assert row.penalty == pytest.approx(expected, rel=1e-12)
+    assert row.cosine == (None if x.ndim > 2 else pytest.approx(mean_cosine(x), rel=1e-12))
+
+
+def sparse_safetensors(path, nbytes):
+    """A file of zeros that takes no place on disk."""
+    half = nbytes // 2
+    entry = {"dtype": "F32", "shape": [half // 4]}
+    header = {"v": {**entry, "data_offsets": [0, half]}, "w": {**entry, "data_offsets": [half, 2 * half]}}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(path, 8 + len(text) + 2 * half)
+
+
+def sparse_npy(path, nbytes):
+    np.lib.format.open_memmap(path, "w+", np.float32, (nbytes // 4,))
+
+
+def sparse_matrix(path, nbytes):
+    columns = 1 << 16
+    np.lib.format.open_memmap(path, "w+", np.float32, (nbytes // 4 // columns, columns))
+
+
+def compressed_npz(path, nbytes):
+    np.savez_compressed(path, w=np.broadcast_to(np.float32(0), (nbytes // 4,)))
+
+
+def unwritten_h5(path, nbytes):
+    with h5py.File(path, "w") as file:
+        file.create_dataset("w", (nbytes // 4096, 1024), np.float32, chunks=(64, 64))
+
+
+def peak_of_anonymous_memory(code, *arguments):
+    """MB by which the memory of a process that is not page cache rises, from when it prints a line to its end."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        status = Path(f"/proc/{process.pid}/status")
+
+        def anonymous():
+            return next((int(line.split()[1]) for line in status.read_text().splitlines() if "RssAnon" in line), 0)
+
+        assert process.stdout.readline() == "ready\n"
+        before = peak = anonymous()
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        while process.poll() is None:
+            peak = max(peak, anonymous())
+            time.sleep(1e-3)
+        assert process.returncode == 0
+        assert process.stdout.readline() == "0 zeros missing\n"
+    return (peak - before) * 1024 / 1e6
+
+
+READ_AND_COUNT = """
+import sys
+import regkern.report
+from regkern.rules import parse_rules
+from regkern.weights import open_weights
+
+regkern.report._BLOCK = 1 << 24
+
+def missing(path):
+    with open_weights(path) as tensors:
+        totals = regkern.report.evaluate(tensors, parse_rules(["*=l1"]), cosine={cosine}).totals
+    return totals.size - totals.zeros
+
+missing(sys.argv[1])  # loads kernels, starts threads
+print("ready", flush=True)
+sys.stdin.readline()
+print(missing(sys.argv[2]), "zeros missing")
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+@pytest.mark.parametrize(
+    ("file", "write", "mb", "cosine", "most"),
+    [
+        ("x.safetensors", sparse_safetensors, 512, False, 64),
+        ("x.npy", sparse_npy, 512, False, 64),
+        ("x.npz", compressed_npz, 256, False, 64),
+        ("x.h5", unwritten_h5, 256, False, 64),
+        ("x.npy", sparse_matrix, 512, True, 200),
+    ],
+    ids=["safetensors", "npy", "npz", "h5", "cosines"],
+)
+def test_memory_is_a_few_pieces(tmp_path, file, write, mb, cosine, most):
+    write(tmp_path / f"small-{file}", 1 << 23)
+    write(tmp_path / file, mb << 20)
+    code = READ_AND_COUNT.format(cosine=cosine)
+    assert peak_of_anonymous_memory(code, tmp_path / f"small-{file}", tmp_path / file) < most
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit that counts anonymous memory alone")
+def test_too_little_memory_costs_one_line(tmp_path):
+    sparse_npy(tmp_path / "x.npy", 1200 << 20)
+    prelude = "import resource; resource.setrlimit(resource.RLIMIT_DATA, (2 << 30, 2 << 30))"
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    result = run_process("report", tmp_path / "x.npy", "--compare", prelude=prelude, env=environment)
+    assert result.returncode == 1
+    assert result.stderr.endswith("leave them out by --no-cosine, and without --compare.\n")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_progress_counts_all_bytes(mixed, monkeypatch):
+    path, tensors = mixed
+    monkeypatch.setattr(weights, "PIECE", 16)
+    counted = dict.fromkeys(tensors, 0)
+
+    def done(tensor, nbytes):
+        counted[tensor.name] += nbytes
+
+    with open_weights(path) as found:
+        evaluate(found, parse_rules(["*=l1"]), done=done)
+    assert counted == {name: x.nbytes if name != "steps" else 0 for name, x in tensors.items()}
+
+
+# Sharded checkpoints.
+
+
+def test_sharded_checkpoint(mixed, tmp_path):
+    _, tensors = mixed
+    folder = tmp_path / "sharded"
+    folder.mkdir()
+    names = [f"model-{i:05}-of-00002.safetensors" for i in (1, 2)]
+    weight_map = {name: names[i % 2] for i, name in enumerate(tensors)}
+    for shard in names:
+        save_file({name: x for name, x in tensors.items() if weight_map[name] == shard}, folder / shard)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    as_one, as_shards = (json.loads(run("report", *files, "--json").stdout)["files"] for files in ([mixed[0]], [index]))
+    assert as_shards[0]["file"] == str(index)
+    assert as_shards[0]["tensors"] == as_one[0]["tensors"]
+    assert as_shards[0]["totals"] == as_one[0]["totals"]
+    (folder / names[1]).unlink()
+    result = run("report", index, "--demo", "--csv")
+    assert result.exit_code == 1
+    assert result.stderr == f"Error: {folder / names[1]}: expected a file; got no file of that name; check the path.\n"
+    assert "dense_1.kernel" in result.stdout

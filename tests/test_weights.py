@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
+from regkern import weights
 from regkern.weights import WeightsError, open_weights
 
 TENSORS = {
@@ -176,6 +177,80 @@ def test_h5_layouts(tmp_path):
         }
         sums = {name: float(tensor.load().sum()) for name, tensor in found.items() if tensor.evaluated}
         assert sorted(sums.values()) == [6.0, 16.0]  # the chunked one under one of its two names
+
+
+@pytest.mark.parametrize(
+    ("file", "write"),
+    [
+        ("x.npz", write_npz),
+        ("x.npz", write_compressed_npz),
+        ("x.safetensors", write_safetensors),
+        ("x.h5", write_h5),
+        ("x.pt", write_torch),
+    ],
+)
+def test_pieces_follow_in_memory(tmp_path, monkeypatch, file, write):
+    monkeypatch.setattr(weights, "PIECE", 4)
+    tensors = {name: x for name, x in TENSORS.items() if name in FLOATS and (name, file) != ("brain", "x.npz")}
+    tensors["columns first"] = np.asfortranarray(TENSORS["single"]) if file == "x.npz" else TENSORS["single"]
+    write(tmp_path / file, tensors)
+    with open_weights(tmp_path / file) as found:
+        assert len(found) == len(tensors)
+        for tensor in found:
+            x, pieces = tensors[tensor.name], list(tensor.pieces())
+            assert [piece.size for piece in pieces] == [4] * (x.size // 4) + [x.size % 4] * (x.size % 4 > 0)
+            np.testing.assert_array_equal(np.concatenate([*pieces, np.empty(0, x.dtype)]), x.ravel(order="K"))
+            assert all(piece.dtype == x.dtype for piece in pieces)
+
+
+@pytest.mark.parametrize("x", [TENSORS["single"].T, TENSORS["single"][:, ::2]], ids=["Fortran", "gaps"])
+def test_pieces_of_other_layouts(monkeypatch, x):
+    monkeypatch.setattr(weights, "PIECE", 4)
+    pieces = list(weights.flat_pieces(x))
+    assert all(np.may_share_memory(piece, x) for piece in pieces)
+    np.testing.assert_array_equal(np.sort(np.concatenate([piece.ravel() for piece in pieces])), np.sort(x.ravel()))
+
+
+@pytest.mark.parametrize("size", [1, 7, 30, 1000])
+@pytest.mark.parametrize(
+    ("shape", "chunks"),
+    [((10, 9), (3, 4)), ((10, 9), (10, 1)), ((50,), (7,)), ((2, 3, 20), (1, 2, 5)), ((4, 0), (2, 2)), ((6, 7), None)],
+)
+def test_pieces_of_chunks(tmp_path, monkeypatch, shape, chunks, size):
+    """Each element comes once, and as few chunks are in memory at a time as can be."""
+    monkeypatch.setattr(weights, "PIECE", size)
+    x = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        if chunks is None:  # without elements written, it has no storage that could be mapped
+            file.create_dataset("x", shape, np.float32, fillvalue=3.0)
+            x[:] = 3.0
+        else:
+            file.create_dataset("x", data=x, chunks=chunks, maxshape=(None,) * x.ndim)
+    with open_weights(tmp_path / "x.h5") as (tensor,):
+        pieces = list(tensor.pieces())
+    assert max([piece.size for piece in pieces], default=0) <= max(size, np.prod(chunks or 1))
+    np.testing.assert_array_equal(np.sort(np.concatenate([*pieces, np.empty(0)])), x.ravel())
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_a_file_is_mapped_once(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, {f"w{i}": np.full(5000, i, np.float32) for i in range(20)})
+    with open_weights(path) as tensors:
+        arrays = [tensor.load() for tensor in tensors]
+        assert Path("/proc/self/maps").read_text().count(str(path)) == 1
+        assert [x[0] for x in arrays] == list(range(20))
+
+
+def test_more_than_memory(tmp_path):
+    path = tmp_path / "x.h5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset("w", (1 << 58,), np.float64, chunks=(1 << 10,))
+    with open_weights(path) as (tensor,):
+        with pytest.raises(WeightsError) as caught:
+            tensor.load()
+        assert next(tensor.pieces()).size == weights.PIECE
+    assert_one_sentence(caught.value, str(path), "too little memory")
 
 
 def test_torch_containers(tmp_path):
@@ -352,6 +427,116 @@ def test_links_to_other_files(tmp_path):
         file.create_dataset("w", (4,), np.float32, external=[(str(tmp_path / "secret.bin"), 0, 16)])
     with pytest.raises(WeightsError, match="a link to other files"), open_weights(tmp_path / "external.h5"):
         pass
+
+
+@pytest.mark.parametrize("write", [write_npz, write_compressed_npz])
+def test_checksum_of_pieces(tmp_path, monkeypatch, write):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(weights, "PIECE", 100)
+    data = saved(write)
+    middle = ELEMENTS if write is write_npz else data[len(data) // 2 :][:8]
+    (tmp_path / "x.npz").write_bytes(corrupted(data, middle))
+    with open_weights(tmp_path / "x.npz") as (tensor,), pytest.raises(WeightsError) as caught:
+        list(tensor.pieces())
+    assert_one_sentence(caught.value, str(tmp_path / "x.npz"), "expected readable elements of w")
+
+
+# Sharded checkpoints.
+
+
+def write_shards(folder, shards, weight_map=None):
+    """Write safetensors files, and an index like that of Hugging Face's libraries."""
+    for shard, tensors in shards.items():
+        (folder / shard).parent.mkdir(exist_ok=True)
+        write_safetensors(folder / shard, tensors)
+    if weight_map is None:
+        weight_map = {name: shard for shard, tensors in shards.items() for name in tensors}
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    return index
+
+
+ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+SHARDS = {
+    ONE: {"layer.10.w": np.full((2, 3), 10, np.float32), "layer.2.w": np.full(4, 2, np.float16)},
+    TWO: {"layer.1.w": np.full(5, 1.0)},
+}
+
+
+def test_shards_are_one_model(tmp_path):
+    with open_weights(write_shards(tmp_path, SHARDS)) as tensors:
+        assert [tensor.name for tensor in tensors] == ["layer.1.w", "layer.2.w", "layer.10.w"]
+        assert [tensor.path.name for tensor in tensors] == [TWO, ONE, ONE]
+        assert [float(tensor.load().max()) for tensor in tensors] == [1, 2, 10]
+
+
+def test_shards_below_the_folder_or_behind_links(tmp_path):
+    """As in the cache of huggingface_hub, where names are links to files that are named by their contents."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
+    blobs.mkdir()
+    snapshot.mkdir()
+    index = write_shards(blobs, {"a": SHARDS[ONE], "b": SHARDS[TWO]}, {})
+    weight_map = {"layer.10.w": f"./{ONE}", "layer.2.w": ONE, "layer.1.w": f"deep/{TWO}"}
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    (snapshot / "deep").mkdir()
+    for link, target in ((ONE, "a"), (f"deep/{TWO}", "b"), (index.name, index.name)):
+        (snapshot / link).symlink_to(blobs / target)
+    with open_weights(snapshot / index.name) as tensors:
+        assert len(tensors) == 3
+
+
+def test_shards_of_torch(tmp_path):
+    torch.save({"w": torch.ones(3)}, tmp_path / "pytorch_model-00001-of-00001.bin")
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": {"w": "pytorch_model-00001-of-00001.bin"}}))
+    with open_weights(index) as (tensor,):
+        assert tensor.load().sum() == 3
+
+
+FLOAT = np.ones(2, np.float32)
+BAD_INDEXES = {
+    "empty": (b"", "empty file"),
+    "garbage": (b"garbage", "JSONDecodeError"),
+    "not utf-8": (b'{"weight_map": {"\xff\xfe": "s.safetensors"}}', "UnicodeDecodeError"),
+    "deep": (b"[" * 200_000, "RecursionError"),
+    "huge": (b" " * ((1 << 26) + 1), "more than 64 MiB"),
+    "a list": (b"[]", "JSON of another form"),
+    "no map": (b'{"metadata": {}}', "JSON of another form"),
+    "map of lists": (b'{"weight_map": {"w": ["s.safetensors"]}}', "JSON of another form"),
+    "empty map": (b'{"weight_map": {}}', "JSON of another form"),
+    "twice": (b'{"weight_map": {"w": "s.safetensors", "w": "t.safetensors"}}', "a name twice"),
+    "parent": (b'{"weight_map": {"w": "../s.safetensors"}}', "the path '../s.safetensors'"),
+    "hidden parent": (b'{"weight_map": {"w": "a/../../s.safetensors"}}', "shards in its own folder"),
+    "Windows' parent": (b'{"weight_map": {"w": "a\\\\..\\\\s.safetensors"}}', "shards in its own folder"),
+    "absolute": (b'{"weight_map": {"w": "/etc/s.safetensors"}}', "shards in its own folder"),
+    "drive": (b'{"weight_map": {"w": "C:s.safetensors"}}', "shards in its own folder"),
+    "share": (b'{"weight_map": {"w": "\\\\\\\\host\\\\s.safetensors"}}', "shards in its own folder"),
+    "itself": (b'{"weight_map": {"w": "model.safetensors.index.json"}}', "got the suffix '.json'"),
+    "its folder": (b'{"weight_map": {"w": ""}}', "got a folder"),
+    "null": (b'{"weight_map": {"w": "\\u0000.safetensors"}}', "ValueError"),
+    "long path": (b'{"weight_map": {"w": "' + b"x" * 100_000 + b'.safetensors"}}', "OSError"),
+    "no shard": (b'{"weight_map": {"w": "t.safetensors"}}', "t.safetensors: expected a file; got no file of that name"),
+    "no tensor": (b'{"weight_map": {"w": "s.safetensors", "\\u001b[31mv": "s.safetensors"}}', r"name \x1b[31mv, acc"),
+    "long name": (b'{"weight_map": {"w": "s.safetensors", "' + b"v" * 100_000 + b'": "s.safetensors"}}', "v…v"),
+    "unnamed tensor": (b'{"weight_map": {"v": "two.safetensors"}}', "expected no tensor of the name w, according to"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INDEXES)
+def test_bad_indexes(tmp_path, case):
+    content, text = BAD_INDEXES[case]
+    write_shards(tmp_path, {"s.safetensors": {"w": FLOAT}, "two.safetensors": {"v": FLOAT, "w": FLOAT}})
+    write_safetensors(tmp_path.parent / "s.safetensors", {"w": FLOAT})
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_bytes(content)
+    with pytest.raises(WeightsError) as caught, open_weights(index):
+        pass
+    message = str(caught.value)
+    assert text in message
+    assert message.startswith(str(tmp_path))
+    assert "expected" in message
+    assert message.isprintable()
+    assert len(message) < 2000
 
 
 @pytest.mark.parametrize(("name", "text"), [("missing.npy", "no file of that name"), ("folder.npy", "got a folder")])
