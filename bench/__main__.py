@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import accuracy, growth, machine, measure, peers, process, tables
+from bench import accuracy, cluster, growth, machine, measure, peers, process, tables
 from bench.cases import CASES, FIT, Case
 
 RESULTS = Path(__file__).parent / "results"
@@ -116,6 +116,17 @@ def measure_fit_steps() -> Results:
     return rows
 
 
+def measure_dask() -> Results:
+    """A penalty of chunks on Dask's workers."""
+    try:
+        seconds = cluster.compare_dask(4 * 10**9, chunks=64, rounds=5)
+    except ImportError as error:
+        print(f"Dask: {error}")
+        return {}
+    row = seconds | {"measured": 3 * process.ratio(seconds, "dask")}
+    return {"Dask, 4 GB in 64 chunks / a third of Dask's own": row}
+
+
 CHECKS: dict[str, Callable[[], Results]] = {
     "import": measure_imports,
     "first penalty": measure_first_penalties,
@@ -123,6 +134,7 @@ CHECKS: dict[str, Callable[[], Results]] = {
     "gram memory": measure_gram_memory,
     "mapped file": measure_mapped_file,
     "growth": measure_growth,
+    "Dask": measure_dask,
     "accuracy": measure_accuracy,
     "fit": measure_fit_steps,
 }

@@ -260,6 +260,7 @@ CHECKS = {
     "memory beyond the input, value 16384x8192, MiB": Check(1.0, "under 1 MiB"),
     "memory beyond the input, accumulate 4096x4096, MiB": Check(1.0, "no temporary"),
     "memory beyond the input, gram 100000x64, MB": Check(250.0, "under 250 MB"),
+    "Dask, 4 GB in 64 chunks / a third of Dask's own": Check(1.2, "within 1.2"),
     "memory-mapped file of 8 GB, value / plain read": Check(1.3, "under 1.3"),
     "memory-mapped file of 8 GB, anonymous memory of the process, MB": Check(100.0, "under 100 MB"),
     "time per element, 10^9 / 10^7": Check(1.1, "flat: under 1.1"),
