@@ -1,4 +1,4 @@
-"""Dask on the worker processes of one machine: a penalty of chunks that the workers hold, beside Dask's own expression."""
+"""Dask on worker processes of one machine: a penalty of chunks that they hold, beside the same in Dask's operations."""
 
 import statistics
 import time
