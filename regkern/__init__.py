@@ -3,6 +3,8 @@
 Importing regkern loads NumPy and nothing heavier: Numba is loaded by the first evaluation.
 """
 
+import sys
+
 from regkern import reductions
 from regkern.penalty import BoundPenalty, Penalty
 from regkern.regularizers import (
@@ -49,3 +51,6 @@ __all__ = [
     "register_keras_serializable",
     "serialize",
 ]
+
+if {"keras", "tf_keras"} & sys.modules.keys():
+    import regkern.keras  # noqa: F401  (makes the classes known to their loaders)

@@ -1,7 +1,8 @@
 """Keras 3 and tf_keras: saving models that have regkern's regularizers, and replacing Keras's own in models that exist.
 
-Importing this module, after `keras` or `tf_keras`, registers regkern's classes with those of the two that are loaded
-(with `keras` where none is). A model with regkern's regularizers that is saved from then on loads
+Importing this module registers regkern's classes with `keras` and `tf_keras`, as far as they are loaded (with `keras`
+where none is); importing regkern after one of them imports this module. A model with regkern's regularizers that is
+saved from then on loads
 
 - with regkern's regularizers where this module has been imported as well, in every format but tf_keras's HDF5, which
   keeps nothing but class names;

@@ -45,3 +45,35 @@ regkern.L1(0.1)(numpy.ones(3))
 print([name for name in {HEAVY} if name in sys.modules])
 """
     assert run(code).replace(", 'scipy'", "") == "['numba', 'llvmlite']\n"  # Numba itself looks for SciPy
+
+
+USES = {
+    "torch": "import torch; regkern.L1(0.1)(torch.ones(3))",
+    "jax": "import jax.numpy; regkern.L1(0.1)(jax.numpy.ones(3))",
+    "tensorflow": "import tensorflow; regkern.L1(0.1)(tensorflow.ones(3))",
+    "dask": "import dask.array; regkern.L1(0.1)(dask.array.ones(3)).compute()",
+}
+
+
+@pytest.mark.parametrize("library", USES)
+def test_an_array_loads_no_library_but_its_own(library):
+    others = {"torch", "jax", "tensorflow", "tf_keras"} - {library}
+    code = f"""
+import sys, regkern
+before = set(sys.modules)
+{USES[library].split(";")[0]}
+loaded = set(sys.modules)
+{USES[library].split(";")[1].strip()}
+print({library!r} in before, sorted({others!r} & (set(sys.modules) - loaded)))
+"""
+    assert run(code) == "False []\n"
+
+
+@pytest.mark.parametrize("imports", ["import keras, regkern", "import regkern.keras, keras"])
+def test_keras_knows_the_classes(imports):
+    code = f"""
+{imports}
+made = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(regkern.L1(0.1)))
+print(type(made).__module__, made)
+"""
+    assert run(code) == "regkern.regularizers L1(l1=0.1)\n"
