@@ -21,6 +21,7 @@ from regkern.kernels.formulas import Formula
 from regkern.numbers import real
 
 if TYPE_CHECKING:
+    from regkern.arrays.adapter import Adapter
     from regkern.arrays.host import HostAdapter
     from regkern.arrays.plan import HostPlan
 
@@ -243,15 +244,18 @@ def step_size(step: Any) -> float:
     return number
 
 
-def on_host(x: Any, *, recorded: bool) -> tuple[HostAdapter, Any] | None:
+def on_host(x: Any, *, recorded: bool) -> tuple[Adapter | None, HostAdapter, Any] | None:
     """Return the adapter that can read an array's memory, and what it reads; None where none can.
 
     Args:
         x: an array.
-        recorded: respect a gradient that its library is recording: then kernels must not bypass the library.
+        recorded: respect a gradient that its library is recording: the first of what is returned is the adapter that
+            must record then what kernels compute from x, or None where nothing is recorded.
     """
     adapter = ADAPTERS[type(x)]
-    return None if recorded and adapter.tracks(x) else adapter.on_host(x)
+    tracked = recorded and adapter.tracks(x)
+    host = adapter.on_host(x) if adapter.records_plans or not tracked else None
+    return None if host is None else (adapter if tracked else None, *host)
 
 
 def reads_itself(x: Any) -> bool:

@@ -343,6 +343,51 @@ def test_modules_of_torch_are_differentiated(module):
         assert not penalty(module).requires_grad
 
 
+def tensors_of_torch(count, dtypes=("float32", "float64", "float16", "bfloat16")):
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(7 + i, 5, generator=generator, dtype=torch.float64) for i in range(count)]
+    tensors = [x.to(getattr(torch, dtypes[i % len(dtypes)])) for i, x in enumerate(tensors)]
+    tensors[1] = tensors[1].T
+    return {f"{'bias' if i % 3 == 0 else 'kernel'}{i}": x.requires_grad_() for i, x in enumerate(tensors)}
+
+
+RECORDED = rk.Penalty({"bias*": rk.L1(0.3), "*": rk.L1L2(0.1, 0.2)})
+
+
+def test_many_tensors_of_torch_are_differentiated_together():
+    named = tensors_of_torch(40)
+    loss = 3.0 * RECORDED(named)
+    assert len(loss.grad_fn.next_functions[0][0].next_functions) >= 40  # one node has them all
+    loss.backward()
+    each = {name: RECORDED.rules.find(name)[1](x.detach()) for name, x in named.items()}
+    torch.testing.assert_close(loss.detach(), 3.0 * sum(value.double() for value in each.values()))
+    assert {name: value.item() for name, value in RECORDED.per_tensor(named).items()} == {
+        name: value.item() for name, value in each.items()
+    }
+    for name, x in named.items():
+        assert x.grad.dtype == x.dtype
+        torch.testing.assert_close(x.grad, RECORDED.rules.find(name)[1].grad(x.detach(), scale=3.0), rtol=0, atol=0)
+    with torch.no_grad():
+        assert not RECORDED(named).requires_grad
+
+
+def test_second_derivatives_of_many_tensors_of_torch():
+    named = tensors_of_torch(20, ["float64"])
+    gradients = torch.autograd.grad(RECORDED(named), named.values(), create_graph=True)
+    second = torch.autograd.grad(sum(gradient.sum() for gradient in gradients), named.values(), allow_unused=True)
+    for name, found in zip(named, second, strict=True):
+        assert found is None or found.abs().max() == 0.0 if "bias" in name else (found == 0.4).all()
+
+
+def test_tensors_of_torch_that_move_before_the_backward_pass():
+    named = tensors_of_torch(20, ["float32"])
+    loss = RECORDED(named)
+    x = named["kernel2"]
+    x.data = 2.0 * x.data
+    loss.backward()
+    torch.testing.assert_close(x.grad, rk.L1L2(0.1, 0.2).grad(x.detach()), rtol=0, atol=0)
+
+
 def test_bound_modules_of_torch(module):
     penalty = rk.Penalty({"*bias": None, "*": rk.L1L2(0.1, 0.2)})
     penalty(module).backward()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from regkern.kernels.formulas import Formula
 
 if TYPE_CHECKING:
     from regkern.arrays.host import HostAdapter
+    from regkern.arrays.plan import HostPlan, Weighted
 
 
 class Adapter(ABC):
@@ -19,7 +20,12 @@ class Adapter(ABC):
     instead of rows, and whether the axes before the last are flattened into one, where there are more than two. Ranks
     and options have been checked before, arrays have not. A library whose arrays lie in the host's memory derives from
     `HostAdapter`, one that brings its own operations from `OperationsAdapter`.
+
+    Attributes:
+        records_plans: whether there is `record`; else arrays that the library tracks are called one by one.
     """
+
+    records_plans = False
 
     @abstractmethod
     def owns(self, array_type: type) -> bool:
@@ -32,6 +38,10 @@ class Adapter(ABC):
     def tracks(self, x: Any) -> bool:
         """Whether the library would differentiate what is computed from x: kernels must not bypass it then."""
         return False
+
+    def record(self, plan: HostPlan, penalties: Sequence[Weighted], arrays: Sequence[Any]) -> Any:
+        """Return a plan's value as a scalar that the library can differentiate by the plan's arrays, all tracked."""
+        raise NotImplementedError
 
     def named_arrays(self, model: Any) -> Iterable[tuple[str, Any]] | None:
         """Return the arrays that a model of this library trains, with their names; None for what is no such model."""

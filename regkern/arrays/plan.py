@@ -99,6 +99,16 @@ class HostPlan:
         """Whether these are the plan's arrays, where they were."""
         return self._arrays.are(arrays)
 
+    def over(self, arrays: Sequence[Any]) -> HostPlan:
+        """Return the plan for these arrays: this one, if they lie where its own were."""
+        if self._arrays.first_moved(arrays) < 0:
+            return self
+        return HostPlan(list(map(Member, self._names, self._adapters, arrays, self._penalties)))
+
+    def weighted(self, penalties: Sequence[Weighted]) -> list[Weighted]:
+        """Return each array's penalty."""
+        return [penalties[i] for i in self._penalties]
+
     def check(self, arrays: Sequence[Any]) -> None:
         """Raise RuntimeError unless the arrays, the same ones, are where they were."""
         moved = self._arrays.first_moved(arrays)
@@ -119,11 +129,10 @@ class HostPlan:
     def values(self, penalties: Sequence[Weighted]) -> list[Any]:
         """Return each array's penalty, a 0-d scalar of its library."""
         sums = self._run(SUMS, penalties)[1].tolist()
-        weighted = [penalties[i] for i in self._penalties]
         return [
             adapter.scalar(a * sum0 + b * sum1, place.dtype)
             for adapter, place, (_, a, b), (sum0, sum1) in zip(
-                self._adapters, self._arrays.places, weighted, sums, strict=True
+                self._adapters, self._arrays.places, self.weighted(penalties), sums, strict=True
             )
         ]
 

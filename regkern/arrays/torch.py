@@ -8,7 +8,8 @@ operators of `torch.library`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from regkern.arrays.host import HostAdapter
 from regkern.arrays.layout import Strides
 from regkern.arrays.operations import OperationsAdapter
 from regkern.arrays.pages import ask_for_large_pages
+from regkern.arrays.plan import HostPlan, Weighted
 from regkern.dtypes import DTYPES, DType
 from regkern.kernels.formulas import FORMULAS, Formula
 
@@ -194,6 +196,33 @@ class Penalty(torch.autograd.Function):
         else:
             gradient = _by_operations(lambda: OPERATIONS.penalty(formula, a, b, x), x, upstream)
         return gradient, None, None, None
+
+
+class Penalties(torch.autograd.Function):
+    """The sum of a plan's penalties in the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: HostPlan, penalties: Sequence[Weighted], *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        ctx.plan, ctx.penalties = plan, penalties
+        value: Tensor = plan.scalar(plan.value(penalties))
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        if _can_use_kernels(upstream, *tensors):
+            scale = upstream.item()
+            scaled = [(formula, a * scale, b * scale) for formula, a, b in ctx.penalties]
+            _, gradients = ctx.plan.over(tensors).value_and_grad(scaled, tensors)
+        else:
+            gradients = [
+                _by_operations(
+                    functools.partial(OPERATIONS.penalty, formula, a, b, x), x, upstream.to(_results[_dtypes[x.dtype]])
+                )
+                for x, (formula, a, b) in zip(tensors, ctx.plan.weighted(ctx.penalties), strict=True)
+            ]
+        return None, None, *gradients
 
 
 class Sums(torch.autograd.Function):
@@ -390,6 +419,8 @@ RECORDED = Recorded()
 class TorchAdapter(Adapter):
     """Chooses the evaluator for each tensor."""
 
+    records_plans = True
+
     def owns(self, array_type: type) -> bool:
         return issubclass(array_type, Tensor)
 
@@ -400,6 +431,10 @@ class TorchAdapter(Adapter):
 
     def tracks(self, x: Tensor) -> bool:
         return x.requires_grad and torch.is_grad_enabled()
+
+    def record(self, plan: HostPlan, penalties: Sequence[Weighted], arrays: Sequence[Tensor]) -> Tensor:
+        value: Tensor = Penalties.apply(plan, penalties, *arrays)
+        return value
 
     def named_arrays(self, model: Any) -> Iterable[tuple[str, Any]] | None:
         return model.named_parameters() if isinstance(model, torch.nn.Module) else None
