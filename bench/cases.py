@@ -55,7 +55,8 @@ class Case:
     Attributes:
         kind: which function of `peers.py`: value, value_and_grad, accumulate, prox, gram, gram_columns, gram_and_grad;
             jax_value_and_grad and jax_gram_and_grad are those of a jitted JAX program, jax_autodiff is differentiated
-            there by JAX; torch_backward and torch_gram_backward are a forward and a backward pass in PyTorch. Of
+            there by JAX; torch_backward and torch_gram_backward are a forward and a backward pass in PyTorch,
+            tensorflow_tape the same under TensorFlow's gradient tape, tensorflow_graph in a `tf.function`. Of
             bound_value, called_value and bound_value_and_grad, the array is cut into many tensors: its rows, or those
             of the transformer.
         shape: of the array from which the layout makes a view.
@@ -210,6 +211,12 @@ TORCH = (
     Case("torch_gram_backward", (4096, 1024), ("torch",), targets=(over("torch", 2.5),)),
 )
 
+TENSORFLOW = tuple(
+    Case(kind, shape, ("tensorflow",), targets=(over("tensorflow", 1.0, "no slower than Keras's expression"),))
+    for kind in ("tensorflow_tape", "tensorflow_graph")
+    for shape in ((10, 10), (4096, 4096))
+)
+
 _WHOLE = (1, 22_713_216)  # the elements of the transformer
 MANY = (
     Case(
@@ -232,7 +239,7 @@ MANY = (
     Case("bound_value", (10_000, 1000), ("numpy",)),
 )
 
-CASES = (*ELEMENTWISE, *GRAM, *TORCH, *MANY)
+CASES = (*ELEMENTWISE, *GRAM, *TORCH, *TENSORFLOW, *MANY)
 
 
 @dataclass(frozen=True)

@@ -462,11 +462,55 @@ def jax_gram_and_grad(x):
 # TensorFlow
 
 
-@peer("gram", "tensorflow")
-def tensorflow_gram(x):
+@functools.cache
+def _tensorflow():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import tensorflow as tf
+    return tf
+
+
+def _tensorflow_penalty(x):
+    """Keras's expression, as its TensorFlow backend evaluates it."""
+    tf = _tensorflow()
+    return L1 * tf.reduce_sum(tf.abs(x)) + L2 * tf.reduce_sum(tf.square(x))
+
+
+def _taped(penalty, x):
+    tf = _tensorflow()
+    variable = tf.Variable(x)
+
+    def call():
+        with tf.GradientTape() as tape:
+            value = penalty(variable)
+        return value, tape.gradient(value, variable)
+
+    return call
+
+
+@peer("tensorflow_tape", "regkern")
+def regkern_tensorflow_tape(x):
+    return _taped(_REGULARIZER, x)
+
+
+@peer("tensorflow_tape", "tensorflow")
+def tensorflow_tape(x):
+    return _taped(_tensorflow_penalty, x)
+
+
+@peer("tensorflow_graph", "regkern")
+def regkern_tensorflow_graph(x):
+    return _tensorflow().function(_taped(_REGULARIZER, x))
+
+
+@peer("tensorflow_graph", "tensorflow")
+def tensorflow_graph(x):
+    return _tensorflow().function(_taped(_tensorflow_penalty, x))
+
+
+@peer("gram", "tensorflow")
+def tensorflow_gram(x):
+    tf = _tensorflow()
 
     @tf.function
     def orthogonal(x):

@@ -1,9 +1,9 @@
-"""Forward and backward passes in PyTorch: `python -m pytest bench -k frameworks`."""
+"""Forward and backward passes in PyTorch and TensorFlow: `python -m pytest bench -k frameworks`."""
 
-from bench.cases import TORCH
+from bench.cases import TENSORFLOW, TORCH
 from bench.conftest import parametrize
 
 
-@parametrize(TORCH)
+@parametrize((*TORCH, *TENSORFLOW))
 def test_frameworks(run_peer, case, peer):
     run_peer(case, peer)
