@@ -88,7 +88,7 @@ def digits():
     from sklearn.datasets import load_digits
 
     x, y = load_digits(return_X_y=True)
-    return (x[:512] / 16).astype(np.float32), y[:512]
+    return (x[:256] / 16).astype(np.float32), y[:256]
 
 
 @pytest.fixture

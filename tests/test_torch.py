@@ -319,6 +319,7 @@ for regularizer in (rk.L1L2(0.1, 0.2), rk.OrthogonalRegularizer(0.3)):
         out = torch.zeros_like(x, requires_grad=False)
         assert regularizer.grad(x, out, scale=3.0, accumulate=True) is out
         torch.testing.assert_close(out.full_tensor(), 3 * gradient)
+dist.barrier()  # neither leaves while the other still talks to it
 dist.destroy_process_group()
 """
 
