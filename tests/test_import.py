@@ -69,6 +69,35 @@ print({library!r} in before, sorted({others!r} & (set(sys.modules) - loaded)))
     assert run(code) == "False []\n"
 
 
+VERSIONS = {
+    "torch": ("import torch", "torch", "torch.ones(3)"),
+    "jax": ("import jax, jax.numpy", "jax", "jax.numpy.ones(3)"),
+    "tensorflow": ("import tensorflow", "tensorflow", "tensorflow.ones(3)"),
+    "keras": ("import keras", "keras", "keras.Variable([1.0])"),
+    "dask": ("import dask.array", "dask", "dask.array.ones(3)"),
+}
+
+
+@pytest.mark.parametrize("library", VERSIONS)
+def test_a_library_that_is_too_old_is_named_when_its_arrays_come(library):
+    imports, package, array = VERSIONS[library]
+    code = f"""
+import numpy, regkern
+{imports}
+x = {array}
+{package}.__version__ = "0.4.2"
+print(regkern.L1(1.0)(numpy.ones(3)))
+try:
+    regkern.L1(1.0)(x)
+except ImportError as error:
+    print(error)
+"""
+    lines = run(code).splitlines()
+    assert lines[0] == "3.0"
+    assert lines[1].startswith(f"regkern: expected {package} ")
+    assert lines[1].endswith(" or later; got 0.4.2; upgrade it.")
+
+
 @pytest.mark.parametrize("imports", ["import keras, regkern", "import regkern.keras, keras"])
 def test_keras_knows_the_classes(imports):
     code = f"""

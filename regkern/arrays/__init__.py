@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -35,10 +35,19 @@ class _Adapters(dict[type, "Adapter"]):
         return adapter
 
 
+def _modules_for(cls: type) -> Iterator[str]:
+    """Name the adapters' modules of the loaded libraries that a class, or one of its bases, comes from."""
+    packages = {base.__module__.partition(".")[0] for base in cls.__mro__}
+    for library, module in _LIBRARIES.items():
+        package = library.partition(".")[0]
+        if library in sys.modules and packages & {package, f"{package}lib"}:  # arrays of JAX come from jaxlib
+            yield module
+
+
 def _find(array_type: type) -> str:
     """Import the adapter of an array's type and return the name of its module."""
-    for library, module in _LIBRARIES.items():
-        if library in sys.modules and importlib.import_module(module).ADAPTER.owns(array_type):
+    for module in _modules_for(array_type):
+        if importlib.import_module(module).ADAPTER.owns(array_type):
             return module
     raise TypeError(
         f"x: expected an array of {' or '.join(_LIBRARIES)}; got {array_type.__name__}; "
@@ -62,11 +71,10 @@ def named_arrays(model: Any) -> Mapping[str, Any]:
     """
     if isinstance(model, Mapping):
         return model
-    for library, module in _LIBRARIES.items():
-        if library in sys.modules:
-            named = importlib.import_module(module).ADAPTER.named_arrays(model)
-            if named is not None:
-                return _by_name(named)
+    for module in _modules_for(type(model)):
+        named = importlib.import_module(module).ADAPTER.named_arrays(model)
+        if named is not None:
+            return _by_name(named)
     raise TypeError(
         "expected a mapping of names to arrays, or a model of PyTorch, Keras or TensorFlow; "
         f"got {type(model).__name__}."

@@ -165,3 +165,9 @@ class ChoosingAdapter(Adapter):
     def over_batch(self, penalty: Any, x: Any) -> Any:
         adapter, x = self.choose(x)
         return adapter.over_batch(penalty, x)
+
+
+def require(library: str, version: str, lowest: tuple[int, int]) -> None:
+    """Raise ImportError unless a library has the lowest version that its adapter was written for, or a later one."""
+    if tuple(int(part) for part in version.split(".")[:2]) < lowest:
+        raise ImportError(f"regkern: expected {library} {lowest[0]}.{lowest[1]} or later; got {version}; upgrade it.")

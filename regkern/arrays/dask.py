@@ -15,9 +15,11 @@ import numpy as np
 from dask.array.utils import meta_from_array
 
 from regkern.arrays import ADAPTERS
-from regkern.arrays.adapter import Adapter
+from regkern.arrays.adapter import Adapter, require
 from regkern.arrays.numpy import dtype_of
 from regkern.kernels.formulas import Formula
+
+require("dask", dask.__version__, (2025, 1))
 
 # Partial sums that one task adds.
 _SPLIT = 16

@@ -17,20 +17,19 @@ import jax
 import numpy as np
 from jax import lax
 from jax import numpy as jnp
+from jax.interpreters import ad, batching, mlir
 
-from regkern.arrays.adapter import Adapter
+from regkern.arrays.adapter import Adapter, require
 from regkern.arrays.operations import OperationsAdapter
 from regkern.dtypes import DTYPES
 from regkern.kernels.cpu import xla
 from regkern.kernels.cpu.xla import GRADIENT, PARTIAL, PROX, VALUE, VALUE_AND_GRADIENT
 from regkern.kernels.formulas import Formula
 
-try:
-    from jax import ffi
-    from jax.extend.core import Primitive
-except ImportError:
-    raise ImportError(f"regkern needs JAX 0.5 or later; got {jax.__version__}; upgrade it.") from None
-from jax.interpreters import ad, batching, mlir
+require("jax", jax.__version__, (0, 5))
+
+from jax import ffi  # noqa: E402
+from jax.extend.core import Primitive  # noqa: E402
 
 SLOPE = -1  # the directional derivative, which is what JAX differentiates in reverse; no kernel computes it
 

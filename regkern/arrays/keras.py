@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import keras
-from keras import KerasTensor, Layer, Variable, ops
 
 from regkern.arrays import ADAPTERS
-from regkern.arrays.adapter import Adapter, ChoosingAdapter
+from regkern.arrays.adapter import Adapter, ChoosingAdapter, require
 from regkern.arrays.operations import OperationsAdapter
 from regkern.dtypes import DTYPES
 from regkern.kernels.formulas import Formula
 
-if not hasattr(ops, "divide_no_nan"):
-    raise ImportError(f"regkern needs Keras 3.8 or later; got {keras.__version__}; upgrade it.")
+require("keras", keras.__version__, (3, 8))
+
+from keras import KerasTensor, Layer, Variable, ops  # noqa: E402
 
 
 class Operations(OperationsAdapter):

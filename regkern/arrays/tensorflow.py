@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from regkern.arrays.adapter import Adapter, ChoosingAdapter
+from regkern.arrays.adapter import Adapter, ChoosingAdapter, require
 from regkern.arrays.numpy import NumpyAdapter
 from regkern.arrays.operations import OperationsAdapter
 from regkern.dtypes import DTYPES
 from regkern.kernels.formulas import ABS, ABS_SQUARE, SQUARE, Formula
 
-if tuple(int(part) for part in tf.__version__.split(".")[:2]) < (2, 18):
-    raise ImportError(f"regkern needs TensorFlow 2.18 or later; got {tf.__version__}; upgrade it.")
+require("tensorflow", tf.__version__, (2, 18))
 
 # Which of its two terms, the absolute values and the squares, a formula has: for these, faster operations are known.
 _TERMS = {ABS: (True, False), SQUARE: (False, True), ABS_SQUARE: (True, True)}

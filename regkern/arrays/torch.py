@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from regkern.arrays.adapter import Adapter
+from regkern.arrays.adapter import Adapter, require
 from regkern.arrays.host import HostAdapter
 from regkern.arrays.layout import Strides
 from regkern.arrays.operations import OperationsAdapter
@@ -27,8 +27,7 @@ from regkern.kernels.formulas import FORMULAS, Formula
 
 _CPU = torch.device("cpu")
 
-if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 5):
-    raise ImportError(f"regkern: expected torch 2.5 or later; got {torch.__version__}; upgrade it.")
+require("torch", torch.__version__, (2, 5))
 
 
 class _DTypes(dict[torch.dtype, DType]):
