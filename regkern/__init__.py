@@ -25,6 +25,7 @@ from regkern.serialization import (
     register_keras_serializable,
     serialize,
 )
+from regkern.warm import warmup
 
 __version__ = "0.1.0"
 
@@ -48,4 +49,5 @@ __all__ = [
     "reductions",
     "register_keras_serializable",
     "serialize",
+    "warmup",
 ]
