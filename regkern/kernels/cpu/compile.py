@@ -61,7 +61,8 @@ _SOURCES = _digest_sources()
 @functools.cache  # 90 us otherwise
 def target_features() -> dict[str, bool]:
     """Return LLVM's features of the CPU that Numba compiles for: this one's, unless Numba's settings say otherwise."""
-    _, _, features = cpu_target.target_context.codegen().magic_tuple()
+    with forks.loading:  # all that calls LLVM
+        _, _, features = cpu_target.target_context.codegen().magic_tuple()
     return {feature[1:]: feature.startswith("+") for feature in features.split(",") if feature}
 
 
@@ -109,9 +110,9 @@ def compile_kernel(
     dispatcher._cache = _KernelCache(name)
     with forks.loading:
         entry_point = dispatcher.compile(signature)
-    result = dispatcher.overloads[signature.args]
-    address = result.library.get_pointer_to_function
-    return Build(entry_point, address(result.fndesc.llvm_func_name), address(result.fndesc.llvm_cfunc_wrapper_name))
+        result = dispatcher.overloads[signature.args]
+        address = result.library.get_pointer_to_function
+        return Build(entry_point, address(result.fndesc.llvm_func_name), address(result.fndesc.llvm_cfunc_wrapper_name))
 
 
 _interpreted: dict[int, Callable[..., Any]] = {}
