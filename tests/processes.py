@@ -22,7 +22,7 @@ def everything(x):
 
 
 # A process that takes longer is taken for one that waits forever.
-PATIENCE = 120
+PATIENCE = 300
 
 
 def run(code: str, *, head: str = HEAD, options: dict[str, Any] | None = None, **environment: str) -> str:
