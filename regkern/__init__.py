@@ -27,6 +27,7 @@ from regkern.serialization import (
     register_keras_serializable,
     serialize,
 )
+from regkern.warm import warmup
 
 __version__ = "0.1.0"
 
@@ -50,6 +51,7 @@ __all__ = [
     "reductions",
     "register_keras_serializable",
     "serialize",
+    "warmup",
 ]
 
 if {"keras", "tf_keras"} & sys.modules.keys():

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
 
 from regkern import reductions
+from regkern.attributes import CachedAttribute
 from regkern.kernels.formulas import ABS, ABS_SQUARE, SQUARE, ZERO, Formula
 from regkern.numbers import real
 
@@ -37,21 +38,6 @@ class Factor:
         state = vars(instance)
         state[self._name] = factor
         state.pop("_formula", None)
-
-
-class CachedAttribute:
-    """`functools.cached_property` without its lock, which Python 3.11 has and `torch.compile` cannot trace."""
-
-    def __init__(self, compute: Callable[[Any], tuple[Formula, float, float]]) -> None:
-        self._compute = compute
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    def __get__(self, instance: object, owner: type) -> tuple[Formula, float, float]:
-        value = self._compute(instance)
-        setattr(instance, self._name, value)
-        return value
 
 
 class Choice:

@@ -8,44 +8,7 @@ from pathlib import Path
 
 import pytest
 
-HEAD = """
-import numpy as np, regkern as rk
-x = np.random.default_rng(0).standard_normal(1_000_003).astype(np.float32)
-def everything(x):
-    r = rk.L1L2(0.1, 0.2)
-    value, gradient = r.value_and_grad(x)
-    parts = [r(x), value, gradient, r.grad(x), r.prox(x, 0.1), r(x[::2]), r(x[:999_999].reshape(-1, 9)[:, 2:8])]
-    for dtype in (np.float32, np.float64, np.float16):
-        matrix = x[:300 * 500].reshape(300, 500).astype(dtype)
-        for mode in ("rows", "columns"):
-            parts += [rk.OrthogonalRegularizer(1.0, mode)(matrix), rk.OrthogonalRegularizer(1.0, mode).grad(matrix)]
-    return b"".join(np.asarray(part).tobytes() for part in parts)
-"""
-
-
-def run(code: str, **environment: str) -> str:
-    result = subprocess.run(
-        [sys.executable, "-W", "error::RuntimeWarning", "-c", HEAD + code],
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-        check=False,
-    )
-    assert result.returncode == 0, f"{result.returncode}: {result.stderr}"
-    return result.stdout
-
-
-DIGEST = "import hashlib; print(hashlib.sha256(everything(x)).hexdigest())"
-LAYERS = ["workqueue", "omp"]
-THEIRS = """
-import numba
-@numba.njit(parallel=True, nogil=True)
-def theirs(x):
-    total = 0.0
-    for i in numba.prange(x.size):
-        total += x[i]
-    return total
-"""
+from tests.processes import DIGEST, HEAD, LAYERS, THEIRS, run
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +70,7 @@ print(len(set(results)))
     assert run(code, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2") == "1\n"
 
 
+@pytest.mark.skipif("tbb" in LAYERS, reason="needs a layer that cannot be loaded")
 def test_one_thread_and_a_warning_without_a_threading_layer(digest):
     code = "import warnings; warnings.simplefilter('ignore');" + DIGEST
     assert run(code, NUMBA_THREADING_LAYER="tbb") == digest

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from regkern.kernels import forks
+
 if TYPE_CHECKING:
     from regkern.arrays.adapter import Adapter
 
@@ -46,9 +48,10 @@ def _modules_for(cls: type) -> Iterator[str]:
 
 def _find(array_type: type) -> str:
     """Import the adapter of an array's type and return the name of its module."""
-    for module in _modules_for(array_type):
-        if importlib.import_module(module).ADAPTER.owns(array_type):
-            return module
+    with forks.loading:
+        for module in _modules_for(array_type):
+            if importlib.import_module(module).ADAPTER.owns(array_type):
+                return module
     raise TypeError(
         f"x: expected an array of {' or '.join(_LIBRARIES)}; got {array_type.__name__}; "
         "convert it first, for example by numpy.asarray(x, dtype='float32')."

@@ -1,14 +1,57 @@
-"""Whether this process was forked since regkern was imported: its copies of thread pools have no threads then."""
+"""Forks: a child has copies of its parent's thread pools and locks, but of its threads only the one that forked."""
 
+import logging as logging  # first: its lock for forks must be taken after ours, because Numba logs while it compiles
 import os
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
 
-forked = False
+# After so many seconds, a fork goes ahead of whoever is still loading.
+_PATIENCE = 60.0
+
+# Linux's flag of a process that was forked and runs its parent's program still.
+_PF_FORKNOEXEC = 0x40
+
+
+def _inherited() -> bool:
+    """Whether Numba's threads were started before this module came, by a parent: it had no regkern."""
+    numba = sys.modules.get("numba")
+    if numba is None:
+        return False
+    try:
+        numba.threading_layer()
+    except (AttributeError, ValueError):  # Numba is being imported, or has started none
+        return False
+    try:
+        status = Path("/proc/self/stat").read_text()
+    except OSError:  # no Linux: GNU OpenMP, which ends such a child, is only there
+        return False
+    return bool(int(status.rpartition(")")[2].split()[6]) & _PF_FORKNOEXEC)
+
+
+# Whether this process is a fork of one that may have had thread pools.
+forked = _inherited()
+
+# Held while modules and kernels are loaded and compiled, and by whoever forks: a child whose parent was forked in the
+# midst of that would wait forever for locks of Python's, Numba's and LLVM's.
+loading = threading.RLock()
+
+
+def _before_fork() -> None:
+    loading.acquire(timeout=_PATIENCE)
+
+
+def _after_fork_in_parent() -> None:
+    with suppress(RuntimeError):  # where patience has ended
+        loading.release()
 
 
 def _after_fork_in_child() -> None:
-    global forked
+    global forked, loading
     forked = True
+    loading = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -11,15 +11,18 @@ import hashlib
 import os
 import pickle
 import sys
+import time
 import uuid
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FunctionType
 from typing import Any, NamedTuple
 
 import llvmlite
 import numba
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import config
@@ -30,11 +33,16 @@ from numba.core.serialize import dumps
 from numba.extending import intrinsic
 from numba.misc.appdirs import user_cache_dir
 
+from regkern.kernels import forks
+
 # Lets LLVM reorder sums into vector lanes and fuse multiply and add. Without nnan and ninf: NaN and infinity must
 # propagate.
 FASTMATH = {"reassoc", "contract", "nsz"}
 
 CACHE_VARIABLE = "REGKERN_CACHE_DIR"
+
+# Kernels that no process has loaded for so long are of versions, or of CPUs, that are gone.
+_UNUSED_SECONDS = 90 * 24 * 3600
 
 
 def _digest_sources() -> str:
@@ -53,13 +61,16 @@ _SOURCES = _digest_sources()
 @functools.cache  # 90 us otherwise
 def target_features() -> dict[str, bool]:
     """Return LLVM's features of the CPU that Numba compiles for: this one's, unless Numba's settings say otherwise."""
-    _, _, features = cpu_target.target_context.codegen().magic_tuple()
+    with forks.loading:  # all that calls LLVM
+        _, _, features = cpu_target.target_context.codegen().magic_tuple()
     return {feature[1:]: feature.startswith("+") for feature in features.split(",") if feature}
 
 
 def cache_folder() -> Path:
     """Return where compiled kernels are kept: `$REGKERN_CACHE_DIR`, or the user's cache folder."""
-    return Path(os.environ.get(CACHE_VARIABLE) or user_cache_dir("regkern", appauthor=False))
+    folder: str = os.environ.get(CACHE_VARIABLE) or user_cache_dir("regkern", appauthor=False)
+    # A user without a home, in a container for one, has the root of the file system for it, as Docker has it.
+    return Path(folder.removeprefix("~") if folder.startswith("~/") else folder)
 
 
 class Build(NamedTuple):
@@ -69,7 +80,8 @@ class Build(NamedTuple):
         call: the function for Python, without Numba's dispatch on argument types. It releases the GIL.
         native: the address of the function for compiled code, by Numba's calling convention, which returns a status;
             0 where Numba's compiler is switched off.
-        c: the address of the same with C's calling convention, which has no way to tell of an error; 0 likewise.
+        c: the address of the same with C's calling convention, which has no way to tell of an error; where Numba's
+            compiler is switched off, a number by which `make_call` finds the function.
     """
 
     call: Callable[..., Any]
@@ -94,12 +106,31 @@ def compile_kernel(
         _named(body, name), parallel=parallel, nogil=True, fastmath=FASTMATH if fastmath else False, error_model="numpy"
     )
     if config.DISABLE_JIT:
-        return Build(body, 0, 0)
+        return _interpret(body, signature)
     dispatcher._cache = _KernelCache(name)
-    entry_point = dispatcher.compile(signature)
-    result = dispatcher.overloads[signature.args]
-    address = result.library.get_pointer_to_function
-    return Build(entry_point, address(result.fndesc.llvm_func_name), address(result.fndesc.llvm_cfunc_wrapper_name))
+    with forks.loading:
+        entry_point = dispatcher.compile(signature)
+        result = dispatcher.overloads[signature.args]
+        address = result.library.get_pointer_to_function
+        return Build(entry_point, address(result.fndesc.llvm_func_name), address(result.fndesc.llvm_cfunc_wrapper_name))
+
+
+_interpreted: dict[int, Callable[..., Any]] = {}
+
+
+def _interpret(body: Callable[..., Any], signature: Any) -> Build:
+    """Let Python run a kernel, where Numba's compiler is switched off, with results of Python's types as Numba has."""
+    result = signature.return_type
+    count = len(result) if isinstance(result, types.BaseTuple) else 0
+    number = int if isinstance(result, types.Integer) else float
+
+    def call(*arguments: Any) -> Any:
+        with np.errstate(all="ignore"):
+            returned = body(*arguments)
+        return tuple(map(float, returned)) if count else number(returned)
+
+    _interpreted[id(call)] = call
+    return Build(call, 0, id(call))
 
 
 def make_call(signature: Any) -> Any:
@@ -107,6 +138,8 @@ def make_call(signature: Any) -> Any:
 
     The arguments are a tuple of the signature's types.
     """
+    if config.DISABLE_JIT:
+        return lambda address, arguments: _interpreted[int(address)](*arguments)
 
     @intrinsic
     def call(typing_context, address, arguments):  # type: ignore[no-untyped-def]
@@ -166,6 +199,8 @@ class _KernelCache(_Cache):  # type: ignore[misc]
             return None
         if hashlib.sha256(payload).digest() != digest:
             return None
+        with suppress(OSError):  # kept alive, whether or not the file system notes reading
+            os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
         target_context.refresh()
         return CompileResult._rebuild(target_context, *pickle.loads(payload))
 
@@ -175,11 +210,14 @@ class _KernelCache(_Cache):  # type: ignore[misc]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _replace(path, hashlib.sha256(payload).digest() + payload)
+            _remove_unused(path.parent)
         except OSError as error:
             _warn_not_writable(str(path.parent), error.strerror or type(error).__name__)
 
     def _path(self, sig: Any, codegen: Any) -> Path:
-        key = (sys.version, numba.__version__, llvmlite.__version__, _SOURCES, codegen.magic_tuple(), str(sig))
+        settings = (config.OPT, config.LOOP_VECTORIZE, config.SLP_VECTORIZE, config.DEBUGINFO_DEFAULT)
+        versions = (sys.version, numba.__version__, llvmlite.__version__, _SOURCES)
+        key = (*versions, *settings, config.BOUNDSCHECK, codegen.magic_tuple(), str(sig))
         digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
         return cache_folder() / f"{self._name}-{digest}.kernel"
 
@@ -204,6 +242,16 @@ def _replace(path: Path, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@functools.cache  # once in a process, and only in one that compiles anyway
+def _remove_unused(folder: Path) -> None:
+    """Remove kernels that nobody has used for long, and parts of files whose writers were killed."""
+    for path in folder.glob("*.kernel*"):
+        with suppress(OSError):  # another process may be at it
+            status = path.stat()
+            if time.time() - max(status.st_atime, status.st_mtime) > _UNUSED_SECONDS:
+                path.unlink()
 
 
 @functools.cache  # one line per folder and reason, not one per kernel

@@ -2,40 +2,57 @@
 
 Two of Numba's threading layers end the process where real programs arrive every day: workqueue when two threads
 launch at once, GNU OpenMP at the first launch in a forked child. Both builds of a kernel give the same bits, so
-regkern runs the serial one in a forked child, and on workqueue while there are other Python threads, which may launch
+regkern runs the serial one in a forked child, and on workqueue while other threads are in Python, which may launch
 kernels of their own.
 """
 
+import ctypes
 import functools
-import os
+import sys
 import threading
 import warnings
-from collections.abc import Callable
-from functools import cached_property, partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numba
 
+from regkern.attributes import CachedAttribute
 from regkern.kernels import forks
 from regkern.kernels.cpu.compile import Build, compile_kernel
 
-_launching = threading.Lock()
+# Its thread may take it again: it cannot be in a launch then, but Ctrl-C may have kept it from giving the lock back.
+_launching = threading.RLock()
 
 
-def _renew_lock() -> None:
-    global _launching
-    _launching = threading.Lock()  # the parent's may be held by a thread that does not exist here
+@contextmanager
+def _keep_openmp_settings() -> Iterator[None]:
+    """Restore what Numba's OpenMP layer sets when it starts: the calling thread's number of threads, and nesting.
 
+    Other libraries that share its OpenMP go by these, PyTorch for one (numba#9387).
+    """
+    try:
+        from numba.np.ufunc import omppool  # type: ignore[attr-defined]
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
+        openmp = ctypes.CDLL(omppool.__file__)  # and what it is linked with
+        threads, levels = openmp.omp_get_max_threads(), openmp.omp_get_max_active_levels()
+    except (ImportError, OSError, AttributeError):  # there is no OpenMP, or not one that says
+        yield
+        return
+    try:
+        yield
+    finally:
+        openmp.omp_set_num_threads(threads)
+        openmp.omp_set_max_active_levels(levels)
 
 
 @functools.cache
 def threading_layer() -> str | None:
     """Start Numba's threads and return the name of their layer; None, with a warning, where none can be loaded."""
     try:
-        numba.get_num_threads()
+        with _keep_openmp_settings():
+            numba.get_num_threads()
     except ValueError as error:
         reason = str(error).splitlines()[0]
         warnings.warn(f"regkern runs on one thread, because Numba has none: {reason}", RuntimeWarning, stacklevel=2)
@@ -59,7 +76,7 @@ class Kernel:
         """Return the build that is faster for so many elements."""
         return self.serial if size < self.parallel_from else self.parallel
 
-    @cached_property
+    @CachedAttribute
     def serial(self) -> Callable[..., Any]:
         """The build for one thread."""
         return self.serial_build.call
@@ -71,24 +88,25 @@ class Kernel:
             return self.serial(*arguments)
         if layer != "workqueue":
             return self._parallel(*arguments)
-        # Threads that Python does not know of may call as well: those of JAX, for one.
-        if threading.active_count() > 1 or not _launching.acquire(blocking=False):
+        # Not those that `threading` knows alone: Numba's own threads call Python from a program's parallel function.
+        # Others may come at any time: of JAX, for one.
+        if len(sys._current_frames()) > 1 or not _launching.acquire(blocking=False):
             return self.serial(*arguments)
         try:
             return self._parallel(*arguments)
         finally:
             _launching.release()
 
-    @cached_property
+    @CachedAttribute
     def _parallel(self) -> Callable[..., Any]:
         return self.parallel_build.call
 
-    @cached_property
+    @CachedAttribute
     def serial_build(self) -> Build:
         """The build for one thread, with its addresses."""
         return self._compile()
 
-    @cached_property
+    @CachedAttribute
     def parallel_build(self) -> Build:
         """The build for all threads, with its addresses. Compiled code must know itself where it may be called."""
         return self._compile(parallel=True)

@@ -62,13 +62,13 @@ class Table:
         self._out_offsets = np.array([entry.out_offset for entry in entries])
         rows[:-1, _LAYOUT] = self._layouts.ctypes.data + self._layouts.itemsize * 3 * (np.cumsum(dims) - dims)
         rows[:-1, _DIMS] = dims
-        _number_chunks()(rows)
+        number_chunks()(rows)
         chunks = np.diff(rows[:, _FIRST])
         sizes = np.array([layout[0].prod() for layout in layouts])
         cost = sizes * np.array([entry.itemsize for entry in entries]) / chunks + CHUNK_COST
         self._array_of = np.repeat(np.arange(len(entries)), chunks)
         self._parts = _equal_parts(np.repeat(cost, chunks))
-        self._run = _many().for_size(int(sizes.sum()))
+        self._run = kernel().for_size(int(sizes.sum()))
 
     def run(self, factors: Any, outs: Any = None) -> tuple[float, Any]:
         """Run over all arrays.
@@ -103,8 +103,10 @@ _PAIRS = types.Array(types.float64, 2, "C")
 
 
 @functools.cache
-def _number_chunks() -> Any:
-    def number_chunks(rows):
+def number_chunks() -> Any:
+    """Return the kernel ``(rows) -> n`` that numbers the chunks of a table's arrays, and counts them."""
+
+    def number(rows):
         first = 0
         for i in range(len(rows) - 1):
             rows[i, _FIRST] = first
@@ -113,11 +115,12 @@ def _number_chunks() -> Any:
         rows[-1, _FIRST] = first
         return first
 
-    return compile_kernel(number_chunks, types.intp(_ROWS), "number_chunks").call
+    return compile_kernel(number, types.intp(_ROWS), "number_chunks").call
 
 
 @functools.cache
-def _many() -> Kernel:
+def kernel() -> Kernel:
+    """Return the kernel that runs over a table."""
     chunk_sums = make_call(CHUNK_SUMS)
 
     def many(rows, array_of, parts, factors, sums):

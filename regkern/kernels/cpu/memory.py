@@ -26,6 +26,7 @@ def make_view(carrier_name: str, *, strided: bool = False):
     if config.DISABLE_JIT:
 
         def python_view(address, n, stride):
+            address, n, stride = int(address), int(n), int(stride)  # may be NumPy's, which ctypes does not take
             low = min(address, address + (n - 1) * stride) if n else address
             buffer = (ctypes.c_char * (n and (n - 1) * abs(stride) + carrier.itemsize)).from_address(low)
             return np.ndarray(n, carrier, buffer, address - low, (stride,))

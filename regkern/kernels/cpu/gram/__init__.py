@@ -27,9 +27,11 @@ import functools
 from collections.abc import Mapping
 
 from numba import types
+from numba.core import config
 
 from regkern.dtypes import FLOAT64, DType
 from regkern.kernels.cpu.compile import target_features
+from regkern.kernels.cpu.gram import interpreted
 from regkern.kernels.cpu.gram.gradient import make_value_and_gradient
 from regkern.kernels.cpu.gram.tiles import Tile, tile_for
 from regkern.kernels.cpu.gram.value import make_value
@@ -132,12 +134,15 @@ def _tile(dtype: DType, n: int) -> Tile:
 def value_kernel(dtype: DType, tile: Tile, features: Mapping[str, bool]) -> Kernel:
     """Make the kernel of the value with a register tile, for a CPU with these LLVM features."""
     vectors = Vectors(dtype, tile, converts_float16(features))
-    body, name = make_value(vectors, tile), f"gram-{vectors.tag}"
+    body = interpreted.make_value(dtype) if config.DISABLE_JIT else make_value(vectors, tile)
+    name = f"gram-{vectors.tag}"
     return Kernel(body, VALUE, name, parallel_from=PARALLEL_FROM, fastmath=False)
 
 
 def gradient_kernel(dtype: DType, tile: Tile, features: Mapping[str, bool]) -> Kernel:
     """Make the kernel of value and gradient with a register tile, for a CPU with these LLVM features."""
     vectors = Vectors(dtype, tile, converts_float16(features))
-    body, name = make_value_and_gradient(vectors, tile), f"gram_gradient-{vectors.tag}"
+    make = interpreted.make_value_and_gradient
+    body = make(dtype) if config.DISABLE_JIT else make_value_and_gradient(vectors, tile)
+    name = f"gram_gradient-{vectors.tag}"
     return Kernel(body, VALUE_AND_GRADIENT, name, parallel_from=PARALLEL_FROM, fastmath=False)

@@ -1,0 +1,63 @@
+"""Code in fresh processes, which may end as they like: what tests of threads, forks and the cache share."""
+
+import ctypes
+import os
+import subprocess
+import sys
+from typing import Any
+
+HEAD = """
+import numpy as np, regkern as rk
+x = np.random.default_rng(0).standard_normal(1_000_003).astype(np.float32)
+def everything(x):
+    r = rk.L1L2(0.1, 0.2)
+    value, gradient = r.value_and_grad(x)
+    parts = [r(x), value, gradient, r.grad(x), r.prox(x, 0.1), r(x[::2]), r(x[:999_999].reshape(-1, 9)[:, 2:8])]
+    for dtype in (np.float32, np.float64, np.float16):
+        matrix = x[:300 * 500].reshape(300, 500).astype(dtype)
+        for mode in ("rows", "columns"):
+            parts += [rk.OrthogonalRegularizer(1.0, mode)(matrix), rk.OrthogonalRegularizer(1.0, mode).grad(matrix)]
+    return b"".join(np.asarray(part).tobytes() for part in parts)
+"""
+
+
+# A process that takes longer is taken for one that waits forever.
+PATIENCE = 300
+
+
+def run(code: str, *, head: str = HEAD, options: dict[str, Any] | None = None, **environment: str) -> str:
+    """Run code in a process of its own and return what it prints; it must end with status 0."""
+    result = subprocess.run(
+        [sys.executable, "-W", "error::RuntimeWarning", "-c", head + code],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        check=False,
+        timeout=PATIENCE,
+        **(options or {}),
+    )
+    assert result.returncode == 0, f"{result.returncode}: {result.stderr}"
+    return result.stdout
+
+
+def _has_tbb() -> bool:
+    try:
+        ctypes.CDLL("libtbb.so.12")
+    except OSError:
+        return False
+    return True
+
+
+LAYERS = ["workqueue", "omp"] + (["tbb"] if _has_tbb() else [])
+
+
+DIGEST = "import hashlib; print(hashlib.sha256(everything(x)).hexdigest())"
+THEIRS = """
+import numba
+@numba.njit(parallel=True, nogil=True)
+def theirs(x):
+    total = 0.0
+    for i in numba.prange(x.size):
+        total += x[i]
+    return total
+"""

@@ -1,0 +1,210 @@
+"""The kernel cache: whatever becomes of its folder, the right answer, at worst a compilation and one warning."""
+
+import ctypes
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.processes import HEAD, PATIENCE, run
+
+# One kernel, which takes a second to compile.
+CODE = "print(float(rk.L2(1.0)(np.arange(5, dtype=np.float32))))"
+ANSWER = "30.0\n"
+# Warnings are counted instead of raised.
+COUNT = """
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    print(float(rk.L2(1.0)(np.arange(5, dtype=np.float32))), float(rk.L1(1.0)(np.arange(5, dtype=np.float32))))
+print([str(each.message)[:39] for each in caught if issubclass(each.category, RuntimeWarning)])
+"""
+ONE_WARNING = "30.0 10.0\n['regkern cannot keep compiled kernels in']\n"
+
+
+def obey_modes():
+    """Take root's right to write where modes forbid it from the program that is started next; others have none."""
+    ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE
+
+
+@pytest.mark.parametrize("count", [4, pytest.param(16, marks=pytest.mark.slow)])
+def test_processes_that_start_cold_at_once(tmp_path, count):
+    arguments = [sys.executable, "-W", "error::RuntimeWarning", "-c", HEAD + CODE]
+    environment = os.environ | {"REGKERN_CACHE_DIR": str(tmp_path)}
+    processes = [subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(count)]
+    assert {process.communicate(timeout=PATIENCE)[0] for process in processes} == {ANSWER}
+    assert {process.returncode for process in processes} == {0}
+    (kernel,) = tmp_path.iterdir()  # and no temporary file
+    assert kernel.suffix == ".kernel"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="how root is made to obey")
+def test_a_folder_that_is_read_only_later(tmp_path):
+    """Warm: nothing is compiled, so nothing warns. Cold: one warning."""
+    run(CODE, REGKERN_CACHE_DIR=str(tmp_path))
+    tmp_path.chmod(0o555)
+    try:
+        assert run(CODE, options={"preexec_fn": obey_modes}, REGKERN_CACHE_DIR=str(tmp_path)) == ANSWER
+        assert run(COUNT, options={"preexec_fn": obey_modes}, REGKERN_CACHE_DIR=str(tmp_path)) == ONE_WARNING
+    finally:
+        tmp_path.chmod(0o755)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="homes")
+def test_no_home_and_nowhere_to_write(tmp_path):
+    """Nothing is made in the current folder, under the name of the tilde or any other."""
+    code = f"""
+import os
+for name in ("HOME", "XDG_CACHE_HOME", "REGKERN_CACHE_DIR"):
+    os.environ.pop(name, None)
+os.chdir({str(tmp_path)!r})
+import pwd
+def unknown(uid):
+    raise KeyError(uid)
+pwd.getpwuid = unknown
+from regkern.kernels.cpu.compile import cache_folder
+print(cache_folder().is_absolute(), os.listdir())
+"""
+    assert run(code) == "True []\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of resources")
+def test_a_full_disk(tmp_path):
+    """The system refuses to write more than a thousand bytes to a file: one warning, and no part of a file is left."""
+    code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n" + COUNT
+    assert run(code, REGKERN_CACHE_DIR=str(tmp_path)) == ONE_WARNING
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", [0, 31, 32, 40, -1])
+def test_one_flipped_bit(tmp_path, place):
+    run(CODE, REGKERN_CACHE_DIR=str(tmp_path))
+    (kernel,) = tmp_path.iterdir()
+    data = bytearray(kernel.read_bytes())
+    data[place] ^= 1
+    kernel.write_bytes(data)
+    assert run(CODE, REGKERN_CACHE_DIR=str(tmp_path)) == ANSWER
+    assert kernel.read_bytes() != data
+
+
+def test_kernels_of_other_cpus_settings_and_versions_stand_side_by_side(tmp_path):
+    folder = str(tmp_path)
+    generic = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+    other = "from regkern.kernels.cpu import compile; compile._SOURCES = 'of another version'\n"
+    for _ in range(2):
+        assert run(CODE, REGKERN_CACHE_DIR=folder, **generic) == ANSWER
+        assert run(CODE, REGKERN_CACHE_DIR=folder, NUMBA_OPT="0") == ANSWER
+        assert run(other + CODE, REGKERN_CACHE_DIR=folder) == ANSWER
+        assert run(CODE, REGKERN_CACHE_DIR=folder) == ANSWER
+        assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_what_nobody_has_used_for_long_is_removed(tmp_path):
+    old, used, other = tmp_path / "sums-old.kernel", tmp_path / "sums-used.kernel", tmp_path / "notes.txt"
+    killed = tmp_path / "sums-old.kernel.0123"
+    months_ago = time.time() - 200 * 24 * 3600
+    for path in (old, used, other, killed):
+        path.write_bytes(b"")
+        os.utime(path, (months_ago, months_ago))
+    os.utime(used, (time.time(), months_ago))
+    run(CODE, REGKERN_CACHE_DIR=str(tmp_path))
+    assert {path.name for path in tmp_path.iterdir() if "-square-" not in path.name} == {used.name, other.name}
+
+
+def test_loading_a_kernel_counts_as_use(tmp_path):
+    run(CODE, REGKERN_CACHE_DIR=str(tmp_path))
+    (kernel,) = tmp_path.iterdir()
+    os.utime(kernel, (0, 0))
+    run(CODE, REGKERN_CACHE_DIR=str(tmp_path))
+    assert (kernel.stat().st_atime > 1e9, kernel.stat().st_mtime) == (True, 0)
+
+
+def test_a_writer_that_is_killed_leaves_no_kernel(tmp_path):
+    code = """
+import os, signal
+from pathlib import Path
+write = Path.write_bytes
+def killed(self, data):
+    write(self, data[:len(data) // 2])
+    os.kill(os.getpid(), signal.SIGKILL)
+Path.write_bytes = killed
+rk.L2(1.0)(x[:5])
+"""
+    with pytest.raises(AssertionError, match="-9"):
+        run(code, REGKERN_CACHE_DIR=str(tmp_path))
+    assert [path.suffix for path in tmp_path.iterdir()] != [".kernel"]
+    assert run(CODE, REGKERN_CACHE_DIR=str(tmp_path)) == ANSWER
+
+
+@pytest.mark.slow
+def test_warmup_compiles_what_later_calls_need(tmp_path):
+    warm = "print(rk.warmup(['l2'], ['float32']))"
+    quick = {"REGKERN_CACHE_DIR": str(tmp_path), "NUMBA_OPT": "0"}  # compiles in half of the time
+    count = int(run(warm, **quick))
+    kernels = set(tmp_path.iterdir())
+    assert count == len(kernels)
+    code = """
+import warnings
+y, r, out = x.reshape(-1)[:300_000], rk.L2(0.5), np.zeros(300_000, np.float32)
+for z, o in ((y[:99], out[:99]), (y, out), (y[::3], out[::3]), (y[::2], out[::2])):
+    r(z), r.value_and_grad(z), r.grad(z), r.grad(z, o), r.grad(z, o, accumulate=True), r.prox(z, 0.1), r.prox(o, 0.1, o)
+penalty = rk.Penalty({"*": r})
+penalty({"a": y}), penalty.bind({"a": out}).prox_(0.1)
+bound = penalty.bind({"a": out, "b": x})
+bound.value(), bound.value_and_grad(), bound.add_grad({"a": y.copy(), "b": x.copy()})
+"""
+    run(code, **quick)
+    assert set(tmp_path.iterdir()) == kernels
+
+
+def test_warmup_takes_regkerns_own():
+    code = """
+for arguments in ((["l2", abs],), (["l2"], ["int8"]), (["typo"],)):
+    try:
+        rk.warmup(*arguments)
+    except ValueError as error:
+        print(str(error).split()[0])
+"""
+    assert run(code) == "regularizers:\ndtypes:\nCould\n"
+
+
+def test_without_numbas_compiler():
+    """`NUMBA_DISABLE_JIT=1`: the kernels' Python runs, and NumPy for the Gram matrix; the results are the same."""
+    code = """
+def all_of(dtype):
+    y = x[:60].reshape(6, 10).astype(dtype)
+    named = {"a": y, "b": y[::2] * 2, "c": x[:3]}
+    bound = rk.Penalty({"*": rk.L1L2(0.1, 0.2)}).bind(named)
+    value, gradients = bound.value_and_grad()
+    r, o = rk.L1L2(0.1, 0.2), rk.OrthogonalRegularizer(0.5)
+    parts = [r(y), *r.value_and_grad(y), r.prox(y[:, ::-2], 0.1), value, *gradients.values(), o(y), o.grad(y)]
+    parts += [o.partial(y, y[:2]), rk.OrthogonalRegularizer(0.5, "columns").grad(y, y.copy(), accumulate=True)]
+    return parts
+for dtype in (np.float16, np.float64):
+    for part in all_of(dtype):
+        print(part.dtype, *(f"{value:.2e}" for value in np.asarray(part, np.float64).ravel() + 1e-9))
+"""
+    assert run(code, NUMBA_DISABLE_JIT="1") == run(code)
+
+
+@pytest.mark.parametrize("reason", ["No module named 'numba'", "Numba needs NumPy 2.3 or less"])
+def test_without_numba(tmp_path, reason):
+    """Configs need no kernel; what does says what to install."""
+    (tmp_path / "numba.py").write_text(f'raise ImportError("""{reason}""")')
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+assert rk.serialize(rk.get(rk.serialize(rk.L2(0.5))))["config"] == {{"l2": 0.5}}
+for _ in range(2):
+    try:
+        rk.L2(0.5)(x)
+    except ImportError as error:
+        print(error)
+"""
+    line = (
+        f"regkern's kernels need Numba, which cannot be imported here ({reason}); install a version that supports this "
+        "Python and this NumPy, for example by pip install --upgrade numba.\n"
+    )
+    assert run(code) == 2 * line

@@ -1,0 +1,138 @@
+"""Forked children compute, whatever their parents were doing."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.processes import HEAD, LAYERS, PATIENCE, THEIRS, run
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks on this system")
+
+FORK = """
+import os, sys, warnings
+warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 on fork with threads
+def child(function, expected):
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if function() == expected else 1)
+    return os.waitpid(pid, 0)[1]
+"""
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_child_that_is_the_first_to_import_regkern(layer):
+    """Its parent's OpenMP threads are not there: GNU OpenMP would end the process."""
+    head = (
+        "import numpy as np\nx = np.ones(1_000_003, np.float32)\n"
+        + THEIRS
+        + FORK
+        + """
+def first():
+    import regkern as rk
+    return float(rk.L2(1.0)(x))
+theirs(x)
+print(child(first, 1_000_003.0))
+"""
+    )
+    assert run("", head=head, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2") == "0\n"
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_forks_while_another_thread_is_inside_a_kernel(layer):
+    code = (
+        FORK
+        + """
+import threading
+expected = everything(x)
+stop = threading.Event()
+def busy():
+    while not stop.is_set():
+        everything(x)
+threads = [threading.Thread(target=busy) for _ in range(2)]
+[thread.start() for thread in threads]
+print({child(lambda: everything(x), expected) for _ in range(8)})
+stop.set()
+[thread.join() for thread in threads]
+"""
+    )
+    printed = run(code, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2")
+    assert printed.splitlines()[-1] == "{0}"  # TBB says first that it cannot join its threads
+
+
+@pytest.mark.parametrize("moment", [0.5, *(pytest.param(moment, marks=pytest.mark.slow) for moment in (0.05, 1.0))])
+def test_forks_while_another_thread_imports_and_compiles(tmp_path, moment):
+    """Locks of Python's, Numba's and LLVM's would stay locked in the child."""
+    code = (
+        FORK
+        + f"""
+import threading, time
+y = x[:100]
+thread = threading.Thread(target=lambda: [rk.L2(1.0)(y), rk.L1(1.0)(y)])
+thread.start()
+time.sleep({moment})
+print(child(lambda: float(rk.L2(1.0)(y)) > 0 and float(rk.L2(1.0)(y[::2])) > 0, True))
+thread.join()
+"""
+    )
+    assert run(code, REGKERN_CACHE_DIR=str(tmp_path)) == "0\n"
+
+
+def test_children_of_children():
+    code = (
+        FORK
+        + """
+expected = everything(x)
+print(child(lambda: child(lambda: everything(x) == expected, True), 0))
+"""
+    )
+    assert run(code) == "0\n"
+
+
+# The processes that spawn and forkserver start import the program's main module, so it is a file.
+MULTIPROCESSING = """
+if __name__ == "__main__":
+    import multiprocessing, sys, warnings
+    from concurrent.futures import ProcessPoolExecutor
+    warnings.simplefilter("ignore", DeprecationWarning)
+    context = multiprocessing.get_context(sys.argv[1])
+    expected = everything(x)
+    with context.Pool(2) as pool, ProcessPoolExecutor(2, context) as executor:
+        results = pool.map(everything, [x] * 4) + list(executor.map(everything, [x] * 4))
+    print({result == expected for result in results})
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_multiprocessing(tmp_path, method):
+    script = tmp_path / "program.py"
+    script.write_text(HEAD + MULTIPROCESSING)
+    command = [sys.executable, str(script), method]
+    assert subprocess.check_output(command, text=True, timeout=PATIENCE) == "{True}\n"
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_workers_of_a_torch_data_loader(layer):
+    pytest.importorskip("torch")
+    code = """
+import torch, warnings
+warnings.simplefilter("ignore")
+y = torch.from_numpy(x)
+regularizer = rk.L1L2(0.1, 0.2)
+expected = float(regularizer(y))
+class Data(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+    def __getitem__(self, i):
+        return float(regularizer(y)) == expected and float(regularizer(x)) == expected
+loader = torch.utils.data.DataLoader(Data(), batch_size=2, num_workers=2, multiprocessing_context="fork")
+print(torch.cat(list(loader)).tolist() == [True] * 8)
+"""
+    assert run(code, NUMBA_THREADING_LAYER=layer) == "True\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="GNU OpenMP")
+def test_who_was_forked_and_who_was_not():
+    code = FORK + "from regkern.kernels import forks; print(forks.forked, child(lambda: forks.forked, True))"
+    assert run(code) == "False 0\n"

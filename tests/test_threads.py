@@ -1,0 +1,180 @@
+"""Many threads, whose own Numba code may be running: the same bits, and the settings of others are left alone."""
+
+import pytest
+
+from tests.processes import LAYERS, THEIRS, run
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_mixed_calls_from_many_threads(layer):
+    code = """
+import threading
+from concurrent.futures import ThreadPoolExecutor
+arrays = {"a": x[:70_001], "b": x[:900_000].reshape(300, 3000).astype(np.float64), "c": x[::3], "d": x[:7]}
+penalty = rk.Penalty({"*": rk.L1L2(0.1, 0.2)})
+calls = [
+    lambda: rk.L2(0.3)(x),
+    lambda: rk.L1(0.3).prox(x, 0.1),
+    lambda: rk.L1L2(0.1, 0.2).grad(x, out=np.ones_like(x), accumulate=True),
+    lambda: rk.OrthogonalRegularizer()(arrays["b"]),
+    lambda: rk.OrthogonalRegularizer().grad(arrays["b"][:, :500]),
+    lambda: penalty(arrays),
+    lambda: list(penalty.bind(arrays).value_and_grad()[1].values())[0],
+    lambda: rk.reductions.abs_sum(x[::-2]),
+]
+expected = [np.asarray(call()).tobytes() for call in calls]
+start = threading.Barrier(16)
+def work(first):
+    start.wait()
+    order = [(first + i) % len(calls) for i in range(3 * len(calls))]
+    return all(np.asarray(calls[i]()).tobytes() == expected[i] for i in order)
+with ThreadPoolExecutor(16) as pool:
+    print(all(pool.map(work, range(16))))
+"""
+    assert run(code, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2") == "True\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", LAYERS)
+def test_threads_that_are_all_the_first(layer, tmp_path):
+    """Numba, the kernels and the thread pool are loaded by sixteen threads at once, from an empty cache."""
+    code = """
+import threading
+from concurrent.futures import ThreadPoolExecutor
+start = threading.Barrier(16)
+def work(i):
+    start.wait()
+    return float(rk.L2(1.0)(x)), float(rk.L2(1.0)(x[:9]))
+with ThreadPoolExecutor(16) as pool:
+    print(len(set(pool.map(work, range(16)))))
+"""
+    assert run(code, NUMBA_THREADING_LAYER=layer, REGKERN_CACHE_DIR=str(tmp_path)) == "1\n"
+
+
+NESTED = """
+import sys
+import numba
+from numba import objmode, prange
+regularizer = rk.L2(1.0)
+def ask():
+    return float(regularizer(x))
+@numba.njit(parallel=True)
+def nested(n):
+    out = np.zeros(n)
+    for i in prange(n):
+        with objmode(value="float64"):
+            value = ask()
+        out[i] = value
+    return out
+"""
+
+
+@pytest.mark.parametrize("before", ["", "ask()"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_called_by_the_threads_of_a_parallel_function(layer, before):
+    code = f"{NESTED}\n{before}\nprint(len(set(nested(20).tolist())), nested(20)[0] == ask())"
+    assert run(code, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2") == "1 True\n"
+
+
+@pytest.mark.parametrize("layer", [layer for layer in LAYERS if layer != "workqueue"])
+def test_called_by_parallel_functions_of_many_threads(layer):
+    """On workqueue, a program that does this ends without regkern."""
+    code = f"""{NESTED}
+from concurrent.futures import ThreadPoolExecutor
+with ThreadPoolExecutor(4) as pool:
+    print(len({{value for result in pool.map(nested, [10] * 8) for value in result.tolist()}}))
+"""
+    assert run(code, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2") == "1\n"
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_numbas_and_openmps_settings_stay(layer):
+    code = """
+import ctypes, numba
+try:
+    openmp = ctypes.CDLL("libgomp.so.1")
+    openmp.omp_set_num_threads(5)
+    settings = lambda: (openmp.omp_get_max_threads(), openmp.omp_get_max_active_levels())
+except OSError:
+    settings = lambda: None
+before = settings()
+everything(x)
+numba.set_num_threads(2)
+everything(x)
+print(settings() == before, numba.get_num_threads())
+"""
+    assert run(code, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="3") == "True 2\n"
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_torchs_threads_stay(layer):
+    pytest.importorskip("torch")
+    code = """
+import torch
+torch.set_num_threads(3)
+y = torch.from_numpy(x)
+everything(x), rk.L2(1.0)(y), rk.Penalty({"*": rk.L1(1.0)})({"a": y, "b": x})
+print(torch.get_num_threads())
+"""
+    assert run(code, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2") == "3\n"
+
+
+def test_ctrl_c_before_the_launch_lock_is_guarded():
+    """A lock that stays taken leaves its thread parallel."""
+    code = """
+from regkern.kernels.cpu import elementwise, launch
+from regkern.dtypes import FLOAT32
+from regkern.kernels.formulas import SQUARE
+rk.L2(1.0)(x)
+launch._launching.acquire()  # as an interrupt right after it would leave it
+kernel = elementwise.kernels(elementwise.SUMS, SQUARE, FLOAT32).flat
+kernel.serial = None
+print(rk.L2(1.0)(x) > 0)
+"""
+    assert run(code, NUMBA_THREADING_LAYER="workqueue", NUMBA_NUM_THREADS="2") == "True\n"
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_ctrl_c_between_kernels(layer):
+    """Interrupts at any time: what comes after has the same bits, on as many threads as before."""
+    code = """
+import os, signal, threading, time
+expected = everything(x)
+out, interrupted = np.zeros_like(x), 0
+for i in range(20):
+    done = False
+    timer = threading.Timer(0.002 * i, os.kill, (os.getpid(), signal.SIGINT))
+    try:
+        timer.start()
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline:
+            rk.L1L2(0.1, 0.2).grad(x, out=out)
+    except KeyboardInterrupt:
+        interrupted += 1
+    timer.join()
+print(interrupted, everything(x) == expected)
+"""
+    assert run(code, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2") == "20 True\n"
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_beside_the_programs_own_launches_in_another_thread(layer):
+    code = (
+        THEIRS
+        + """
+import _thread, time
+expected = rk.L1L2(0.1, 0.2)(x)
+running, stopped = [True], []
+def busy():
+    while running:
+        theirs(x)
+    stopped.append(True)
+_thread.start_new_thread(busy, ())  # which `threading` does not know
+time.sleep(0.05)
+print(all(rk.L1L2(0.1, 0.2)(x) == expected for _ in range(200)))
+running.clear()
+while not stopped:
+    time.sleep(0.01)
+"""
+    )
+    assert run(code, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2") == "True\n"
