@@ -46,7 +46,7 @@ def accelerate(model: Any) -> int:
     the next `fit`; optimizer state and weights are not touched.
 
     Args:
-        model: a model or layer of Keras 3 or tf_keras.
+        model: a model or layer of Keras 3 or tf_keras; of nested models that are compiled, the outermost.
 
     Returns:
         How many were replaced, where one object that two layers share counts twice.

@@ -50,6 +50,9 @@ stop = threading.Event()
 def busy():
     while not stop.is_set():
         everything(x)
+alone = threading.Thread(target=everything, args=(x,))  # compiles what runs beside other threads
+alone.start()
+alone.join()
 threads = [threading.Thread(target=busy) for _ in range(2)]
 [thread.start() for thread in threads]
 print({child(lambda: everything(x), expected) for _ in range(8)})

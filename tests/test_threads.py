@@ -139,6 +139,7 @@ def test_ctrl_c_between_kernels(layer):
     """Interrupts at any time: what comes after has the same bits, on as many threads as before."""
     code = """
 import os, signal, threading, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 expected = everything(x)
 out, interrupted = np.zeros_like(x), 0
 for i in range(20):

@@ -122,6 +122,7 @@ def keras_files(tmp_path_factory):
         warnings.simplefilter("ignore")  # Keras's own: __array__ without copy, HDF5 called legacy
         import keras
 
+        keras.utils.clear_session()  # layers are numbered by how many there were before in the process
         model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="stem"), keras.layers.Dense(2)])
         model.compile("sgd", "mse")
         model.save(folder / "model.keras")
