@@ -107,8 +107,8 @@ _ACCUMULATE = {
 }
 _GRAM = {"regkern": "import regkern as rk\nreg = rk.OrthogonalRegularizer(0.01)\nrun = lambda x: reg(x)"}
 
-# A training step of Keras, with its own regularizers and with regkern's, in turns. The NumPy backend does not train:
-# there the losses alone are evaluated.
+# A training step of Keras, with its own regularizers, with regkern's and with none, in turns. The NumPy backend does
+# not train: there the losses alone are evaluated.
 _FIT = """
 import json, warnings
 warnings.simplefilter("ignore")
@@ -117,11 +117,9 @@ import numpy as np
 import regkern as rk
 from bench import measure
 
-def network(regularizers):
+def network(regularizer):
     keras.utils.set_random_seed(0)
-    layers = [
-        keras.layers.Dense({width}, "relu", kernel_regularizer=regularizers.L1L2(1e-5, 1e-4)) for _ in range(4)
-    ]
+    layers = [keras.layers.Dense({width}, "relu", kernel_regularizer=regularizer) for _ in range(4)]
     model = keras.Sequential([keras.Input(({width},)), *layers])
     model.compile("sgd", "mse")
     return model
@@ -133,7 +131,8 @@ def step(model):
 
 rng = np.random.default_rng(0)
 x, y = (rng.standard_normal((32, {width})).astype("float32") for _ in range(2))
-steps = {{"regkern": step(network(rk)), "keras": step(network(keras.regularizers))}}
+regularizers = {{"regkern": rk.L1L2(1e-5, 1e-4), "keras": keras.regularizers.L1L2(1e-5, 1e-4), "none": None}}
+steps = {{name: step(network(regularizer)) for name, regularizer in regularizers.items()}}
 for call in steps.values():
     call()
 samples = measure.interleave(steps, {seconds})

@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 import regkern as rk
-from tests import reference
+from tests import processes, reference
 from tests.cases import NUMPY_DTYPES, REGULARIZERS
 from tests.test_elementwise import assert_close
 from tests.test_gram import TOLERANCE, assert_gradients_close
@@ -169,6 +169,48 @@ def test_tapes_of_all_kinds():
     with tf.GradientTape() as tape:
         unrelated = tf.constant(1.0) * reg(tf.constant([1.0]))
     assert tape.gradient(unrelated, x) is None
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_forward_mode(name):
+    regularizer, x = ALL[name], tf.constant(normal(6, 5, dtype="float64"))
+    direction = tf.constant(normal(6, 5, dtype="float64", seed=1))
+
+    def products(function):
+        """The derivative along a direction, and that of the gradient."""
+        with tf.autodiff.ForwardAccumulator(x, direction) as accumulator:
+            value, gradient = differentiated(function, x)
+        return accumulator.jvp(value), accumulator.jvp(gradient, unconnected_gradients="zero")
+
+    found, expected = products(regularizer), products(lambda x: written_out(regularizer, x))
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
+
+
+OTHER_HOST = """
+import tensorflow as tf
+import regkern as rk
+
+server = tf.distribute.Server.create_local_server()
+tf.config.experimental_connect_to_host(server.target)
+with tf.device("/job:worker/task:0/device:CPU:0"):
+    x = tf.ones((3, 3))
+    penalty = rk.L1L2(0.1, 0.2)(x)
+print(penalty.backing_device, float(penalty))
+"""
+
+
+def test_other_hosts_compute_their_own():
+    device, penalty = processes.run(OTHER_HOST, head="").split()
+    assert device.startswith("/job:worker/")
+    assert float(penalty) == pytest.approx(2.7, rel=1e-6)
+
+
+def test_replicated_variables():
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+    with strategy.scope():
+        variable = tf.Variable([[1.0, -2.0], [0.0, 3.0]])
+    assert float(strategy.run(lambda: rk.L1(0.5)(variable))) == float(rk.L1(0.5)(variable)) == 3.0
 
 
 def test_open_shapes():
