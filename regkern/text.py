@@ -18,7 +18,7 @@ def elided(text: str, length: int) -> str:
 def number(value: float, digits: int = 5) -> str:
     """Spell a number with so many digits, and an exponent as short as it can be.
 
-    Example:
+    Examples:
         >>> number(1234567.0)
         '1.2346e6'
     """
@@ -29,7 +29,7 @@ def number(value: float, digits: int = 5) -> str:
 def share(part: int, whole: int) -> str:
     """Spell a percentage, which is 0% or 100% of none or all alone.
 
-    Example:
+    Examples:
         >>> share(1, 8), share(1, 10**6), share(10**6 - 1, 10**6), share(0, 0)
         ('12.5%', '<0.01%', '>99.9%', '0%')
     """
