@@ -13,6 +13,7 @@ from regkern import reductions
 from regkern.regularizers import ElementwiseRegularizer, OrthogonalRegularizer
 from regkern.rules import RuleError, Rules
 from regkern.serialization import deserialize, get, serialize
+from regkern.text import html_table, number
 
 if TYPE_CHECKING:
     from regkern.arrays.adapter import Adapter
@@ -217,6 +218,12 @@ class BoundPenalty:
         self._tensors.check(self._arrays)
         return self._tensors.values(self._arrays)
 
+    def _repr_html_(self) -> str:
+        """Return a table of the tensors' penalties as they are now: what a notebook shows."""
+        values = {name: float(value) for name, value in self.per_tensor().items()}
+        rows = [(name, repr(self._tensors.regularizer(name)), number(value)) for name, value in values.items()]
+        return html_table(("tensor", "regularizer", "penalty"), [*rows, ("total", "", number(sum(values.values())))])
+
     def value_and_grad(self) -> tuple[Any, dict[str, Any]]:
         """Return the penalty and, by name, each penalised tensor's gradient.
 
@@ -310,6 +317,10 @@ class _Tensors:
         if self._names != list(named):
             return False
         return self._plan is None or self._plan.fits(self._of_plan(list(named.values())))
+
+    def regularizer(self, name: str) -> Any:
+        """Return a tensor's regularizer."""
+        return self._regularizers[self._names.index(name)]
 
     def check(self, arrays: Sequence[Any]) -> None:
         """Raise RuntimeError unless the arrays are where they were."""

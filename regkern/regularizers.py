@@ -71,6 +71,10 @@ class Regularizer:
     A subclass needs `__call__(x)`, which returns the penalty of an array, and for saving `get_config`.
     `__call__` must not divide by a batch size: `activity_penalty` and Keras's layers do that.
 
+    As in Keras, a regularizer is equal to itself alone: its factors can be set at any time, and a cache that took it
+    for an equal one, that of `jax.jit` for instance, would give it the other's penalty. To compare two, compare their
+    configs.
+
     Reference: https://keras.io/api/layers/regularizers/#creating-custom-regularizers
 
     Examples:
