@@ -81,7 +81,15 @@ class _WrongUse(_Failure):
     exit_code = 2
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+_HELP_EPILOG = """\b
+Tab completion, in the shell's start-up file:
+  bash:  eval "$(_REGKERN_COMPLETE=bash_source regkern)"
+  zsh:   eval "$(_REGKERN_COMPLETE=zsh_source regkern)"
+  fish:  _REGKERN_COMPLETE=fish_source regkern | source
+"""
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=_HELP_EPILOG)
 @click.version_option(regkern.__version__, prog_name="regkern")
 def cli() -> None:
     """Weight penalties (L1, L2, L1L2, orthogonal), evaluated by fused kernels."""

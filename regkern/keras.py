@@ -54,7 +54,7 @@ def accelerate(model: Any) -> int:
     Raises:
         TypeError: it is neither.
 
-    Example:
+    Examples:
         >>> import keras
         >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, kernel_regularizer="l2")])
         >>> accelerate(model), model.layers[0].kernel_regularizer
@@ -90,7 +90,7 @@ def restore(model: Any) -> int:
     Raises:
         TypeError: it is neither.
 
-    Example:
+    Examples:
         >>> import keras
         >>> layer = keras.layers.Dense(2, kernel_regularizer="l2")
         >>> original = layer.kernel_regularizer

@@ -13,6 +13,7 @@ from regkern import reductions
 from regkern.regularizers import ElementwiseRegularizer, OrthogonalRegularizer
 from regkern.rules import RuleError, Rules
 from regkern.serialization import deserialize, get, serialize
+from regkern.text import html_table, number
 
 if TYPE_CHECKING:
     from regkern.arrays.adapter import Adapter
@@ -40,7 +41,7 @@ class Penalty:
     Raises:
         RuleError: a rule is no glob, or its regularizer is none. It is a ValueError.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> import regkern as rk
         >>> penalty = Penalty({"*bias*": None, "*": rk.L2(0.5)})
@@ -75,15 +76,36 @@ class Penalty:
         return self._tensors(named).value(list(named.values()))
 
     def per_tensor(self, named: Any) -> dict[str, Any]:
-        """Return each penalised tensor's penalty by name; arguments and errors as for a call."""
+        """Return each penalised tensor's penalty by name.
+
+        Args:
+            named: tensors, as for a call.
+
+        Returns:
+            A dict of 0-d scalars, each of its tensor's library, in the order of the tensors.
+
+        Raises:
+            TypeError, ValueError: as for a call.
+
+        Examples:
+            >>> import numpy as np
+            >>> Penalty({"*bias": None, "*": "l2"}).per_tensor({"kernel": np.ones(5), "bias": np.ones(5)})
+            {'kernel': np.float64(0.05)}
+        """
         named = reductions.named_arrays(named)
         return self._tensors(named).values(list(named.values()))
 
     def bind(self, named: Any) -> BoundPenalty:
         """Look up names, memory and layouts once, for tensors that stay where they are: as in a training loop.
 
+        Args:
+            named: tensors, as for a call.
+
         Returns:
             A `BoundPenalty`, which keeps the tensors alive. Factors may change between its evaluations.
+
+        Raises:
+            TypeError: a penalised tensor's dtype is not supported, or `named` is no collection of arrays.
         """
         return BoundPenalty(self, named)
 
@@ -94,7 +116,21 @@ class Penalty:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """Make a penalty from what `get_config` returned."""
+        """Make a penalty from what `get_config` returned.
+
+        Args:
+            config: a mapping with "rules" and, unless it is False, "count_tied".
+
+        Returns:
+            A penalty.
+
+        Raises:
+            ValueError: a rule's config stands for nothing.
+
+        Examples:
+            >>> Penalty.from_config({"rules": {"*bias": None, "*": {"class_name": "L2", "config": {"l2": 0.5}}}})
+            Penalty({'*bias': None, '*': L2(l2=0.5)})
+        """
         rules = {glob: deserialize(each) for glob, each in config["rules"].items()}
         return cls(rules, count_tied=config.get("count_tied", False))
 
@@ -136,6 +172,21 @@ class BoundPenalty:
     Names and layouts were looked up once, as in an FFT's plan, so an evaluation is one launch. The tensors are kept
     alive. Factors of the regularizers may change between evaluations. Nothing is recorded for a framework's
     differentiation.
+
+    Args:
+        penalty: the rules.
+        named: tensors, as for a call of the penalty.
+
+    Examples:
+        >>> import numpy as np
+        >>> weights = {"kernel": np.ones(3), "bias": np.ones(3)}
+        >>> bound = Penalty({"*bias": None, "*": "l2"}).bind(weights)
+        >>> bound.value()
+        np.float64(0.03)
+        >>> gradients = {"kernel": np.zeros(3)}
+        >>> bound.add_grad(gradients, scale=0.5)
+        >>> gradients["kernel"]
+        array([0.01, 0.01, 0.01])
     """
 
     def __init__(self, penalty: Penalty, named: Any) -> None:
@@ -144,7 +195,10 @@ class BoundPenalty:
         self._tensors = _Tensors(penalty, named, recorded=False)
 
     def value(self) -> Any:
-        """Return the penalty, as `Penalty.__call__` does.
+        """Return the penalty, as a call of the `Penalty` does.
+
+        Returns:
+            A 0-d scalar.
 
         Raises:
             RuntimeError: a tensor's memory was resized, reshaped or replaced since it was bound.
@@ -153,12 +207,28 @@ class BoundPenalty:
         return self._tensors.value(self._arrays)
 
     def per_tensor(self) -> dict[str, Any]:
-        """Return each penalised tensor's penalty by name; errors as for `value`."""
+        """Return each penalised tensor's penalty by name.
+
+        Returns:
+            A dict of 0-d scalars, as of `Penalty.per_tensor`.
+
+        Raises:
+            RuntimeError: as for `value`.
+        """
         self._tensors.check(self._arrays)
         return self._tensors.values(self._arrays)
 
+    def _repr_html_(self) -> str:
+        """Return a table of the tensors' penalties as they are now: what a notebook shows."""
+        values = {name: float(value) for name, value in self.per_tensor().items()}
+        rows = [(name, repr(self._tensors.regularizer(name)), number(value)) for name, value in values.items()]
+        return html_table(("tensor", "regularizer", "penalty"), [*rows, ("total", "", number(sum(values.values())))])
+
     def value_and_grad(self) -> tuple[Any, dict[str, Any]]:
-        """Return the penalty and, by name, each penalised tensor's gradient, a new array.
+        """Return the penalty and, by name, each penalised tensor's gradient.
+
+        Returns:
+            A 0-d scalar, and a dict of new arrays with their tensors' shapes and dtypes.
 
         Raises:
             RuntimeError: as for `value`.
@@ -247,6 +317,10 @@ class _Tensors:
         if self._names != list(named):
             return False
         return self._plan is None or self._plan.fits(self._of_plan(list(named.values())))
+
+    def regularizer(self, name: str) -> Any:
+        """Return a tensor's regularizer."""
+        return self._regularizers[self._names.index(name)]
 
     def check(self, arrays: Sequence[Any]) -> None:
         """Raise RuntimeError unless the arrays are where they were."""

@@ -40,7 +40,7 @@ def abs_sum(x: Any) -> Any:
     Raises:
         TypeError: x is no array of a supported library, or its dtype is not supported.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> float(abs_sum(np.array([1.0, -2.0, 3.0])))
         6.0
@@ -60,7 +60,7 @@ def square_sum(x: Any) -> Any:
     Raises:
         TypeError: x is no array of a supported library, or its dtype is not supported.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> float(square_sum(np.array([1.0, -2.0, 3.0])))
         14.0
@@ -80,7 +80,7 @@ def abs_square_sums(x: Any) -> tuple[Any, Any]:
     Raises:
         TypeError: x is no array of a supported library, or its dtype is not supported.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> [float(s) for s in abs_square_sums(np.array([1.0, -2.0, 3.0]))]
         [6.0, 14.0]
@@ -97,7 +97,7 @@ def zero_and_nonfinite_counts(x: Any) -> tuple[int, int]:
     Raises:
         TypeError: x is no array of a supported library, or its dtype is not supported.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> zero_and_nonfinite_counts(np.array([0.0, 1.0, np.nan]))
         (1, 1)
@@ -123,10 +123,12 @@ def gram_offdiagonal_mean(x: Any, mode: str = "rows") -> Any:
         TypeError: x is no array of a supported library, or its dtype is not supported.
         ValueError: x has not two dimensions, or the mode is another.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> float(gram_offdiagonal_mean(np.array([[1.0, 0.0], [0.0, 2.0], [0.0, -3.0]])))  # cosines 0, 0, -1
         0.3333333333333333
+
+    Reference: `keras.regularizers.OrthogonalRegularizer`, https://keras.io/api/layers/regularizers/
     """
     check_mode(mode)
     return orthogonal_penalty(1.0, x, mode)
@@ -307,6 +309,16 @@ def combine(partials: Any) -> Any:
 
     Neighbours are added, and the sums of neighbours, as the kernels add the sums of their chunks: pieces of 2**k
     chunks give the bits of the whole.
+
+    Args:
+        partials: what `partial` of a regularizer returned for each piece.
+
+    Returns:
+        Their sum, a float64 array of the shape of one of them.
+
+    Examples:
+        >>> combine([[1.0, 1.0], [2.0, 4.0]])
+        array([3., 5.])
     """
     sums = np.asarray(partials, np.float64)
     while len(sums) > 1:

@@ -66,12 +66,18 @@ def _shown(value: Any) -> str:
 
 
 class Regularizer:
-    """The base class of regularizers; on its own, the penalty 0.
+    """The base class of regularizers; on its own, ``P(x) = 0``.
 
     A subclass needs `__call__(x)`, which returns the penalty of an array, and for saving `get_config`.
     `__call__` must not divide by a batch size: `activity_penalty` and Keras's layers do that.
 
-    Example:
+    As in Keras, a regularizer is equal to itself alone: its factors can be set at any time, and a cache that took it
+    for an equal one, that of `jax.jit` for instance, would give it the other's penalty. To compare two, compare their
+    configs.
+
+    Reference: https://keras.io/api/layers/regularizers/#creating-custom-regularizers
+
+    Examples:
         >>> import numpy as np
         >>> class Range(Regularizer):
         ...     def __call__(self, x):
@@ -81,11 +87,21 @@ class Regularizer:
     """
 
     def __call__(self, x: Any) -> Any:
-        """Return the penalty of x."""
+        """Return the penalty of x.
+
+        Args:
+            x: an array.
+
+        Returns:
+            A 0-d scalar; 0.0 here.
+        """
         return 0.0
 
     def get_config(self) -> dict[str, Any]:
         """Return the constructor's arguments, from which `from_config` makes an equal regularizer.
+
+        Returns:
+            A dict that JSON can hold.
 
         Raises:
             NotImplementedError: the subclass does not define it.
@@ -94,7 +110,22 @@ class Regularizer:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """Make a regularizer from what `get_config` returned."""
+        """Make a regularizer from what `get_config` returned.
+
+        Args:
+            config: the constructor's arguments by name.
+
+        Returns:
+            A regularizer of this class.
+
+        Raises:
+            TypeError: a name is not an argument of the constructor.
+            ValueError: a value is not one that it takes.
+
+        Examples:
+            >>> L2.from_config({"l2": 0.5})
+            L2(l2=0.5)
+        """
         return cls(**config)
 
     def __repr__(self) -> str:
@@ -106,7 +137,7 @@ class Regularizer:
 
 
 class ElementwiseRegularizer(Regularizer):
-    """A penalty that is a sum over elements: what L1, L2 and L1L2 share."""
+    """A penalty that is a sum over elements: what `L1`, `L2` and `L1L2` share."""
 
     @CachedAttribute
     def _formula(self) -> tuple[Formula, float, float]:
@@ -124,6 +155,11 @@ class ElementwiseRegularizer(Regularizer):
 
         Raises:
             TypeError: x is no such array.
+
+        Examples:
+            >>> import numpy as np
+            >>> L2(0.5)(np.array([1.0, 2.0], np.float16))
+            np.float32(2.5)
         """
         formula, a, b = self._formula
         return reductions.penalty(formula, a, b, x)
@@ -143,7 +179,7 @@ class ElementwiseRegularizer(Regularizer):
         Raises:
             TypeError: x is no array of a supported library and dtype.
 
-        Example:
+        Examples:
             >>> import numpy as np
             >>> reg, pieces = L2(0.5), (np.array([1.0, 2.0]), np.array([3.0]))
             >>> float(reg.finish(reg.combine([reg.partial(piece) for piece in pieces]), "float64"))
@@ -165,17 +201,33 @@ class ElementwiseRegularizer(Regularizer):
 
         Raises:
             TypeError: the dtype is not supported.
+
+        Examples:
+            >>> import numpy as np
+            >>> L2(0.5).finish(np.array([3.0, 5.0]))  # of [1.0, 2.0]: the sums of |x_i| and of x_i**2
+            np.float32(2.5)
         """
         _, a, b = self._formula
         return reductions.finish(a, b, partial, dtype)
 
     def value_and_grad(self, x: Any) -> tuple[Any, Any]:
-        """Return the penalty and its gradient dP/dx, a new array like x, in one pass over x.
+        """Return the penalty and its gradient dP/dx, in one pass over x.
 
         The derivative of |x| at 0 is 0.
 
+        Args:
+            x: an array, as for a call.
+
+        Returns:
+            The penalty, as by a call, and a new array with x's shape and dtype.
+
         Raises:
             TypeError: x is no array of a supported library and dtype.
+
+        Examples:
+            >>> import numpy as np
+            >>> L1L2(l1=1.0, l2=0.5).value_and_grad(np.array([1.0, 0.0, -3.0]))
+            (np.float64(9.0), array([ 2.,  0., -4.]))
         """
         return reductions.value_and_grad(*self._formula, x)
 
@@ -195,6 +247,12 @@ class ElementwiseRegularizer(Regularizer):
             TypeError: x or out is no array of a supported library and dtype.
             ValueError: out is of another shape, read-only or overlaps x in part, is missing with accumulate,
                 or scale is not finite.
+
+        Examples:
+            >>> import numpy as np
+            >>> gradient = np.array([10.0, 10.0])
+            >>> L2(0.5).grad(np.array([1.0, 2.0]), out=gradient, scale=2.0, accumulate=True)
+            array([12., 14.])
         """
         return reductions.grad(*self._formula, x, out, scale, accumulate)
 
@@ -212,6 +270,13 @@ class ElementwiseRegularizer(Regularizer):
         Raises:
             TypeError: x or out is no array of a supported library and dtype.
             ValueError: step is negative, NaN or infinite, or out is of another shape, read-only or overlaps x in part.
+
+        Examples:
+            >>> import numpy as np
+            >>> L1(1.0).prox(np.array([3.0, 0.2, -2.0]), step=0.5)
+            array([ 2.5,  0. , -1.5])
+
+        Reference: Parikh and Boyd, Proximal Algorithms, 2014, sections 6.1 and 6.5, https://doi.org/10.1561/2400000003
         """
         return reductions.prox(*self._formula, x, step, out)
 
@@ -225,10 +290,12 @@ class L1(ElementwiseRegularizer):
     Raises:
         ValueError: the factor is not a non-negative finite real number.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> float(L1(0.5)(np.array([1.0, -3.0])))
         2.0
+
+    Reference: https://keras.io/api/layers/regularizers/
     """
 
     l1 = Factor(0.01)
@@ -256,10 +323,12 @@ class L2(ElementwiseRegularizer):
     Raises:
         ValueError: the factor is not a non-negative finite real number.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> float(L2(0.5)(np.array([1.0, -3.0])))
         5.0
+
+    Reference: https://keras.io/api/layers/regularizers/
     """
 
     l2 = Factor(0.01)
@@ -288,10 +357,13 @@ class L1L2(ElementwiseRegularizer):
     Raises:
         ValueError: a factor is not a non-negative finite real number.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> float(L1L2(l1=1.0, l2=0.5)(np.array([1.0, -3.0])))
         9.0
+
+    Reference: https://keras.io/api/layers/regularizers/ and Zou and Hastie, Regularization and variable selection via
+    the elastic net, 2005, https://doi.org/10.1111/j.1467-9868.2005.00503.x
     """
 
     l1 = Factor(0.0)
@@ -331,13 +403,15 @@ class OrthogonalRegularizer(Regularizer):
     Raises:
         ValueError: the factor is not a non-negative finite real number, or the mode or leading_axes is another.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> float(OrthogonalRegularizer(0.5)(np.array([[0.0, 2.0], [0.0, -3.0]])))
         0.5
         >>> filters = np.random.default_rng(0).standard_normal((3, 3, 16, 32))
         >>> float(OrthogonalRegularizer(1.0, "columns", leading_axes="flatten")(filters)) < 0.1
         True
+
+    Reference: https://keras.io/api/layers/regularizers/
     """
 
     factor = Factor(0.01)
@@ -385,7 +459,7 @@ class OrthogonalRegularizer(Regularizer):
                 is "batch".
             NotImplementedError: the library keeps its arrays on devices for which there are no such kernels.
 
-        Example:
+        Examples:
             >>> import itertools
             >>> import numpy as np
             >>> reg, x = OrthogonalRegularizer(0.5), np.random.default_rng(0).standard_normal((90, 40))
@@ -400,27 +474,76 @@ class OrthogonalRegularizer(Regularizer):
     combine = staticmethod(reductions.combine)
 
     def finish(self, partial: Any, dtype: Any = "float32") -> Any:
-        """Return the penalty from the partial sums of all blocks and pairs of blocks; arguments as for `L1.finish`."""
+        """Return the penalty from the partial sums of all blocks and pairs of blocks.
+
+        Args:
+            partial: what `combine` returned.
+            dtype: the dtype of the blocks' elements, or its name.
+
+        Returns:
+            A scalar of NumPy: float64 for float64, float32 for the rest.
+
+        Raises:
+            TypeError: the dtype is not supported.
+        """
         return reductions.orthogonal_finish(self.factor, partial, dtype)
 
     def value_and_grad(self, x: Any) -> tuple[Any, Any]:
-        """Return the penalty and its gradient dP/dx, a new array like x.
+        """Return the penalty and its gradient dP/dx.
 
         With unit rows u_i and ``v_i = sum over j != i of sign(cos_ij) u_j`` the gradient of row i is
         ``factor / pairs / |x_i| * (v_i - (v_i . u_i) u_i)``. The derivative of |cos| at cosine 0 is 0; a zero row's
         gradient is 0.
 
+        Args:
+            x: an array, as for a call.
+
+        Returns:
+            The penalty, as by a call, and a new array with x's shape and dtype.
+
         Raises:
-            TypeError, ValueError: as for a call.
+            TypeError: x is no array of a supported library and dtype.
+            ValueError: x has another number of dimensions.
+
+        Examples:
+            >>> import numpy as np
+            >>> value, gradient = OrthogonalRegularizer(1.0).value_and_grad(np.array([[2.0, 0.0], [1.0, 1.0]]))
+            >>> gradient.round(3)
+            array([[ 0.   ,  0.354],
+                   [ 0.354, -0.354]])
         """
         return reductions.orthogonal_value_and_grad(self.factor, x, self.mode, self.leading_axes)
 
     def grad(self, x: Any, out: Any = None, scale: float = 1.0, accumulate: bool = False) -> Any:
-        """Compute ``scale * dP/dx``; arguments, result and errors as for `L1`, derivatives as in `value_and_grad`."""
+        """Compute ``scale * dP/dx``, with the derivatives of `value_and_grad`.
+
+        Args:
+            x: an array, as for a call.
+            out: where to write, an array with x's shape and dtype, or x itself; None makes a new one.
+            scale: a finite factor.
+            accumulate: add to `out` instead of overwriting it, without a temporary array.
+
+        Returns:
+            `out`.
+
+        Raises:
+            TypeError: x or out is no array of a supported library and dtype.
+            ValueError: x has another number of dimensions; out is of another shape, read-only or overlaps x in part,
+                is missing with accumulate; or scale is not finite.
+        """
         return reductions.orthogonal_grad(self.factor, x, self.mode, self.leading_axes, out, scale, accumulate)
 
     def prox(self, x: Any, step: float, out: Any = None) -> Any:
-        """Raise NotImplementedError: the proximal operator of this penalty has no closed form."""
+        """Raise an error: the proximal operator of this penalty has no closed form.
+
+        Args:
+            x: an array.
+            step: a step size.
+            out: where the result would be written.
+
+        Raises:
+            NotImplementedError: always.
+        """
         raise NotImplementedError("OrthogonalRegularizer has no proximal operator in closed form; use its gradient.")
 
     def get_config(self) -> dict[str, Any]:
@@ -453,10 +576,12 @@ def activity_penalty(regularizer: Any, outputs: Any) -> Any:
         TypeError: outputs is no array.
         ValueError: outputs has no dimension.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> float(activity_penalty(L2(1.0), np.ones((4, 3))))
         3.0
+
+    Reference: https://keras.io/api/layers/regularizers/
     """
     shape = getattr(outputs, "shape", None)
     if shape is None:
@@ -469,7 +594,22 @@ def activity_penalty(regularizer: Any, outputs: Any) -> Any:
 
 
 def l1_l2(l1: float | None = 0.01, l2: float | None = 0.01) -> L1L2:
-    """Make ``L1L2(l1, l2)``, with Keras's defaults for this name: 0.01 and 0.01."""
+    """Make ``L1L2(l1, l2)``, with Keras's defaults for this name: 0.01 and 0.01.
+
+    Args:
+        l1: the factor of the absolute values; None means 0.0.
+        l2: the factor of the squares; None means 0.0.
+
+    Returns:
+        A regularizer.
+
+    Raises:
+        ValueError: a factor is not a non-negative finite real number.
+
+    Examples:
+        >>> l1_l2(l2=0.5)
+        L1L2(l1=0.01, l2=0.5)
+    """
     return L1L2(l1=l1, l2=l2)
 
 

@@ -23,7 +23,7 @@ class Rules:
     Args:
         regularizers: globs and their regularizers, in the order in which they are tried.
 
-    Example:
+    Examples:
         >>> import regkern as rk
         >>> rules = Rules({"*bias*": None, "*": rk.L2(1e-4)})
         >>> rules.find("dense.bias"), rules.find("dense.kernel")
@@ -76,7 +76,7 @@ def parse_rule(text: str) -> tuple[str, Any]:
     Raises:
         RuleError: the rule has another form, or the regularizer does not take what it says.
 
-    Example:
+    Examples:
         >>> parse_rule("*kernel*=l1_l2:l1=1e-5,l2=1e-4")
         ('*kernel*', L1L2(l1=1e-05, l2=0.0001))
     """

@@ -62,14 +62,14 @@ def register_keras_serializable(package: str = "Custom", name: str | None = None
     Raises:
         ValueError: a class has no `get_config`.
 
-    Example:
+    Examples:
         >>> @register_keras_serializable(package="Example")
         ... def total(x):
         ...     return x.sum()
         >>> serialize(total)["config"]
         'Example>total'
 
-    See https://keras.io/api/models/model_saving_apis/serialization_utils/.
+    Reference: https://keras.io/api/models/model_saving_apis/serialization_utils/
     """
 
     def register(custom: T) -> T:
@@ -102,9 +102,11 @@ class CustomObjectScope:
     Args:
         custom_objects: names, as configs spell them, and the classes or functions they stand for.
 
-    Example:
+    Examples:
         >>> with CustomObjectScope({"total": lambda x: x.sum()}):
         ...     penalty = get("total")
+
+    Reference: https://keras.io/api/models/model_saving_apis/serialization_utils/
     """
 
     def __init__(self, custom_objects: Mapping[str, Any] | None) -> None:
@@ -137,11 +139,13 @@ def get(identifier: Any) -> Any:
     Raises:
         ValueError: it stands for nothing.
 
-    Example:
+    Examples:
         >>> get("l1_l2")
         L1L2(l1=0.01, l2=0.01)
         >>> get({"class_name": "L2", "config": {"l2": 0.5}})
         L2(l2=0.5)
+
+    Reference: https://keras.io/api/layers/regularizers/
     """
     if identifier is None or isinstance(identifier, str | dict):
         return deserialize(identifier)
@@ -168,9 +172,11 @@ def serialize(regularizer: Any, use_legacy_format: bool = False) -> Any:
         NotImplementedError: the class has no `get_config` of its own.
         ValueError: it is neither a regularizer nor a function.
 
-    Example:
+    Examples:
         >>> serialize(L2(0.5), use_legacy_format=True)
         {'class_name': 'L2', 'config': {'l2': 0.5}}
+
+    Reference: https://keras.io/api/models/model_saving_apis/serialization_utils/
     """
     if regularizer is None:
         return None
@@ -210,9 +216,11 @@ def deserialize(config: Any, custom_objects: Mapping[str, Any] | None = None, us
     Raises:
         ValueError: the config has another shape, or names what is neither built in, registered nor passed.
 
-    Example:
+    Examples:
         >>> deserialize({"class_name": "OrthogonalRegularizer", "config": {"factor": 0.5, "mode": "columns"}})
         OrthogonalRegularizer(factor=0.5, mode='columns')
+
+    Reference: https://keras.io/api/models/model_saving_apis/serialization_utils/
     """
     if config is None:
         return None

@@ -1,5 +1,7 @@
 """How names and numbers are spelled for people: in tables, pictures and errors."""
 
+from collections.abc import Sequence
+
 
 def printable(text: str) -> str:
     """Return the text with control characters, terminal escapes and the like spelled as Python escapes."""
@@ -18,7 +20,7 @@ def elided(text: str, length: int) -> str:
 def number(value: float, digits: int = 5) -> str:
     """Spell a number with so many digits, and an exponent as short as it can be.
 
-    Example:
+    Examples:
         >>> number(1234567.0)
         '1.2346e6'
     """
@@ -29,7 +31,7 @@ def number(value: float, digits: int = 5) -> str:
 def share(part: int, whole: int) -> str:
     """Spell a percentage, which is 0% or 100% of none or all alone.
 
-    Example:
+    Examples:
         >>> share(1, 8), share(1, 10**6), share(10**6 - 1, 10**6), share(0, 0)
         ('12.5%', '<0.01%', '>99.9%', '0%')
     """
@@ -37,3 +39,20 @@ def share(part: int, whole: int) -> str:
     if 0 < percent < 0.01:
         return "<0.01%"
     return ">99.9%" if 99.9 < percent < 100 else f"{percent:.3g}%"
+
+
+def html_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in HTML; all but the first column are aligned to the right.
+
+    Examples:
+        >>> html_table(["a"], [["<"]])
+        '<table><tr><th>a</th></tr><tr><td>&lt;</td></tr></table>'
+    """
+    import html  # notebooks alone need it
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        right = ' style="text-align: right"'
+        return "".join(f"<{tag}{right * (i > 0)}>{html.escape(cell)}</{tag}>" for i, cell in enumerate(cells))
+
+    lines = [line(headers, "th"), *(line(row, "td") for row in rows)]
+    return f"<table>{''.join(f'<tr>{cells}</tr>' for cells in lines)}</table>"

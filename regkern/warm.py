@@ -31,7 +31,7 @@ def warmup(
     Raises:
         ValueError: a regularizer is not one of regkern's, or a dtype is not among these.
 
-    Example:
+    Examples:
         >>> warmup([])  # what all penalties share
         6
     """

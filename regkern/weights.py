@@ -146,7 +146,7 @@ def open_weights(path: str | os.PathLike[str]) -> Iterator[list[Tensor]]:
         WeightsError: there is no such file, or it is unreadable, damaged, without tensors or of another format; or the
             tensors of an index are not those of its shards.
 
-    Example:
+    Examples:
         >>> import pathlib, regkern
         >>> with open_weights(pathlib.Path(regkern.__file__).parent / "data" / "demo.safetensors") as tensors:
         ...     tensors[0].name, tensors[0].load().shape

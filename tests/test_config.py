@@ -1,5 +1,6 @@
 """Factors, identifiers and configs: every row of the contract."""
 
+import copy
 import json
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -320,6 +321,30 @@ def test_pickling(regularizer):
         assert again._formula[0] is regularizer._formula[0]  # a copy of a formula would compile kernels of its own
     assert again(x) == regularizer(x)
     assert again.get_config() == regularizer.get_config()
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy])
+@pytest.mark.parametrize("regularizer", BUILT_IN, ids=repr)
+def test_copies_have_factors_of_their_own(regularizer, duplicate):
+    x = np.random.default_rng(0).standard_normal((4, 5))
+    before = regularizer(x)
+    again = duplicate(regularizer)
+    assert again(x) == before
+    for name, value in regularizer.get_config().items():
+        if isinstance(value, float):
+            setattr(again, name, value + 1.0)
+    assert again(x) > before
+    assert regularizer(x) == before
+
+
+def test_a_regularizer_is_equal_to_itself_alone():
+    """Its factors can be set: an equal one would take its place in caches and sets, and differ later."""
+    first, second = rk.L2(0.5), rk.L2(0.5)
+    assert first.get_config() == second.get_config()
+    assert first != second
+    kept = {first: 1, second: 2}
+    second.l2 = 0.1
+    assert (kept[first], kept[second]) == (1, 2)
 
 
 def test_choices_that_are_set_later_are_checked():

@@ -1,7 +1,8 @@
-"""Every example runs: docstrings as doctests, the README's Python blocks one after the other."""
+"""Every example runs: docstrings as doctests, the Python blocks of the README and of each page one after the other."""
 
 import doctest
 import importlib
+import inspect
 import pkgutil
 import re
 from pathlib import Path
@@ -9,8 +10,11 @@ from pathlib import Path
 import pytest
 
 import regkern
+import regkern.keras
+from regkern.regularizers import ElementwiseRegularizer
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "pages").glob("*.md"))]
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(regkern.__path__, "regkern.")
@@ -23,14 +27,43 @@ def test_docstring_examples(name):
     assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 
-def test_public_docstrings_have_examples():
-    for name in ("L1", "L2", "L1L2", "OrthogonalRegularizer", "get", "serialize", "deserialize", "activity_penalty"):
-        assert ">>>" in getattr(regkern, name).__doc__
+def public():
+    """Yield the names and objects that users call: functions, classes, and the classes' methods."""
+    tops = [getattr(regkern, name) for name in regkern.__all__ if name != "reductions"]
+    tops += [getattr(module, name) for module in (regkern.reductions, regkern.keras) for name in module.__all__]
+    for top in dict.fromkeys([*tops, ElementwiseRegularizer]):
+        yield top.__name__, top
+        for name, member in vars(top).items() if inspect.isclass(top) else ():
+            if not name.startswith("_") or name == "__call__":
+                function = getattr(member, "__func__", member)  # of class methods and static ones
+                if inspect.isfunction(function):
+                    yield f"{top.__name__}.{name}", function
 
 
-def test_readme():
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert blocks
+PUBLIC = dict(public())
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_docstrings_are_complete(name):
+    thing = PUBLIC[name]
+    doc = inspect.getdoc(thing) or ""
+    parameters = [
+        parameter.name
+        for parameter in inspect.signature(thing).parameters.values()
+        if parameter.name not in ("self", "cls") and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    ]
+    described = re.findall(r"^    (\w+): ", doc.partition("Args:\n")[2], re.MULTILINE)
+    assert [word for word in described if word in parameters] == parameters
+    if inspect.isclass(thing):
+        assert ">>>" in doc or thing is ElementwiseRegularizer
+    elif inspect.signature(thing).return_annotation not in (None, "None"):
+        assert re.search(r"^Returns?:?\s", doc, re.MULTILINE) or "NotImplementedError: always" in doc
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_pages(page):
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    assert blocks or page.stem == "reference"
     namespace: dict[str, object] = {}
     for block in blocks:
-        exec(compile(block, str(README), "exec"), namespace)
+        exec(compile(block, str(page), "exec"), namespace)

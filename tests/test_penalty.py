@@ -437,3 +437,13 @@ def test_a_call_does_not_keep_arrays_alive():
 
 class Watched(np.ndarray):
     """An array that weak references can be made of without hindering NumPy."""
+
+
+def test_a_bound_penalty_in_a_notebook():
+    named = {"<kernel>": np.array([1.0, 2.0]), "bias": np.ones(3)}
+    bound = rk.Penalty({"bias": None, "*": rk.L2(0.5)}).bind(named)
+    shown = bound._repr_html_()
+    assert "<kernel>" not in shown
+    assert re.findall(r"<td[^>]*>(.*?)</td>", shown) == ["&lt;kernel&gt;", "L2(l2=0.5)", "2.5", "total", "", "2.5"]
+    named["<kernel>"][0] = 0.0
+    assert ">2<" in bound._repr_html_()

@@ -696,3 +696,15 @@ def test_sharded_checkpoint(mixed, tmp_path):
     assert result.exit_code == 1
     assert result.stderr == f"Error: {folder / names[1]}: expected a file; got no file of that name; check the path.\n"
     assert "dense_1.kernel" in result.stdout
+
+
+@pytest.mark.parametrize(("typed", "completed"), [("re", "report"), ("report --no-", "--no-cosine"), ("i", "info")])
+def test_tab_completion(typed, completed):
+    words = ["regkern", *typed.split()]
+    environment = {
+        "_REGKERN_COMPLETE": "bash_complete",
+        "COMP_WORDS": " ".join(words),
+        "COMP_CWORD": str(len(words) - 1),
+    }
+    result = run_process(env={**os.environ, **environment})
+    assert (result.returncode, result.stdout) == (0, f"plain,{completed}\n")
