@@ -81,7 +81,7 @@ def read(form: str, folder: Path, seconds: int) -> None:
         change = (lambda part: atheris.Mutate(part, max(len(part) + 64, 1))) if blind else hostile.mutator(generator)
         return hostile.mutated(data, change, generator)[:most]
 
-    limits = [f"-max_total_time={seconds}", f"-timeout={hostile.SECONDS}", "-rss_limit_mb=8192", "-max_len=65536"]
+    limits = [f"-max_total_time={seconds}", f"-timeout={hostile.PATIENCE}", "-rss_limit_mb=8192", "-max_len=65536"]
     outputs = [f"-artifact_prefix={folder}/findings/", "-print_final_stats=1", str(corpus)]
     atheris.Setup([sys.argv[0], *limits, *outputs], one, custom_mutator=mutate)
     atheris.Fuzz()

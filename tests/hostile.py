@@ -12,6 +12,7 @@ import shutil
 import struct
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +39,7 @@ TENSORS = {
 # Reading may take, beside three times the file, so much: a piece of float64, what libraries keep, threads' stacks.
 BASE_BYTES = 64 << 20
 SECONDS = 5
+PATIENCE = 60
 
 
 def npy(x: np.ndarray, version: tuple[int, int] | None = None) -> bytes:
@@ -201,7 +203,7 @@ class Judge:
 
     def __call__(self, name: str, data: bytes) -> None:
         path = self._written(name, data)
-        before = _reset_peak()
+        before, started = _reset_peak(), time.process_time()
         self._events = []
         try:
             self._read(path, evaluated=False)
@@ -215,6 +217,9 @@ class Judge:
                 raise FindingError(f"an error that is not printable: {error!r}") from error
         finally:
             self._events = None
+        seconds = time.process_time() - started  # whatever else runs on this machine
+        if seconds > SECONDS:
+            raise FindingError(f"it took {seconds:.1f} s")
         if events:
             raise FindingError(f"it did {events[:3]}")
         if grown > 3 * len(data) + BASE_BYTES:

@@ -45,7 +45,7 @@ for i in range(count):
     for _ in range(generator.choice((0, 0, 1, 3))):
         data = hostile.mutated(data, mutate, generator)
     (folder / "last").write_bytes(data)
-    faulthandler.dump_traceback_later(4 * hostile.SECONDS, exit=True)  # where this machine is busy
+    faulthandler.dump_traceback_later(hostile.PATIENCE, exit=True)
     judge(name, data)
 print(i + 1)
 """
@@ -74,9 +74,9 @@ class Call:
         return self.call
 
 
-def npy_header(shape):
+def npy_header(shape, descr="<f4"):
     file = io.BytesIO()
-    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
     return file.getvalue()
 
 
@@ -173,6 +173,7 @@ HOSTILE = {
     "entries.npz": (quine_of_entries, "bytes can hold"),
     "negative.npz": (negative_lengths, "the shape (-1, -4)"),
     "negative.npy": (lambda path: path.write_bytes(npy_header((-1, -4)) + bytes(16)), "the shape (-1, -4)"),
+    "no-size.npy": (lambda path: path.write_bytes(npy_header((-1,), "0i8") + bytes(29)), "the shape (-1,)"),
     "link.npz": (link_in_zip, "damaged"),
     "outside.npz": (outside_of_zip, "without any"),
     "bomb.keras": (keras_bomb, "bytes of model.weights.h5"),
