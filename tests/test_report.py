@@ -550,13 +550,14 @@ def test_pieces_give_the_bits_of_the_whole(tmp_path, monkeypatch, rule, order):
 @pytest.mark.parametrize(
     "options", ["", ":mode=columns", ":leading_axes=flatten", ":leading_axes=flatten,mode=columns"]
 )
-def test_large_matrices_are_evaluated_in_blocks(tmp_path, monkeypatch, options):
+@pytest.mark.parametrize(("limit", "most"), [("_BLOCK", 500), ("_PRODUCTS", 9000)])
+def test_large_matrices_are_evaluated_in_blocks(tmp_path, monkeypatch, options, limit, most):
     shape = (7, 30, 40) if "flatten" in options else (70, 40)
     x = np.random.default_rng(0).standard_normal(shape)
     np.save(tmp_path / "x.npy", x)
     regularizer = parse_rule(f"*=orthogonal_regularizer{options}")[1]
     expected = regularizer(x)
-    monkeypatch.setattr(report_module, "_BLOCK", 500)
+    monkeypatch.setattr(report_module, limit, most)
     (row,) = evaluate_file(tmp_path / "x.npy", f"*=orthogonal_regularizer{options}")
     assert row.penalty == pytest.approx(expected, rel=1e-12)
     assert row.cosine == (None if x.ndim > 2 else pytest.approx(mean_cosine(x), rel=1e-12))
