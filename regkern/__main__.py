@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import sys
 import warnings
 from typing import Any
@@ -9,8 +10,29 @@ from typing import Any
 _USED_BY_THE_COMMAND = ("click", "rich")
 
 
+class _Interrupted(SystemExit):
+    """Ctrl-C, which files are cleaned up after and nothing takes for an error, with the status that shells give it."""
+
+    def __init__(self) -> None:
+        super().__init__(128 + signal.SIGINT)
+
+
+def _interrupt(*_: Any) -> None:
+    raise _Interrupted
+
+
 def main() -> None:
     """Run the command line; exits with 0, or with another status and one line on stderr."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background jobs ignore it
+        signal.signal(signal.SIGINT, _interrupt)
+    try:
+        _main()
+    except _Interrupted:
+        print("Interrupted.", file=sys.stderr)
+        raise
+
+
+def _main() -> None:
     try:
         from regkern.cli import cli
     except ModuleNotFoundError as error:

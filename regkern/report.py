@@ -24,6 +24,8 @@ _MANY_ROWS = 3000
 # Elements of a block of rows. The Gram kernel packs copies of two at a time, 256 MiB in float32; matrices that are
 # larger than two are evaluated by pairs of blocks.
 _BLOCK = 1 << 25
+# Products of one call of the Gram kernel: about a second of two cores. Ctrl-C is heard between calls.
+_PRODUCTS = 1 << 36
 
 _BOTH_SUMS = L1L2(1.0, 1.0)
 _COSINE = OrthogonalRegularizer(1.0)
@@ -215,19 +217,29 @@ def _sums(x: Array) -> tuple[float, float]:
 
 def _whole_penalty(regularizer: Any, x: Array) -> Any:
     """Return ``regularizer(x)``, of a large matrix by pairs of blocks: memory is two blocks, whatever its size."""
-    in_blocks = isinstance(regularizer, OrthogonalRegularizer) and regularizer.leading_axes != "batch"
-    if x.size <= 2 * _BLOCK or not in_blocks:
+    if not isinstance(regularizer, OrthogonalRegularizer) or regularizer.leading_axes == "batch":
         return regularizer(x)
     blocks = list(_blocks(x, -1 if regularizer.mode == "columns" else 0))
+    if len(blocks) < 2:
+        return regularizer(x)
     partials = [regularizer.partial(block) for block in blocks]
     partials += [regularizer.partial(*pair) for pair in itertools.combinations(blocks, 2)]
     return regularizer.finish(regularizer.combine(partials), x.dtype)
 
 
 def _blocks(x: Array, axis: int) -> Iterator[Array]:
-    """Cut an array across one axis into views of some _BLOCK elements."""
+    """Cut an array across one axis into views of some _BLOCK elements, which take some _PRODUCTS a pair.
+
+    One whose halves are no larger than that stays whole.
+    """
     length = x.shape[axis]
-    step = max(1, _BLOCK * length // x.size)
+    vectors = x.shape[-1] if axis else x.size // max(1, x.shape[-1])
+    step = length
+    if x.size > 2 * _BLOCK:
+        step = _BLOCK * length // x.size
+    if vectors * x.size > _PRODUCTS:
+        step = min(step, math.isqrt(_PRODUCTS * length**2 // (vectors * x.size)))
+    step = max(1, step)
     for start in range(0, length, step):
         part = slice(start, start + step)
         yield x[part] if axis == 0 else x[..., part]

@@ -16,8 +16,10 @@ import math
 import os
 import pickle
 import re
+import shutil
 import stat
 import struct
+import tempfile
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +27,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PureWindowsPath
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -42,6 +44,13 @@ _KERAS_WEIGHTS = "model.weights.h5"
 
 # Bytes of an index: parsed, hostile ones take some thirty times as much memory. Of real ones, 10 MB is a large one.
 _LONGEST_INDEX = 1 << 26
+
+# What a file can hold: deflate, the densest compression that is read, makes 1032 bytes of one. A header that says more
+# than that, and than a small array of one repeated value, is not true, and would keep a report busy for hours.
+_MOST_PER_BYTE = 1100
+# What is decompressed as a whole may be so much larger than its file.
+_MOST_WHOLE_PER_BYTE = 3
+_SMALL = 1 << 26
 
 # Tags of the safetensors format (https://github.com/huggingface/safetensors) that NumPy has a dtype for.
 _SAFETENSORS_DTYPES = {
@@ -105,9 +114,18 @@ class Tensor:
         """Return the elements: a read-only memory map where the format allows it, else an array in memory.
 
         Raises:
-            WeightsError: this part of the file is damaged, or NumPy has no such dtype.
+            WeightsError: this part of the file is damaged, NumPy has no such dtype, or the elements must be read into
+                memory and are several times the size of the file.
         """
         with _explained(self.path, f"readable elements of {self.name}"):
+            most = max(_SMALL, _MOST_WHOLE_PER_BYTE * self.path.stat().st_size)
+            if self._read_pieces is not None and self.nbytes > most:
+                raise WeightsError(
+                    self.path,
+                    f"no more than {most} bytes of {elided(self.name, 100)}, to read it as a whole",
+                    f"{self.nbytes} bytes, packed",
+                    "leave out what needs the whole by --no-cosine, or save it uncompressed",
+                )
             return self._read()
 
     def pieces(self) -> Iterator[Array]:
@@ -171,6 +189,11 @@ def _read_file(path: Path, stack: ExitStack) -> list[Tensor]:
         tensors = found.read(path, stack)
         if not tensors:
             raise WeightsError(path, f"{found.kind} with tensors", "one without any", "save the weights again")
+        nbytes, size = sum(tensor.nbytes for tensor in tensors), path.stat().st_size
+        if nbytes > max(_SMALL, _MOST_PER_BYTE * size):
+            raise WeightsError(
+                path, f"no more tensors than {size} bytes can hold", f"{nbytes} bytes of them", "get or save it again"
+            )
     return tensors
 
 
@@ -323,6 +346,8 @@ def _npy_header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
     # Version 3 differs from 2 in the encoding of field names alone.
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read(file)
+    if min(shape, default=0) < 0:
+        raise ValueError(f"the shape {shape}")
     return shape, dtype
 
 
@@ -332,6 +357,7 @@ def _read_npz(path: Path, stack: ExitStack) -> list[Tensor]:
     for info in archive.infolist():
         if not info.filename.endswith(".npy"):
             continue
+        _refuse_dense(path, info)
         name = info.filename.removesuffix(".npy")
         with archive.open(info) as member:
             shape, dtype = _npy_header(member)
@@ -342,6 +368,17 @@ def _read_npz(path: Path, stack: ExitStack) -> list[Tensor]:
         read, read_pieces = partial(_npz_member, archive, info), partial(_npz_pieces, archive, info)
         tensors.append(Tensor(path, name, shape, _dtype_name(dtype), read, read_pieces))
     return tensors
+
+
+def _refuse_dense(path: Path, info: zipfile.ZipInfo) -> None:
+    """Refuse what zipfile decompresses without a limit on memory: all but the two methods that libraries write."""
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise WeightsError(
+            path,
+            f"{elided(info.filename, 100)} stored or deflated",
+            f"the zip method {info.compress_type}",
+            "save it again",
+        )
 
 
 def _npz_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Array:
@@ -395,15 +432,29 @@ def _read_keras(path: Path, stack: ExitStack) -> list[Tensor]:
             path, f"a Keras model, a zip with {_KERAS_WEIGHTS}", "a zip without it", "save it again by model.save(path)"
         )
     info = archive.getinfo(_KERAS_WEIGHTS)
-    with archive.open(info) as member:
+    if info.compress_type != zipfile.ZIP_STORED:
+        unpacked = stack.enter_context(_unpacked(path, archive, info))
+        return _datasets(path, stack.enter_context(h5py.File(unpacked, "r")), None)
+    with archive.open(info) as member:  # as Keras writes it
         while member.read(1 << 20):  # to its end, where zipfile compares the checksum
             pass
-    if info.compress_type == zipfile.ZIP_STORED:  # what Keras writes
-        start = _member_start(path, info)
-        window = io.BufferedReader(_Window(stack.enter_context(path.open("rb")), start, info.file_size))
-        return _datasets(path, stack.enter_context(h5py.File(window, "r")), start)
-    member = stack.enter_context(archive.open(info))
-    return _datasets(path, stack.enter_context(h5py.File(member, "r")), None)
+    start = _member_start(path, info)
+    window = io.BufferedReader(_Window(stack.enter_context(path.open("rb")), start, info.file_size))
+    return _datasets(path, stack.enter_context(h5py.File(window, "r")), start)
+
+
+@contextmanager
+def _unpacked(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[IO[bytes]]:
+    """Give a member as a file without a name: HDF5 seeks back, and zipfile would decompress from the start again."""
+    _refuse_dense(path, info)
+    most = max(_SMALL, _MOST_WHOLE_PER_BYTE * path.stat().st_size)
+    if info.file_size > most:
+        raise WeightsError(
+            path, f"at most {most} bytes of {info.filename}", f"{info.file_size} bytes, packed", "repack it stored"
+        )
+    with tempfile.TemporaryFile() as file, archive.open(info) as member:
+        shutil.copyfileobj(member, file, 1 << 20)
+        yield file
 
 
 def _member_start(path: Path, info: zipfile.ZipInfo) -> int:
@@ -469,6 +520,9 @@ def _dataset(path: Path, name: str, item: Any, data: Array | None) -> Tensor:
     if dtype.str == "|V2" and item.attrs.get("dtype") == "bfloat16":  # as Keras marks it
         dtype = _bfloat16(path)
 
+    if item.chunks and math.prod(map(_ceil_div, item.shape, item.chunks)) > path.stat().st_size:
+        raise ValueError(f"{name} has more chunks than the file has bytes")
+
     def read_pieces() -> Iterator[Array]:
         for box in _boxes(item.shape, item.chunks or (1,) * item.ndim, PIECE):
             yield np.asarray(item[box]).view(dtype).reshape(-1)
@@ -481,6 +535,10 @@ def _dataset(path: Path, name: str, item: Any, data: Array | None) -> Tensor:
     return Tensor(path, name, item.shape, _dtype_name(dtype), lambda: np.asarray(item[()]).view(dtype), read_pieces)
 
 
+def _ceil_div(length: int, step: int) -> int:
+    return -(-length // max(1, step))
+
+
 def _boxes(shape: Sequence[int], chunks: Sequence[int], size: int) -> Iterator[tuple[slice, ...]]:
     """Cover a shape by boxes of whole chunks: at most `size` elements each, and one chunk at least."""
     box = list(chunks)
@@ -488,7 +546,7 @@ def _boxes(shape: Sequence[int], chunks: Sequence[int], size: int) -> Iterator[t
         box[axis] = min(box[axis] * max(1, size // max(1, math.prod(box))), shape[axis])
         if box[axis] < shape[axis]:
             break
-    counts = [-(-length // max(1, step)) for length, step in zip(shape, box, strict=True)]
+    counts = list(map(_ceil_div, shape, box))
     for number in range(math.prod(counts)):  # itertools.product would keep a tuple of each range
         index = map(int, np.unravel_index(number, counts))
         yield tuple(slice(i * step, (i + 1) * step) for i, step in zip(index, box, strict=True))
@@ -496,34 +554,55 @@ def _boxes(shape: Sequence[int], chunks: Sequence[int], size: int) -> Iterator[t
 
 def _read_torch(path: Path, stack: ExitStack) -> list[Tensor]:
     torch = _library("torch", path, "torch")
+    packed = zipfile.is_zipfile(path)
+    _refuse_growth(path, packed)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on pickle protocols and the like
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=packed)
     except Exception as error:
         refused = re.search(r"GLOBAL ([\w.]+)|TorchScript archive", str(error))
         if refused is None:
             if isinstance(error, pickle.UnpicklingError):  # its text is on weights_only, whatever the file is
                 raise ValueError("not what torch.save writes") from error
             raise
-        raise WeightsError(
-            path,
-            "tensors alone",
-            f"a file that needs code to be run ({refused[1] or refused[0]})",
-            "save the weights only, by torch.save(model.state_dict(), path)",
-        ) from error
-    return [_torch_tensor(torch, path, name or path.stem, tensor) for name, tensor in _flatten(torch, content, ())]
+        raise _needs_code(path, refused[1] or refused[0]) from error
+    named = _flatten(torch, content, (), set())
+    return [_torch_tensor(torch, path, name or path.stem, tensor) for name, tensor in named]
 
 
-def _flatten(torch: Any, item: Any, keys: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+def _needs_code(path: Path, what: str) -> WeightsError:
+    return WeightsError(
+        path,
+        "tensors alone",
+        f"a file that needs code to be run ({what})",
+        "save the weights only, by torch.save(model.state_dict(), path)",
+    )
+
+
+def _refuse_growth(path: Path, packed: bool) -> None:
+    """Refuse the functions that torch.load calls by name and that make many bytes of few, and compressed pickles."""
+    if packed:
+        with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                if info.compress_type != zipfile.ZIP_STORED:
+                    raise ValueError(f"{elided(info.filename, 100)} is compressed")
+            pickles = [archive.read(info) for info in archive.infolist() if info.filename.endswith(".pkl")]
+    else:
+        pickles = [path.read_bytes()]
+    for content in pickles:
+        if found := re.search(rb"\n(bytearray|encode)\n", content):
+            raise _needs_code(path, found[1].decode())
+
+
+def _flatten(torch: Any, item: Any, keys: tuple[str, ...], seen: set[int]) -> Iterator[tuple[str, Any]]:
+    """Yield the tensors of containers by their paths; a container that comes twice counts once."""
     if isinstance(item, torch.Tensor):
         yield ".".join(keys), item
-    elif isinstance(item, Mapping):
-        for key, value in item.items():
-            yield from _flatten(torch, value, (*keys, str(key)))
-    elif isinstance(item, list | tuple):
-        for index, value in enumerate(item):
-            yield from _flatten(torch, value, (*keys, str(index)))
+    elif isinstance(item, Mapping | list | tuple) and id(item) not in seen:
+        seen.add(id(item))
+        for key, value in item.items() if isinstance(item, Mapping) else enumerate(item):
+            yield from _flatten(torch, value, (*keys, str(key)), seen)
 
 
 def _torch_tensor(torch: Any, path: Path, name: str, tensor: Any) -> Tensor:

@@ -25,7 +25,14 @@ def everything(x):
 PATIENCE = 300
 
 
-def run(code: str, *, head: str = HEAD, options: dict[str, Any] | None = None, **environment: str) -> str:
+def run(
+    code: str,
+    *,
+    head: str = HEAD,
+    options: dict[str, Any] | None = None,
+    patience: float = PATIENCE,
+    **environment: str,
+) -> str:
     """Run code in a process of its own and return what it prints; it must end with status 0."""
     result = subprocess.run(
         [sys.executable, "-W", "error::RuntimeWarning", "-c", head + code],
@@ -33,7 +40,7 @@ def run(code: str, *, head: str = HEAD, options: dict[str, Any] | None = None, *
         text=True,
         env=os.environ | environment,
         check=False,
-        timeout=PATIENCE,
+        timeout=patience,
         **(options or {}),
     )
     assert result.returncode == 0, f"{result.returncode}: {result.stderr}"

@@ -550,13 +550,14 @@ def test_pieces_give_the_bits_of_the_whole(tmp_path, monkeypatch, rule, order):
 @pytest.mark.parametrize(
     "options", ["", ":mode=columns", ":leading_axes=flatten", ":leading_axes=flatten,mode=columns"]
 )
-def test_large_matrices_are_evaluated_in_blocks(tmp_path, monkeypatch, options):
+@pytest.mark.parametrize(("limit", "most"), [("_BLOCK", 500), ("_PRODUCTS", 9000)])
+def test_large_matrices_are_evaluated_in_blocks(tmp_path, monkeypatch, options, limit, most):
     shape = (7, 30, 40) if "flatten" in options else (70, 40)
     x = np.random.default_rng(0).standard_normal(shape)
     np.save(tmp_path / "x.npy", x)
     regularizer = parse_rule(f"*=orthogonal_regularizer{options}")[1]
     expected = regularizer(x)
-    monkeypatch.setattr(report_module, "_BLOCK", 500)
+    monkeypatch.setattr(report_module, limit, most)
     (row,) = evaluate_file(tmp_path / "x.npy", f"*=orthogonal_regularizer{options}")
     assert row.penalty == pytest.approx(expected, rel=1e-12)
     assert row.cosine == (None if x.ndim > 2 else pytest.approx(mean_cosine(x), rel=1e-12))
@@ -585,9 +586,10 @@ def compressed_npz(path, nbytes):
     np.savez_compressed(path, w=np.broadcast_to(np.float32(0), (nbytes // 4,)))
 
 
-def unwritten_h5(path, nbytes):
+def compressed_h5(path, nbytes):
     with h5py.File(path, "w") as file:
-        file.create_dataset("w", (nbytes // 4096, 1024), np.float32, chunks=(64, 64))
+        rows = nbytes // 4096
+        file.create_dataset("w", data=np.broadcast_to(np.float32(0), (rows, 1024)), chunks=(64, 64), compression="gzip")
 
 
 def peak_of_anonymous_memory(code, *arguments):
@@ -638,7 +640,7 @@ print(missing(sys.argv[2]), "zeros missing")
         ("x.safetensors", sparse_safetensors, 512, False, 64),
         ("x.npy", sparse_npy, 512, False, 64),
         ("x.npz", compressed_npz, 256, False, 64),
-        ("x.h5", unwritten_h5, 256, False, 64),
+        ("x.h5", compressed_h5, 256, False, 64),
         ("x.npy", sparse_matrix, 512, True, 200),
     ],
     ids=["safetensors", "npy", "npz", "h5", "cosines"],

@@ -1,0 +1,301 @@
+"""Hostile weight files: no crash, no hang, no code, no more memory than their size allows, and one sentence for each.
+
+`REGKERN_FUZZ_EXAMPLES` says how many mutations of each format are read; `tests/fuzz.py` is led by coverage.
+"""
+
+import io
+import json
+import os
+import re
+import stat
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.numpy import save_file
+
+from regkern import weights
+from regkern.cli import cli
+from regkern.weights import WeightsError, open_weights
+from tests import hostile
+from tests.processes import PATIENCE
+
+EXAMPLES = int(os.environ.get("REGKERN_FUZZ_EXAMPLES", "300"))
+
+# Each input is on disk before it is read: where the process dies, that is the one.
+SHARE = """
+import faulthandler, random, signal, sys, warnings
+from pathlib import Path
+form, folder, count = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+warnings.simplefilter("ignore")
+from tests import hostile
+name, files = hostile.seeds()[form]
+judge = hostile.Judge(folder / "read")
+generator = random.Random(0)
+mutate = hostile.mutator(generator)
+for i in range(count):
+    data = hostile.mutated(generator.choice(files), mutate, generator)
+    for _ in range(generator.choice((0, 0, 1, 3))):
+        data = hostile.mutated(data, mutate, generator)
+    (folder / "last").write_bytes(data)
+    faulthandler.dump_traceback_later(hostile.PATIENCE, exit=True)
+    judge(name, data)
+print(i + 1)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="how memory is measured")
+@pytest.mark.parametrize("form", hostile.seeds())
+def test_mutations(tmp_path, form):
+    (tmp_path / "read").mkdir()
+    command = [sys.executable, "-X", "faulthandler", "-c", SHARE, form, str(tmp_path), str(EXAMPLES)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE + EXAMPLES)
+    last = tmp_path / "last"
+    assert result.stdout == f"{EXAMPLES}\n", f"{last.read_bytes() if last.exists() else None!r}\n{result.stderr}"
+
+
+# What mutations do not find. Each case writes a file, which must be refused by a sentence that has the text.
+
+
+class Call:
+    """A pickle that calls a function."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def npy_header(shape, descr="<f4"):
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
+    return file.getvalue()
+
+
+def zip_bomb(path, method):
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("w.npy", npy_header((1 << 18,)) + bytes(1 << 20))
+
+
+def quine_of_entries(path):
+    """Many entries of one member: a zip of 200 kB that unpacks to 60 GB."""
+    size = 1 << 25
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("w.npy", npy_header((size // 4,)) + bytes(size))
+    data = path.read_bytes()
+    end = data.rindex(b"PK\5\6")
+    (directory,) = struct.unpack_from("<I", data, end + 16)
+    entries = data[directory:end] * 2000
+    tail = struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, 2000, 2000, len(entries), directory, 0)
+    path.write_bytes(data[:directory] + entries + tail)
+
+
+def keras_bomb(path):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("model.weights.h5", bytes(100 << 20))
+
+
+def negative_lengths(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("w.npy", npy_header((-1, -4)) + bytes(16))
+
+
+def link_in_zip(path):
+    """An entry that unzip makes a symbolic link of."""
+    entry = zipfile.ZipInfo("w.npy")
+    entry.create_system, entry.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(entry, str(path.parent / "secret.npy"))
+
+
+def outside_of_zip(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("../outside.txt", b"x")
+
+
+def unwritten(path):
+    with h5py.File(path, "w") as file:
+        file.create_dataset("w", (1 << 36,), np.float32, chunks=(1 << 28,))
+
+
+def tiny_chunks(path):
+    with h5py.File(path, "w") as file:
+        file.create_dataset("w", (1 << 23,), np.float32, chunks=(1,))
+
+
+def external_link(path):
+    with h5py.File(path.parent / "secret.h5", "w") as file:
+        file["w"] = np.ones(3)
+    with h5py.File(path, "w") as file:
+        file["w"] = h5py.ExternalLink("secret.h5", "/w")
+
+
+def virtual(path):
+    layout = h5py.VirtualLayout((3,), np.float64)
+    layout[:] = h5py.VirtualSource("secret.h5", "w", (3,))
+    with h5py.File(path, "w") as file:
+        file.create_virtual_dataset("w", layout)
+
+
+def repeated(path):
+    torch.save({"w": torch.zeros(1).expand(1 << 36)}, path)
+
+
+def calling(function, *arguments, **options):
+    return lambda path: torch.save({"w": torch.ones(2), "x": Call(function, *arguments)}, path, **options)
+
+
+def doubled(count):
+    """Hexadecimal digits of hexadecimal digits."""
+    from _codecs import encode
+
+    return Call(encode, doubled(count - 1) if count else b"x", "hex")
+
+
+def packed_pickle(path):
+    torch.save({"w": torch.ones(2)}, path)
+    with zipfile.ZipFile(path) as archive:
+        members = {info.filename: archive.read(info) for info in archive.infolist()}
+    path.write_bytes(hostile.zipped(members, zipfile.ZIP_DEFLATED))
+
+
+HOSTILE = {
+    "bzip2.npz": (lambda path: zip_bomb(path, zipfile.ZIP_BZIP2), "the zip method 12"),
+    "lzma.npz": (lambda path: zip_bomb(path, zipfile.ZIP_LZMA), "the zip method 14"),
+    "entries.npz": (quine_of_entries, "bytes can hold"),
+    "negative.npz": (negative_lengths, "the shape (-1, -4)"),
+    "negative.npy": (lambda path: path.write_bytes(npy_header((-1, -4)) + bytes(16)), "the shape (-1, -4)"),
+    "no-size.npy": (lambda path: path.write_bytes(npy_header((-1,), "0i8") + bytes(29)), "the shape (-1,)"),
+    "link.npz": (link_in_zip, "damaged"),
+    "outside.npz": (outside_of_zip, "without any"),
+    "bomb.keras": (keras_bomb, "bytes of model.weights.h5"),
+    "unwritten.h5": (unwritten, "bytes can hold"),
+    "tiny-chunks.h5": (tiny_chunks, "more chunks than the file has bytes"),
+    "link.h5": (external_link, "without any"),
+    "virtual.h5": (virtual, "a link to other files"),
+    "repeated.pt": (repeated, "bytes can hold"),
+    "bytearray.pt": (calling(bytearray, 1 << 31), "code to be run (bytearray)"),
+    "encode.pt": (lambda path: torch.save({"w": torch.ones(2), "x": doubled(30)}, path), "code to be run (encode)"),
+    "encode.bin": (calling(bytearray, 9, _use_new_zipfile_serialization=False), "code to be run (bytearray)"),
+    "packed.pt": (packed_pickle, "is compressed"),
+}
+
+
+@pytest.mark.parametrize("file", HOSTILE)
+def test_hostile_files(tmp_path, file):
+    (tmp_path / "secret.npy").write_bytes(hostile.npy(np.ones(3)))
+    write, text = HOSTILE[file]
+    path = tmp_path / file
+    write(path)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(WeightsError, match=re.escape(text)) as caught, open_weights(path):
+        pass
+    assert str(caught.value).isprintable()
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".h5"])
+def test_a_bomb_is_read_in_pieces_alone(tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr(weights, "_SMALL", 1 << 16)
+    path = tmp_path / f"x{suffix}"
+    x = np.zeros((1000, 1000), np.float32)
+    if suffix == ".npz":
+        np.savez_compressed(path, w=x)
+    else:
+        with h5py.File(path, "w") as file:
+            file.create_dataset("w", data=x, compression="gzip", chunks=x.shape)
+    with open_weights(path) as (tensor,):
+        assert sum(piece.size for piece in tensor.pieces()) == x.size
+        with pytest.raises(WeightsError, match="--no-cosine"):
+            tensor.load()
+
+
+def test_lists_in_lists_are_visited_once(tmp_path):
+    """Otherwise a file of 2 kB has 2**40 tensors."""
+    x = [torch.ones(1)]
+    for _ in range(40):
+        x = [x, x]
+    torch.save(x, tmp_path / "x.pt")
+    with open_weights(tmp_path / "x.pt") as tensors:
+        assert len(tensors) == 1
+
+
+def test_a_list_that_holds_itself(tmp_path):
+    x = [torch.ones(1)]
+    x.append(x)
+    torch.save(x, tmp_path / "x.pt")
+    with open_weights(tmp_path / "x.pt") as tensors:
+        assert len(tensors) == 1
+
+
+ESCAPES = "\x1b]0;title\x07\x1b[2J\r\n\x9b31m\u202e\u2028"
+
+
+def named(form, path, name):
+    if form == "npz":
+        path.write_bytes(hostile.zipped({f"{name}.npy": hostile.npy(np.ones(2))}))
+    elif form == "safetensors":
+        save_file({name: np.ones(2)}, path)
+    elif form == "h5":
+        with h5py.File(path, "w") as file:
+            file[name] = np.ones(2)
+    elif form == "pt":
+        torch.save({name: torch.ones(2)}, path)
+
+
+@pytest.mark.parametrize("options", [[], ["--json"], ["--csv"]], ids=["table", "json", "csv"])
+@pytest.mark.parametrize("form", ["npz", "safetensors", "h5", "pt"])
+def test_names_are_shown_escaped(tmp_path, form, options):
+    path = tmp_path / f"x.{form}"
+    named(form, path, f"a{ESCAPES}b")
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(cli, ["report", str(path), *options])
+    assert result.exit_code == 0, result.output
+    assert all(line.isprintable() for line in result.output.split("\n"))
+    if options == ["--json"]:
+        assert json.loads(result.stdout)["files"][0]["tensors"][0]["name"] == f"a{ESCAPES}b"
+    else:
+        assert r"a\x1b]0;title\x07\x1b[2J\r\n\x9b31m\u202e\u2028b" in result.output
+
+
+def test_a_shard_outside_of_the_folder_is_not_read(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file({"w": np.ones(2, np.float32)}, tmp_path / "secret.safetensors")
+    index = folder / "model.safetensors.index.json"
+    for shard in ("../secret.safetensors", str(tmp_path / "secret.safetensors"), "x/../../secret.safetensors"):
+        index.write_text(json.dumps({"weight_map": {"w": shard}}))
+        with pytest.raises(WeightsError, match="in its own folder"), open_weights(index):
+            pass
+
+
+def test_findings_are_found(tmp_path, monkeypatch):
+    """The judge sees what it is there for."""
+    judge = hostile.Judge(tmp_path)
+    name, files = hostile.seeds()["npy"]
+
+    def reading(harm):
+        def read(path):
+            harm(path)
+            return open_weights(path)
+
+        monkeypatch.setattr(hostile, "open_weights", read)
+        judge(name, files[0])
+
+    reading(lambda path: None)
+    for harm, text in (
+        (lambda path: np.ones(200 << 17), "MiB for"),
+        (lambda path: exec("1"), "exec"),
+        (lambda path: Path(f"{path}.left").touch(), "it did|it left"),
+        (lambda path: Path(os.devnull).open("wb").close(), "open"),
+    ):
+        with pytest.raises(hostile.FindingError, match=text):
+            reading(harm)
+    Path(f"{tmp_path / name}.left").unlink()
