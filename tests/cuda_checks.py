@@ -20,6 +20,7 @@ from regkern.kernels.cuda.elementwise import (
     last_stage,
     strided_kernel,
 )
+from regkern.kernels.cuda.gram import count_tiles, inverse_norms, tile_sums
 from regkern.kernels.formulas import ABS_SQUARE, COUNTS
 from regkern.kernels.operations import ADD_GRADIENT, GRADIENT, PROX, SUMS, SUMS_AND_GRADIENT
 from tests import reference
@@ -191,3 +192,21 @@ def test_strided(name):
     result = run(body, dtype, 2, source, target, x.size, tuple(sizes), factors=FACTORS)
     assert_sums(result, x, dtype)
     assert_written(out, reference.gradient(REGULARIZER, x), dtype)
+
+
+@pytest.mark.parametrize(("n", "d"), [(2, 1), (16, 16), (17, 33)])
+def test_gram_tiles(n, d):
+    dtype = list(DTYPES)[n % 4]
+    tile = 16  # four elements for each of 64 threads
+    x = values(n * d, dtype).reshape(n, d)
+    x[n // 2] = 0
+    inverse, partial = np.full(n, np.nan), np.full(2 * count_tiles(n, tile) ** 2, np.nan)
+    result = np.zeros(RESULTS)
+    source = memory(x.ravel(), dtype)
+    simulate(inverse_norms(DTYPES[dtype], THREADS).body, n, THREADS, (source, d, d, 1, Memory(inverse)))
+    arguments = (source, n, d, d, 1, Memory(inverse), Memory(partial))
+    simulate(tile_sums(DTYPES[dtype], tile).body, len(partial) // 2, THREADS, arguments)
+    last = last_stage("float64", THREADS)
+    pairs = n * (n - 1) / 2
+    simulate(last.body, 1, THREADS, (Memory(partial), len(partial) // 2, 1 / pairs, 0.0, Memory(result)))
+    np.testing.assert_allclose(result[0], reference.mean_abs_cosine(x), rtol=1e-6)

@@ -14,6 +14,7 @@ if importlib.util.find_spec("numba_cuda") is None:
 
 from regkern.kernels.cuda.compile import compile_ptx, compute_capabilities
 from regkern.kernels.cuda.elementwise import COMPENSATED, UNROLL, flat_kernel, last_stage, strided_kernel
+from regkern.kernels.cuda.gram import inverse_norms, tile_sums
 
 NEWEST = max(compute_capabilities())
 CAPABILITIES = [(8, 0), (9, 0), NEWEST]
@@ -59,10 +60,17 @@ def test_the_last_stage(result_type, capability):
     compiled(last_stage(result_type), capability)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_compensated_sums_add_no_float64_for_each_element(dtype):
-    def additions(accumulator):
-        ptx = compiled(flat_kernel(SUMS, ABS_SQUARE, DTYPES[dtype], accumulator), NEWEST)
+def test_compensated_sums_add_no_float64_for_each_element():
+    def additions(dtype, accumulator):
+        ptx = compiled(flat_kernel(SUMS, ABS_SQUARE, DTYPES[dtype], accumulator), (9, 0))
         return len(re.findall(r"\b(?:add|fma)\.(?:rn\.)?f64", ptx))
 
-    assert additions(COMPENSATED) < additions(None) / 1.5
+    # Those of a block's sums alone, though a load holds twice as many elements of float16.
+    assert additions("float16", COMPENSATED) == additions("float32", COMPENSATED) < additions("float32", None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gram_kernels(dtype):
+    compiled(inverse_norms(DTYPES[dtype]), NEWEST)
+    ptx = compiled(tile_sums(DTYPES[dtype]), NEWEST)
+    assert "ld.shared" in ptx

@@ -44,6 +44,11 @@ def numbers(type_name: str, count: int) -> Any:
     return types.UniTuple(getattr(types, type_name), count)
 
 
+def float_type(type_name: str) -> Any:
+    """Return the type of elements of a shared array."""
+    return _CARRIERS[type_name]
+
+
 INT64, FLOAT64 = types.int64, types.float64
 
 
@@ -194,10 +199,10 @@ else:
         return _numba_cuda.jit(function, device=True)
 
     @intrinsic
-    def address_of(typing_context, pointer):  # type: ignore[no-untyped-def]
+    def address_of(typing_context, pointer):
         """Return the address that a pointer holds."""
 
-        def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, arguments):
             return builder.ptrtoint(arguments[0], ir.IntType(64))
 
         return types.int64(pointer), codegen
@@ -211,8 +216,8 @@ else:
         """Make a function of one PTX instruction."""
 
         @intrinsic
-        def convert(typing_context, value):  # type: ignore[no-untyped-def]
-            def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        def convert(typing_context, value):
+            def codegen(context, builder, signature, arguments):
                 function = ir.FunctionType(context.get_value_type(result), [context.get_value_type(argument)])
                 return builder.call(ir.InlineAsm(function, template, constraints), arguments)
 
@@ -226,10 +231,10 @@ else:
     narrow_bfloat16 = _instruction("cvt.rn.bf16.f32 $0, $1;", "=h,f", types.uint16, types.float32)
 
     @intrinsic
-    def widen_bfloat16(typing_context, bits):  # type: ignore[no-untyped-def]
+    def widen_bfloat16(typing_context, bits):
         """Return the float32 of a bfloat16's bits."""
 
-        def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, arguments):
             word = builder.shl(builder.zext(arguments[0], ir.IntType(32)), ir.IntType(32)(16))
             return builder.bitcast(word, ir.FloatType())
 
@@ -248,11 +253,11 @@ else:
         """Make ``load(pointer, i)``: 16 bytes from element i on, which is aligned, as a tuple of elements."""
 
         @intrinsic
-        def load(typing_context, pointer, i):  # type: ignore[no-untyped-def]
+        def load(typing_context, pointer, i):
             lanes = VECTOR_BYTES // np.dtype(carrier).itemsize
             result = types.UniTuple(_CARRIERS[carrier], lanes)
 
-            def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            def codegen(context, builder, signature, arguments):
                 at, word, per_word = _vector_at(builder, *arguments, carrier)
                 vector = builder.load(at, align=VECTOR_BYTES)
                 elements = [builder.extract_element(vector, ir.IntType(32)(k)) for k in range(lanes // per_word)]
@@ -269,11 +274,11 @@ else:
         """Make ``store(pointer, i, elements)``, the counterpart of ``load``."""
 
         @intrinsic
-        def store(typing_context, pointer, i, elements):  # type: ignore[no-untyped-def]
+        def store(typing_context, pointer, i, elements):
             lanes = VECTOR_BYTES // np.dtype(carrier).itemsize
             argument = types.UniTuple(_CARRIERS[carrier], lanes)
 
-            def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            def codegen(context, builder, signature, arguments):
                 at, word, per_word = _vector_at(builder, *arguments[:2], carrier)
                 words = [builder.extract_value(arguments[2], lane) for lane in range(lanes)]
                 if per_word == 2:

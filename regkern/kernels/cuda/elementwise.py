@@ -265,7 +265,7 @@ def strided_kernel(
 @functools.cache
 def last_stage(result_type: str, threads: int = THREADS) -> Body:
     """Make the kernel of one block that adds the blocks' sums: ``(partial, blocks, a, b, result)``."""
-    block_sums, narrow = _make_block_sums(threads), _make_narrow_result(result_type)
+    block_sums, narrow = make_block_sums(threads), _make_narrow_result(result_type)
 
     def kernel(partial, blocks, a, b, result):
         sum0 = sum1 = 0.0
@@ -291,7 +291,7 @@ def _arguments(dtype: DType, *layout: Any) -> tuple[Any, ...]:
     return elements, elements, *layout, *factors, pointer("float64"), pointer(dtype.result)
 
 
-def _make_widen(dtype: DType):
+def make_widen(dtype: DType):
     """Make ``widen(carrier)``: float64 for float64, float32 for the rest, exact for every value."""
     return {FLOAT16: widen_float16, BFLOAT16: widen_bfloat16, FLOAT64: to_float64}.get(dtype, to_float32)
 
@@ -321,7 +321,7 @@ def _make_element(operation: Operation, formula: Formula, dtype: DType, accumula
     Returns:
         ``add(sums, carrier) -> sums``, ``update(carrier, old, a, b) -> carrier`` and ``total(sums) -> (sum0, sum1)``.
     """
-    widen, narrow, terms = _make_widen(dtype), _make_narrow(dtype), device(formula.terms)
+    widen, narrow, terms = make_widen(dtype), _make_narrow(dtype), device(formula.terms)
     widen_term, add_term, total_term = accumulator.widen, accumulator.add, accumulator.total
 
     @device
@@ -425,7 +425,7 @@ def _make_offsets(axis: int, dims: int):
     return offsets
 
 
-def _make_block_sums(threads: int):
+def make_block_sums(threads: int):
     """Make ``block_sums(sum0, sum1)``: the sums over a block's threads, in its first thread; all of them call it."""
     warps, slots = threads // WARP, 2 * (threads // WARP)  # Numba takes no expression for the size
 
@@ -457,7 +457,7 @@ def _make_block_sums(threads: int):
 
 def _make_finish(total, dtype: DType, threads: int):
     """Make what ends a kernel that sums: a block's sums to `partial`, of a single block to `result`."""
-    block_sums, narrow = _make_block_sums(threads), _make_narrow_result(dtype.result)
+    block_sums, narrow = make_block_sums(threads), _make_narrow_result(dtype.result)
 
     @device
     def finish(sums0, sums1, sums2, sums3, a, b, partial, result):
