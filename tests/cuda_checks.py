@@ -194,7 +194,7 @@ def test_strided(name):
     assert_written(out, reference.gradient(REGULARIZER, x), dtype)
 
 
-@pytest.mark.parametrize(("n", "d"), [(2, 1), (16, 16), (17, 33)])
+@pytest.mark.parametrize(("n", "d"), [(2, 1), (16, 16), (17, 20)])
 def test_gram_tiles(n, d):
     dtype = list(DTYPES)[n % 4]
     tile = 16  # four elements for each of 64 threads
