@@ -12,16 +12,9 @@ from regkern.arrays.adapter import Adapter
 from regkern.arrays.layout import Strides, loops, may_overlap, overlaps_itself, same_elements
 from regkern.dtypes import DType
 from regkern.kernels.cpu import gram
-from regkern.kernels.cpu.elementwise import (
-    ADD_GRADIENT,
-    GRADIENT,
-    PROX,
-    SUMS,
-    SUMS_AND_GRADIENT,
-    Operation,
-    kernels,
-)
+from regkern.kernels.cpu.elementwise import kernels
 from regkern.kernels.formulas import Formula
+from regkern.kernels.operations import ADD_GRADIENT, GRADIENT, PROX, SUMS, SUMS_AND_GRADIENT, Operation
 
 
 class HostAdapter(Adapter):
