@@ -9,7 +9,7 @@ import pytest
 
 from regkern.arrays.layout import loops
 from regkern.dtypes import DTYPES
-from regkern.kernels.cuda.compile import SIMULATED, Memory, simulate
+from regkern.kernels.cuda.compile import NULL, SIMULATED, Memory, simulate
 from regkern.kernels.cuda.elementwise import (
     COMPENSATED,
     IN_FLOAT64,
@@ -40,15 +40,15 @@ def memory(x, dtype):
 def run(body, dtype, blocks, x, out, *sizes, factors):
     """Run both stages and return the penalty and the two sums."""
     partial, result = np.full(2 * blocks, np.nan), np.full(RESULTS, np.nan, DTYPES[dtype].result)
-    simulate(body.body, blocks, THREADS, (x, out, *sizes, *factors, Memory(partial), Memory(result)))
+    simulate(body.body, blocks, THREADS, (x, out, *sizes, *factors, NULL, Memory(partial), Memory(result)))
     if blocks > 1:
-        last = last_stage(DTYPES[dtype].result, THREADS)
+        last = last_stage(DTYPES[dtype].result)
         simulate(last.body, 1, THREADS, (Memory(partial), blocks, *factors, Memory(result)))
     return result
 
 
 def flat(operation, dtype, x, out, blocks, factors, formula=ABS_SQUARE, accumulator=None):
-    body = flat_kernel(operation, formula, DTYPES[dtype], accumulator, THREADS)
+    body = flat_kernel(operation, formula, DTYPES[dtype], accumulator)
     return run(body, dtype, blocks, memory(x, dtype), memory(out, dtype), x.size, factors=factors)
 
 
@@ -110,7 +110,7 @@ def test_sums_of_several_blocks(dtype, blocks):
 def test_more_blocks_than_threads_of_the_last_stage():
     partial = np.random.default_rng(0).standard_normal(2 * (3 * THREADS + 7))
     result = np.zeros(RESULTS)
-    body = last_stage("float64", THREADS).body
+    body = last_stage("float64").body
     simulate(body, 1, THREADS, (Memory(partial), len(partial) // 2, 0.5, 2.0, Memory(result)))
     sums = partial[::2].sum(), partial[1::2].sum()
     np.testing.assert_allclose(result, [0.5 * sums[0] + 2.0 * sums[1], *sums], rtol=1e-13)
@@ -188,7 +188,7 @@ def test_strided(name):
     at = (x.__array_interface__["data"][0] + start - whole.ctypes.data) // itemsize
     source = Memory(whole.view(DTYPES[dtype].carrier), at)
     target = Memory(out.reshape(-1).view(DTYPES[dtype].carrier), out_start // itemsize)
-    body = strided_kernel(SUMS_AND_GRADIENT, ABS_SQUARE, DTYPES[dtype], dims, None, THREADS)
+    body = strided_kernel(SUMS_AND_GRADIENT, ABS_SQUARE, DTYPES[dtype], dims)
     result = run(body, dtype, 2, source, target, x.size, tuple(sizes), factors=FACTORS)
     assert_sums(result, x, dtype)
     assert_written(out, reference.gradient(REGULARIZER, x), dtype)
@@ -203,10 +203,10 @@ def test_gram_tiles(n, d):
     inverse, partial = np.full(n, np.nan), np.full(2 * count_tiles(n, tile) ** 2, np.nan)
     result = np.zeros(RESULTS)
     source = memory(x.ravel(), dtype)
-    simulate(inverse_norms(DTYPES[dtype], THREADS).body, n, THREADS, (source, d, d, 1, Memory(inverse)))
+    simulate(inverse_norms(DTYPES[dtype]).body, n, THREADS, (source, d, d, 1, Memory(inverse)))
     arguments = (source, n, d, d, 1, Memory(inverse), Memory(partial))
     simulate(tile_sums(DTYPES[dtype], tile).body, len(partial) // 2, THREADS, arguments)
-    last = last_stage("float64", THREADS)
+    last = last_stage("float64")
     pairs = n * (n - 1) / 2
     simulate(last.body, 1, THREADS, (Memory(partial), len(partial) // 2, 1 / pairs, 0.0, Memory(result)))
     np.testing.assert_allclose(result[0], reference.mean_abs_cosine(x), rtol=1e-6)

@@ -14,7 +14,7 @@ if importlib.util.find_spec("numba_cuda") is None:
 
 from regkern.kernels.cuda.compile import compile_ptx, compute_capabilities
 from regkern.kernels.cuda.elementwise import COMPENSATED, UNROLL, flat_kernel, last_stage, strided_kernel
-from regkern.kernels.cuda.gram import inverse_norms, tile_sums
+from regkern.kernels.cuda.gram import fold_cosines, inverse_norms, project, tile_sums, unit_rows
 
 NEWEST = max(compute_capabilities())
 CAPABILITIES = [(8, 0), (9, 0), NEWEST]
@@ -71,6 +71,10 @@ def test_compensated_sums_add_no_float64_for_each_element():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gram_kernels(dtype):
-    compiled(inverse_norms(DTYPES[dtype]), NEWEST)
+    each = DTYPES[dtype]
+    for body in (inverse_norms(each), unit_rows(each), fold_cosines(each, False), fold_cosines(each, True)):
+        compiled(body, NEWEST)
+    for accumulate in (False, True):
+        compiled(project(each, accumulate), NEWEST)
     ptx = compiled(tile_sums(DTYPES[dtype]), NEWEST)
     assert "ld.shared" in ptx

@@ -1,4 +1,4 @@
-"""The logic of the CUDA kernels, in Numba's simulator: no device is needed."""
+"""The logic of the CUDA kernels and of what calls them, in Numba's simulator: no device is needed."""
 
 import importlib.util
 import os
@@ -9,9 +9,13 @@ import pytest
 
 
 @pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, reason="numba-cuda is not installed")
-def test_kernels_in_the_simulator():
-    checks = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/cuda_checks.py"]
+@pytest.mark.parametrize(("checks", "library"), [("", "numba_cuda"), ("torch_", "torch"), ("cupy_", "cupy")])
+def test_in_the_simulator(checks, library):
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is not installed")
+    file = f"tests/cuda_{checks}checks.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment["NUMBA_ENABLE_CUDASIM"] = "1"
-    result = subprocess.run(checks, env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -6,6 +6,7 @@ With `NUMBA_ENABLE_CUDASIM=1` they run as Python, one thread of Python per CUDA 
 """
 
 import contextlib
+import importlib.util
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -19,6 +20,12 @@ from numba import types
 from numba.core import config
 
 from regkern.kernels import forks
+
+if importlib.util.find_spec("numba_cuda") is None:
+    raise ImportError(
+        "regkern: expected numba-cuda for an array on a CUDA device; got none; "
+        "install it by pip install 'regkern[cuda13]'."
+    )
 
 SIMULATED = bool(config.ENABLE_CUDASIM)
 # Bytes that one load of a thread takes at most.
@@ -68,6 +75,40 @@ def compile_ptx(body: Callable[..., Any], arguments: tuple[Any, ...], compute_ca
     return Ptx(code, entry)
 
 
+def parameters(arguments: tuple[Any, ...]) -> str:
+    """Return a kernel's parameters as they are passed, in the notation of `struct`: tuples one by one."""
+    return "".join(
+        parameters(tuple(argument)) if isinstance(argument, types.BaseTuple) else "d" if argument == FLOAT64 else "q"
+        for argument in arguments
+    )
+
+
+def assemble(ptx: str, architecture: str) -> bytes:
+    """Make the machine code of devices of an architecture, as "sm_90", from PTX. It takes no device."""
+    from cuda.bindings import nvjitlink
+
+    handle = nvjitlink.create(1, [f"-arch={architecture}"])
+    try:
+        code = ptx.encode()
+        nvjitlink.add_data(handle, nvjitlink.InputType.PTX, code, len(code), "kernel")
+        nvjitlink.complete(handle)
+        cubin = bytearray(nvjitlink.get_linked_cubin_size(handle))
+        nvjitlink.get_linked_cubin(handle, cubin)
+    finally:
+        nvjitlink.destroy(handle)
+    return bytes(cubin)
+
+
+def is_numba_array(x: Any) -> bool:
+    """Whether x is one of Numba's own arrays on a device."""
+    return type(x).__module__.startswith(("numba.", "numba_cuda."))
+
+
+def from_interface(x: Any) -> Any:
+    """Return an array of Numba's over the memory of an object with CUDA's array interface."""
+    return _numba_cuda.from_cuda_array_interface(x.__cuda_array_interface__, owner=x, sync=False)
+
+
 def compute_capabilities() -> list[tuple[int, int]]:
     """Return what the toolchain compiles for."""
     from numba.cuda.cudadrv import nvrtc
@@ -112,6 +153,15 @@ class Memory:
         return place
 
 
+class _Null(Memory):
+    @property
+    def address(self) -> int:
+        return 0
+
+
+NULL = _Null(np.zeros(0))
+
+
 def simulate(body: Callable[..., Any], blocks: int, threads: int, arguments: tuple[Any, ...]) -> None:
     """Run a kernel in the simulator."""
     _numba_cuda.jit(body)[blocks, threads](*arguments)
@@ -139,13 +189,13 @@ if SIMULATED:
     def shuffle_down(value: Any, offset: Any) -> Any:
         """Return the value of the lane that is `offset` further in the warp. All threads of a block call it."""
         thread: Any = threading.current_thread()
-        values = thread._manager.__dict__.setdefault("shuffled", {})
+        # Two places in turn: when one is written again, all threads have met once more, and have read it.
+        thread.turn = not getattr(thread, "turn", False)
+        values = thread._manager.__dict__.setdefault(f"shuffled {thread.turn}", {})
         me = thread.thread_id
         values[me] = value
         cuda.syncthreads()
-        shuffled = values[me + offset] if me % 32 + offset < 32 else value
-        cuda.syncthreads()
-        return shuffled
+        return values[me + offset] if me % 32 + offset < 32 else value
 
     def widen_float16(bits: Any) -> Any:
         """Return the float32 of a float16's bits."""

@@ -5,13 +5,15 @@ stages, both in an order that the array's size and alignment fix: each block wri
 block adds those. No atomics: the same bits from run to run. An array of one block needs the first stage alone.
 
 All kernels of one layout have the same parameters: ``x, out``, pointers to the first elements; ``n``, how many there
-are; the layout, of those that are strided; the factors ``a, b``; ``partial``, two float64 for each block; ``result``,
-three numbers of the result's type: the penalty, and the formula's two sums. What an operation has no use for is not
-touched and may be any pointer.
+are; the layout, of those that are strided; the factors ``a, b``; ``scale``, by which the factors of what is written are
+multiplied, a number on the device so that nothing waits for it, or null for 1; ``partial``, two float64 for each block;
+``result``, three numbers of the result's type: the penalty, and the formula's two sums. What an operation has no use
+for is not touched and may be any pointer.
 """
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from regkern.dtypes import BFLOAT16, FLOAT16, FLOAT64, DType
@@ -48,14 +50,25 @@ MAX_BLOCKS = 8 * 132
 
 WARP = 32
 RESULTS = 3
+NULL = 0  # the address that points nowhere
+_SLOTS = 2 * WARP  # two sums of each warp, of which a block has at most 32
 
 
-class Body(NamedTuple):
-    """A kernel before it is compiled: a name that is unique among all, its code, and its parameters' types."""
+@dataclass(frozen=True, eq=False)
+class Body:
+    """A kernel before it is compiled.
+
+    Attributes:
+        name: unique among all.
+        body: its code.
+        arguments: its parameters' types.
+        threads: of a block.
+    """
 
     name: str
     body: Callable[..., Any]
     arguments: tuple[Any, ...]
+    threads: int = THREADS
 
 
 class Accumulator(NamedTuple):
@@ -137,23 +150,24 @@ def flat_kernel(
     formula: Formula,
     dtype: DType,
     accumulator: Accumulator | None = None,
-    threads: int = THREADS,
+    result_type: str | None = None,
 ) -> Body:
-    """Make the kernel of contiguous arrays: ``(x, out, n, a, b, partial, result)``.
+    """Make the kernel of contiguous arrays: ``(x, out, n, a, b, scale, partial, result)``.
 
     Elements before and after those that 16-byte loads can take are taken one by one; so are all where x and out are
     aligned differently.
     """
-    chosen = _accumulator(dtype, accumulator)
+    chosen, result_type = _accumulator(dtype, accumulator), result_type or dtype.result
+    narrow_result = _make_narrow_result(result_type)
     add_element, update_element, total = _make_element(operation, formula, dtype, chosen)
     add_lanes, update_lanes = _make_add_lanes(add_element), _make_update_lanes(update_element, lanes_of(dtype))
     load, store = make_load(dtype.carrier), make_store(dtype.carrier)
-    start, finish = _make_start(chosen), _make_finish(total, dtype, threads)
+    start, finish = _make_start(chosen), _make_finish(total, narrow_result)
     sums, writes, itemsize, lanes = operation.sums, operation.writes, dtype.itemsize, lanes_of(dtype)
 
-    def kernel(x, out, n, a, b, partial, result):
-        first = cuda.blockIdx.x * threads + cuda.threadIdx.x
-        step = cuda.gridDim.x * threads
+    def kernel(x, out, n, a, b, scale, partial, result):
+        first, step = cuda.grid(1), cuda.gridsize(1)
+        scaled_a, scaled_b = scaled(a, b, scale)
         misaligned = address_of(x) % VECTOR_BYTES
         head = min(n, (VECTOR_BYTES - misaligned) % VECTOR_BYTES // itemsize)
         if writes and address_of(out) % VECTOR_BYTES != misaligned:
@@ -167,7 +181,7 @@ def flat_kernel(
             if sums:
                 sums0 = add_element(sums0, x[i])
             if writes:
-                out[i] = update_element(x[i], out[i], a, b)
+                out[i] = update_element(x[i], out[i], scaled_a, scaled_b)
             i += step
         j = first
         while j < vectors - 3 * step:
@@ -183,10 +197,10 @@ def flat_kernel(
                 sums2, sums3 = add_lanes(sums2, x2), add_lanes(sums3, x3)
             if writes:
                 old0, old1, old2, old3 = load(out, at0), load(out, at1), load(out, at2), load(out, at3)
-                store(out, at0, update_lanes(x0, old0, a, b))
-                store(out, at1, update_lanes(x1, old1, a, b))
-                store(out, at2, update_lanes(x2, old2, a, b))
-                store(out, at3, update_lanes(x3, old3, a, b))
+                store(out, at0, update_lanes(x0, old0, scaled_a, scaled_b))
+                store(out, at1, update_lanes(x1, old1, scaled_a, scaled_b))
+                store(out, at2, update_lanes(x2, old2, scaled_a, scaled_b))
+                store(out, at3, update_lanes(x3, old3, scaled_a, scaled_b))
             j += 4 * step
         while j < vectors:
             at0 = head + j * lanes
@@ -194,19 +208,21 @@ def flat_kernel(
             if sums:
                 sums0 = add_lanes(sums0, x0)
             if writes:
-                store(out, at0, update_lanes(x0, load(out, at0), a, b))
+                store(out, at0, update_lanes(x0, load(out, at0), scaled_a, scaled_b))
             j += step
         i = tail + first
         while i < n:
             if sums:
                 sums0 = add_element(sums0, x[i])
             if writes:
-                out[i] = update_element(x[i], out[i], a, b)
+                out[i] = update_element(x[i], out[i], scaled_a, scaled_b)
             i += step
         if sums:
             finish(sums0, sums1, sums2, sums3, a, b, partial, result)
 
-    return Body(_name("flat", operation, formula, dtype, chosen), kernel, _arguments(dtype, INT64))
+    return Body(
+        _name("flat", operation, formula, dtype, chosen, result_type), kernel, _arguments(dtype, result_type, INT64)
+    )
 
 
 @functools.cache
@@ -216,22 +232,23 @@ def strided_kernel(
     dtype: DType,
     dims: int,
     accumulator: Accumulator | None = None,
-    threads: int = THREADS,
+    result_type: str | None = None,
 ) -> Body:
-    """Make the kernel of strided arrays: ``(x, out, n, layout, a, b, partial, result)``.
+    """Make the kernel of strided arrays: ``(x, out, n, layout, a, b, scale, partial, result)``.
 
     The layout is a tuple of 3 * dims numbers: lengths, strides of x, strides of out, the strides counted in elements;
     the last dimension is the one whose elements neighbouring threads take.
     """
-    chosen = _accumulator(dtype, accumulator)
+    chosen, result_type = _accumulator(dtype, accumulator), result_type or dtype.result
+    narrow_result = _make_narrow_result(result_type)
     add_element, update_element, total = _make_element(operation, formula, dtype, chosen)
-    start, finish = _make_start(chosen), _make_finish(total, dtype, threads)
+    start, finish = _make_start(chosen), _make_finish(total, narrow_result)
     offsets = _make_offsets(dims - 1, dims)
     sums, writes = operation.sums, operation.writes
 
-    def kernel(x, out, n, layout, a, b, partial, result):
-        step = cuda.gridDim.x * threads
-        i = cuda.blockIdx.x * threads + cuda.threadIdx.x
+    def kernel(x, out, n, layout, a, b, scale, partial, result):
+        i, step = cuda.grid(1), cuda.gridsize(1)
+        scaled_a, scaled_b = scaled(a, b, scale)
         sums0, sums1, sums2, sums3 = start(), start(), start(), start()
         while i < n - 3 * step:
             at0, to0 = offsets(i, layout)
@@ -243,29 +260,29 @@ def strided_kernel(
                 sums0, sums1 = add_element(sums0, x0), add_element(sums1, x1)
                 sums2, sums3 = add_element(sums2, x2), add_element(sums3, x3)
             if writes:
-                out[to0] = update_element(x0, out[to0], a, b)
-                out[to1] = update_element(x1, out[to1], a, b)
-                out[to2] = update_element(x2, out[to2], a, b)
-                out[to3] = update_element(x3, out[to3], a, b)
+                out[to0] = update_element(x0, out[to0], scaled_a, scaled_b)
+                out[to1] = update_element(x1, out[to1], scaled_a, scaled_b)
+                out[to2] = update_element(x2, out[to2], scaled_a, scaled_b)
+                out[to3] = update_element(x3, out[to3], scaled_a, scaled_b)
             i += 4 * step
         while i < n:
             at0, to0 = offsets(i, layout)
             if sums:
                 sums0 = add_element(sums0, x[at0])
             if writes:
-                out[to0] = update_element(x[at0], out[to0], a, b)
+                out[to0] = update_element(x[at0], out[to0], scaled_a, scaled_b)
             i += step
         if sums:
             finish(sums0, sums1, sums2, sums3, a, b, partial, result)
 
-    name = _name(f"strided{dims}", operation, formula, dtype, chosen)
-    return Body(name, kernel, _arguments(dtype, INT64, numbers("int64", 3 * dims)))
+    name = _name(f"strided{dims}", operation, formula, dtype, chosen, result_type)
+    return Body(name, kernel, _arguments(dtype, result_type, INT64, numbers("int64", 3 * dims)))
 
 
 @functools.cache
-def last_stage(result_type: str, threads: int = THREADS) -> Body:
+def last_stage(result_type: str) -> Body:
     """Make the kernel of one block that adds the blocks' sums: ``(partial, blocks, a, b, result)``."""
-    block_sums, narrow = make_block_sums(threads), _make_narrow_result(result_type)
+    narrow = _make_narrow_result(result_type)
 
     def kernel(partial, blocks, a, b, result):
         sum0 = sum1 = 0.0
@@ -273,7 +290,7 @@ def last_stage(result_type: str, threads: int = THREADS) -> Body:
         while block < blocks:
             sum0 += partial[2 * block]
             sum1 += partial[2 * block + 1]
-            block += threads
+            block += cuda.blockDim.x
         sum0, sum1 = block_sums(sum0, sum1)
         if cuda.threadIdx.x == 0:
             result[0], result[1], result[2] = narrow(a * sum0 + b * sum1), narrow(sum0), narrow(sum1)
@@ -282,13 +299,16 @@ def last_stage(result_type: str, threads: int = THREADS) -> Body:
     return Body(f"last_stage-{result_type}", kernel, (pointer("float64"), INT64, *factors, pointer(result_type)))
 
 
-def _name(layout: str, operation: Operation, formula: Formula, dtype: DType, accumulator: Accumulator) -> str:
-    return "-".join([operation.name, formula.name, dtype.name, *[accumulator.name] * operation.sums, layout])
+def _name(
+    layout: str, operation: Operation, formula: Formula, dtype: DType, accumulator: Accumulator, result_type: str
+) -> str:
+    sums = [accumulator.name, result_type] if operation.sums else []
+    return "-".join([operation.name, formula.name, dtype.name, *sums, layout])
 
 
-def _arguments(dtype: DType, *layout: Any) -> tuple[Any, ...]:
-    elements, factors = pointer(dtype.carrier), (FLOAT64_PARAMETER, FLOAT64_PARAMETER)
-    return elements, elements, *layout, *factors, pointer("float64"), pointer(dtype.result)
+def _arguments(dtype: DType, result_type: str, *layout: Any) -> tuple[Any, ...]:
+    elements, factors = pointer(dtype.carrier), (FLOAT64_PARAMETER, FLOAT64_PARAMETER, pointer(dtype.result))
+    return elements, elements, *layout, *factors, pointer("float64"), pointer(result_type)
 
 
 def make_widen(dtype: DType):
@@ -296,7 +316,7 @@ def make_widen(dtype: DType):
     return {FLOAT16: widen_float16, BFLOAT16: widen_bfloat16, FLOAT64: to_float64}.get(dtype, to_float32)
 
 
-def _make_narrow(dtype: DType):
+def make_narrow(dtype: DType):
     """Make ``narrow(float64) -> carrier``, to the nearest value, by way of float32 for 16-bit floats."""
     if dtype is FLOAT64:
         return to_float64
@@ -321,7 +341,7 @@ def _make_element(operation: Operation, formula: Formula, dtype: DType, accumula
     Returns:
         ``add(sums, carrier) -> sums``, ``update(carrier, old, a, b) -> carrier`` and ``total(sums) -> (sum0, sum1)``.
     """
-    widen, narrow, terms = make_widen(dtype), _make_narrow(dtype), device(formula.terms)
+    widen, narrow, terms = make_widen(dtype), make_narrow(dtype), device(formula.terms)
     widen_term, add_term, total_term = accumulator.widen, accumulator.add, accumulator.total
 
     @device
@@ -425,39 +445,43 @@ def _make_offsets(axis: int, dims: int):
     return offsets
 
 
-def make_block_sums(threads: int):
-    """Make ``block_sums(sum0, sum1)``: the sums over a block's threads, in its first thread; all of them call it."""
-    warps, slots = threads // WARP, 2 * (threads // WARP)  # Numba takes no expression for the size
-
-    @device
-    def block_sums(sum0, sum1):
-        shared = cuda.shared.array(slots, FLOAT64_PARAMETER)
-        thread = cuda.threadIdx.x
-        lane = thread % WARP
-        offset = WARP // 2
-        while offset > 0:
-            sum0 += shuffle_down(sum0, offset)
-            sum1 += shuffle_down(sum1, offset)
-            offset //= 2
-        if lane == 0:
-            shared[2 * (thread // WARP)] = sum0
-            shared[2 * (thread // WARP) + 1] = sum1
-        cuda.syncthreads()
-        sum0 = shared[2 * lane] if lane < warps else 0.0  # every warp does what the first needs
-        sum1 = shared[2 * lane + 1] if lane < warps else 0.0
-        offset = WARP // 2
-        while offset > 0:
-            sum0 += shuffle_down(sum0, offset)
-            sum1 += shuffle_down(sum1, offset)
-            offset //= 2
-        return sum0, sum1
-
-    return block_sums
+@device
+def block_sums(sum0, sum1):
+    """Return the sums over a block's threads, in its first warp; all of them call it."""
+    shared = cuda.shared.array(_SLOTS, FLOAT64_PARAMETER)
+    lane, warp = cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
+    sum0, sum1 = warp_sums(sum0, sum1)
+    if lane == 0:
+        shared[2 * warp], shared[2 * warp + 1] = sum0, sum1
+    cuda.syncthreads()
+    warps = cuda.blockDim.x // WARP
+    sum0 = shared[2 * lane] if lane < warps else 0.0  # every warp does what the first needs
+    sum1 = shared[2 * lane + 1] if lane < warps else 0.0
+    return warp_sums(sum0, sum1)
 
 
-def _make_finish(total, dtype: DType, threads: int):
+@device
+def warp_sums(sum0, sum1):
+    """Return the sums over a warp's lanes, in its first; all of them call it."""
+    offset = WARP // 2
+    while offset > 0:
+        sum0 += shuffle_down(sum0, offset)
+        sum1 += shuffle_down(sum1, offset)
+        offset //= 2
+    return sum0, sum1
+
+
+@device
+def scaled(a, b, scale):
+    """Return the factors of what is written."""
+    if address_of(scale) == 0:
+        return a, b
+    factor = to_float64(scale[0])
+    return a * factor, b * factor
+
+
+def _make_finish(total, narrow):
     """Make what ends a kernel that sums: a block's sums to `partial`, of a single block to `result`."""
-    block_sums, narrow = make_block_sums(threads), _make_narrow_result(dtype.result)
 
     @device
     def finish(sums0, sums1, sums2, sums3, a, b, partial, result):
