@@ -76,7 +76,7 @@ def _threads() -> dict[str, Any]:
 
 
 def _cache() -> dict[str, Any]:
-    from regkern.kernels.cpu.compile import CACHE_VARIABLE, cache_folder
+    from regkern.kernels.cache import CACHE_VARIABLE, cache_folder
 
     folder = cache_folder().absolute()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())

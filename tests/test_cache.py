@@ -64,7 +64,7 @@ import pwd
 def unknown(uid):
     raise KeyError(uid)
 pwd.getpwuid = unknown
-from regkern.kernels.cpu.compile import cache_folder
+from regkern.kernels.cache import cache_folder
 print(cache_folder().is_absolute(), os.listdir())
 """
     assert run(code) == "True []\n"

@@ -23,6 +23,7 @@ _LIBRARIES = {
     "torch.distributed.tensor": "regkern.arrays.dtensor",
     "torch": "regkern.arrays.torch",
     "jax": "regkern.arrays.jax",
+    "cupy": "regkern.arrays.cupy",
     "tensorflow": "regkern.arrays.tensorflow",
     "dask.array": "regkern.arrays.dask",
 }
@@ -44,6 +45,8 @@ def _modules_for(cls: type) -> Iterator[str]:
         package = library.partition(".")[0]
         if library in sys.modules and packages & {package, f"{package}lib"}:  # arrays of JAX come from jaxlib
             yield module
+    if hasattr(cls, "__cuda_array_interface__"):
+        yield "regkern.arrays.cuda_interface"
 
 
 def _find(array_type: type) -> str:

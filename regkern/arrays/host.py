@@ -9,19 +9,12 @@ from typing import Any
 import numpy as np
 
 from regkern.arrays.adapter import Adapter
-from regkern.arrays.layout import Strides, loops, may_overlap, overlaps_itself, same_elements
+from regkern.arrays.layout import Strides, check_alike, check_memory, loops
 from regkern.dtypes import DType
 from regkern.kernels.cpu import gram
-from regkern.kernels.cpu.elementwise import (
-    ADD_GRADIENT,
-    GRADIENT,
-    PROX,
-    SUMS,
-    SUMS_AND_GRADIENT,
-    Operation,
-    kernels,
-)
+from regkern.kernels.cpu.elementwise import kernels
 from regkern.kernels.formulas import Formula
+from regkern.kernels.operations import ADD_GRADIENT, GRADIENT, PROX, SUMS, SUMS_AND_GRADIENT, Operation
 
 
 class HostAdapter(Adapter):
@@ -90,22 +83,9 @@ class HostAdapter(Adapter):
             TypeError: the dtype is another.
             ValueError: the shape is another, or elements of `out` overlap each other, or some of x's.
         """
-        if out.shape != x.shape:
-            raise ValueError(f"out: expected x's shape {tuple(x.shape)}; got {tuple(out.shape)}; make it by {maker}.")
-        if out.dtype != x.dtype:
-            raise TypeError(f"out: expected x's dtype {x.dtype}; got {out.dtype}; make it by {maker}.")
-        address, size, dtype, _ = self.memory(x)
-        if size == 0:
-            return
-        source, target = (address, self.strides(x)), (self.memory(out)[0], self.strides(out))
-        if overlaps_itself(x.shape, target[1], dtype.itemsize):
-            raise ValueError(
-                "out: expected a place of its own for each element; got a view that repeats some; pass a copy."
-            )
-        if not same_elements(x.shape, source, target) and may_overlap(x.shape, dtype.itemsize, source, target):
-            raise ValueError(
-                "out: expected x itself or memory of its own; got one that overlaps x in part; pass a copy."
-            )
+        check_alike(x, out, maker)
+        address, _, dtype, _ = self.memory(x)
+        check_memory(x.shape, dtype.itemsize, (address, self.strides(x)), (self.memory(out)[0], self.strides(out)))
 
     def partial(self, formula: Formula, x: Any) -> Any:
         return np.array(self._run(SUMS, formula, 0.0, 0.0, x, x))

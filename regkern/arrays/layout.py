@@ -54,6 +54,26 @@ def loops(shape: tuple[int, ...], x: Strides, out: Strides) -> tuple[int, int, i
     return x_start, out_start, repeats, layout
 
 
+def check_alike(x: Any, out: Any, maker: str) -> None:
+    """Raise ValueError or TypeError unless out has x's shape and dtype, as arrays of one library have them."""
+    if out.shape != x.shape:
+        raise ValueError(f"out: expected x's shape {tuple(x.shape)}; got {tuple(out.shape)}; make it by {maker}.")
+    if out.dtype != x.dtype:
+        raise TypeError(f"out: expected x's dtype {x.dtype}; got {out.dtype}; make it by {maker}.")
+
+
+def check_memory(shape: tuple[int, ...], itemsize: int, x: tuple[int, Strides], out: tuple[int, Strides]) -> None:
+    """Raise ValueError where elements of `out` overlap each other, or some of x's; each is an address and strides."""
+    if 0 in shape:
+        return
+    if overlaps_itself(shape, out[1], itemsize):
+        raise ValueError(
+            "out: expected a place of its own for each element; got a view that repeats some; pass a copy."
+        )
+    if not same_elements(shape, x, out) and may_overlap(shape, itemsize, x, out):
+        raise ValueError("out: expected x itself or memory of its own; got one that overlaps x in part; pass a copy.")
+
+
 def overlaps_itself(shape: tuple[int, ...], strides: Strides, itemsize: int) -> bool:
     """Whether an axis takes smaller steps than those inside it need. No slice or transpose of an array does."""
     extent = itemsize

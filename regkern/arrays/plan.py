@@ -10,16 +10,10 @@ import numpy as np
 from regkern.arrays.host import HostAdapter
 from regkern.arrays.layout import Strides, loops
 from regkern.dtypes import FLOAT32, FLOAT64, DType
-from regkern.kernels.cpu.elementwise import (
-    ADD_GRADIENT,
-    PROX,
-    SUMS,
-    SUMS_AND_GRADIENT,
-    Operation,
-    chunk_build,
-)
+from regkern.kernels.cpu.elementwise import chunk_build
 from regkern.kernels.cpu.many import Entry, Table
 from regkern.kernels.formulas import Formula
+from regkern.kernels.operations import ADD_GRADIENT, PROX, SUMS, SUMS_AND_GRADIENT, Operation
 
 Weighted = tuple[Formula, float, float]
 

@@ -9,6 +9,7 @@ operators of `torch.library`.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -43,8 +44,15 @@ def _dtype_error(dtype: torch.dtype) -> TypeError:
     )
 
 
-_dtypes = _DTypes({getattr(torch, name): dtype for name, dtype in DTYPES.items()})
+dtypes = _DTypes({getattr(torch, name): dtype for name, dtype in DTYPES.items()})
 _results = {dtype: getattr(torch, dtype.result) for dtype in DTYPES.values()}
+
+
+@functools.cache
+def _plain_keys(device_type: str) -> frozenset[int]:
+    with torch.inference_mode():
+        inference = torch.empty(0, device=device_type)
+    return frozenset((_keys(torch.empty(0, device=device_type)), _keys(inference)))
 
 
 def _keys(x: Tensor) -> int:
@@ -52,16 +60,10 @@ def _keys(x: Tensor) -> int:
     return keys
 
 
-def _plain_keys() -> frozenset[int]:
-    with torch.inference_mode():
-        inference = torch.empty(0, device=_CPU)
-    return frozenset((_keys(torch.empty(0, device=_CPU)), _keys(inference)))
+_PLAIN = _plain_keys("cpu")
 
 
-_PLAIN = _plain_keys()
-
-
-def _is_plain(x: Tensor) -> bool:
+def _is_plain(x: Tensor, plain: frozenset[int] = _PLAIN) -> bool:
     """Whether a tensor's elements lie at its address, and only its address counts in what is going on.
 
     The keys by which torch dispatches name everything that may stand between a tensor and its memory: another device or
@@ -69,36 +71,18 @@ def _is_plain(x: Tensor) -> bool:
     that watches all operations, `torch.jit.trace`, and forward-mode differentiation.
     """
     return (
-        _keys(x) in _PLAIN
+        _keys(x) in plain
         and not torch._C._len_torch_dispatch_stack()
         and forward_ad._current_level < 0
         and not torch.jit.is_tracing()
     )
 
 
-class Kernels(HostAdapter):
-    """Reads and makes plain tensors in the host's memory, and leaves nothing in autograd's graph."""
+class Tensors(Adapter):
+    """What kernels for tensors share, in the host's memory and on devices."""
 
     def owns(self, array_type: type) -> bool:
         return issubclass(array_type, Tensor)
-
-    def memory(self, x: Tensor) -> tuple[int, int, DType, bool]:
-        return x.data_ptr(), x.numel(), _dtypes[x.dtype], x.is_contiguous()
-
-    def strides(self, x: Tensor) -> Strides:
-        itemsize = x.itemsize
-        return tuple([stride * itemsize for stride in x.stride()])
-
-    def scalar(self, value: float, dtype: DType) -> Tensor:
-        try:
-            return torch.scalar_tensor(value, dtype=_results[dtype], device=_CPU)
-        except RuntimeError:  # beyond the largest float32: this one makes it infinite, in twice the time
-            return torch.tensor(value, dtype=_results[dtype], device=_CPU)
-
-    def empty_like(self, x: Tensor) -> Tensor:
-        out = torch.empty_like(x)
-        ask_for_large_pages(out.data_ptr(), out.nbytes)
-        return out
 
     def flatten_leading(self, x: Tensor, *, copy: bool) -> Tensor:
         x = x.detach()
@@ -111,23 +95,17 @@ class Kernels(HostAdapter):
                 "out: expected leading axes that follow each other in memory; got strides that do not; pass a copy."
             ) from None
 
-    def check_out(self, x: Tensor, out: Any) -> None:
-        check_tensor(out)
-        if not _is_plain(out):
-            raise TypeError(f"out: expected a plain tensor on the CPU, as x; got {_kind(out)}; pass a copy.")
-        self.check_place(x, out, "torch.empty_like(x)")
-
     def grad(self, formula: Formula, a: float, b: float, x: Tensor, out: Any, accumulate: bool) -> Tensor:
-        return self._written(super().grad(formula, a, b, x, out, accumulate), out)
+        return self._written(super().grad(formula, a, b, x, out, accumulate), out)  # type: ignore[safe-super]
 
     def prox(self, formula: Formula, a: float, b: float, x: Tensor, out: Any) -> Tensor:
-        return self._written(super().prox(formula, a, b, x, out), out)
+        return self._written(super().prox(formula, a, b, x, out), out)  # type: ignore[safe-super]
 
     def orthogonal_grad(
         self, factor: float, x: Tensor, out: Any, *, columns: bool, flatten: bool, accumulate: bool
     ) -> Tensor:
-        gradient = super().orthogonal_grad(factor, x, out, columns=columns, flatten=flatten, accumulate=accumulate)
-        return self._written(gradient, out)
+        options = {"columns": columns, "flatten": flatten, "accumulate": accumulate}
+        return self._written(super().orthogonal_grad(factor, x, out, **options), out)  # type: ignore[safe-super]
 
     def wrote(self, out: Tensor) -> None:
         """Count a version on, so that a graph that has saved the tensor refuses to go on."""
@@ -138,6 +116,55 @@ class Kernels(HostAdapter):
         if out is not None:
             self.wrote(out)
         return result
+
+
+def byte_strides(x: Tensor) -> Strides:
+    """Return a tensor's strides in bytes."""
+    itemsize = x.itemsize
+    return tuple([stride * itemsize for stride in x.stride()])
+
+
+class Kernels(Tensors, HostAdapter):
+    """Reads and makes plain tensors in the host's memory, and leaves nothing in autograd's graph."""
+
+    recorded: Any
+
+    def memory(self, x: Tensor) -> tuple[int, int, DType, bool]:
+        return x.data_ptr(), x.numel(), dtypes[x.dtype], x.is_contiguous()
+
+    def strides(self, x: Tensor) -> Strides:
+        return byte_strides(x)
+
+    def scalar(self, value: float, dtype: DType) -> Tensor:
+        try:
+            return torch.scalar_tensor(value, dtype=_results[dtype], device=_CPU)
+        except RuntimeError:  # beyond the largest float32: this one makes it infinite, in twice the time
+            return torch.tensor(value, dtype=_results[dtype], device=_CPU)
+
+    def empty_like(self, x: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        ask_for_large_pages(out.data_ptr(), out.nbytes)
+        return out
+
+    def check_out(self, x: Tensor, out: Any) -> None:
+        check_tensor(out)
+        if not _is_plain(out):
+            raise TypeError(f"out: expected a plain tensor on the CPU, as x; got {kind(out)}; pass a copy.")
+        self.check_place(x, out, "torch.empty_like(x)")
+
+    def scaled_grad(self, formula: Formula, a: float, b: float, x: Tensor, scale: Tensor) -> Tensor:
+        """Return a 0-d tensor times the gradient, a new tensor."""
+        number = scale.item()
+        return self.grad(formula, a * number, b * number, x, None, False)
+
+    def sums_grad(self, formula: Formula, x: Tensor, scales: Sequence[Tensor]) -> Tensor:
+        """Return the gradient of the formula's two sums, each times a 0-d tensor."""
+        a, b = (scale.item() for scale in scales)
+        return self.grad(formula, a, b, x, None, False)
+
+    def scaled_orthogonal_grad(self, factor: float, x: Tensor, scale: Tensor, **vectors: bool) -> Tensor:
+        """Return a 0-d tensor times the orthogonal penalty's gradient, a new tensor."""
+        return self.orthogonal_value_and_grad(factor * scale.item(), x, **vectors)[1]
 
 
 def check_tensor(out: Any) -> None:
@@ -151,27 +178,43 @@ def check_tensor(out: Any) -> None:
         )
 
 
-def _kind(x: Tensor) -> str:
+def kind(x: Tensor) -> str:
+    """Describe a tensor, for errors."""
     return f"{type(x).__name__} on {x.device} with layout {x.layout}"
 
 
 KERNELS = Kernels()
 
 
-class Recorded(Kernels):
-    """The kernels for tensors that require a gradient: penalties join autograd's graph."""
+class Recording(Adapter):
+    """Kernels for tensors that require a gradient: penalties join autograd's graph.
+
+    Attributes:
+        kernels: those that compute.
+    """
+
+    kernels: Any
 
     def penalty(self, formula: Formula, a: float, b: float, x: Tensor) -> Tensor:
-        penalty: Tensor = Penalty.apply(x, formula, a, b)
+        penalty: Tensor = Penalty.apply(x, self.kernels, formula, a, b)
         return penalty
 
     def sums(self, formula: Formula, x: Tensor) -> tuple[Tensor, Tensor]:
-        sums: tuple[Tensor, Tensor] = Sums.apply(x, formula)
+        sums: tuple[Tensor, Tensor] = Sums.apply(x, self.kernels, formula)
         return sums
 
     def orthogonal(self, factor: float, x: Tensor, *, columns: bool, flatten: bool) -> Tensor:
-        penalty: Tensor = Orthogonal.apply(x, factor, columns, flatten)
+        penalty: Tensor = Orthogonal.apply(x, self.kernels, factor, columns, flatten)
         return penalty
+
+
+class Recorded(Recording, Kernels):
+    """The kernels for tensors in the host's memory, recording."""
+
+    kernels = KERNELS
+
+
+KERNELS.recorded = Recorded()
 
 
 # Without `setup_context`, which these functions do without because `torch.func` never comes here, applying one takes
@@ -180,21 +223,20 @@ class Penalty(torch.autograd.Function):
     """An element-wise penalty in the graph."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, formula: Formula, a: float, b: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, kernels: Any, formula: Formula, a: float, b: float) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.penalty = formula, a, b
-        return KERNELS.penalty(formula, a, b, x)
+        ctx.penalty = kernels, formula, a, b
+        return kernels.penalty(formula, a, b, x)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        formula, a, b = ctx.penalty
-        if _can_use_kernels(x, upstream):
-            scale = upstream.item()
-            gradient = KERNELS.grad(formula, a * scale, b * scale, x, None, False)
+        kernels, formula, a, b = ctx.penalty
+        if _can_use(kernels, x, upstream):
+            gradient = kernels.scaled_grad(formula, a, b, x, upstream)
         else:
             gradient = _by_operations(lambda: OPERATIONS.penalty(formula, a, b, x), x, upstream)
-        return gradient, None, None, None
+        return gradient, None, None, None, None
 
 
 class Penalties(torch.autograd.Function):
@@ -210,14 +252,14 @@ class Penalties(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
-        if _can_use_kernels(upstream, *tensors):
+        if _can_use(KERNELS, upstream, *tensors):
             scale = upstream.item()
             scaled = [(formula, a * scale, b * scale) for formula, a, b in ctx.penalties]
             _, gradients = ctx.plan.over(tensors).value_and_grad(scaled, tensors)
         else:
             gradients = [
                 _by_operations(
-                    functools.partial(OPERATIONS.penalty, formula, a, b, x), x, upstream.to(_results[_dtypes[x.dtype]])
+                    functools.partial(OPERATIONS.penalty, formula, a, b, x), x, upstream.to(_results[dtypes[x.dtype]])
                 )
                 for x, (formula, a, b) in zip(tensors, ctx.plan.weighted(ctx.penalties), strict=True)
             ]
@@ -228,20 +270,19 @@ class Sums(torch.autograd.Function):
     """A formula's two sums in the graph."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, formula: Formula) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, kernels: Any, formula: Formula) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x)
-        ctx.formula = formula
-        return KERNELS.sums(formula, x)
+        ctx.kernels, ctx.formula = kernels, formula
+        return kernels.sums(formula, x)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        if _can_use_kernels(x, *upstream):
-            a, b = (each.item() for each in upstream)
-            gradient = KERNELS.grad(ctx.formula, a, b, x, None, False)
+        if _can_use(ctx.kernels, x, *upstream):
+            gradient = ctx.kernels.sums_grad(ctx.formula, x, upstream)
         else:
             gradient = _by_operations(lambda: OPERATIONS.sums(ctx.formula, x), x, *upstream)
-        return gradient, None
+        return gradient, None, None
 
 
 class Orthogonal(torch.autograd.Function):
@@ -252,31 +293,34 @@ class Orthogonal(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float, columns: bool, flatten: bool) -> Tensor:
-        ctx.arguments = factor, {"columns": columns, "flatten": flatten}
+    def forward(ctx: Any, x: Tensor, kernels: Any, factor: float, columns: bool, flatten: bool) -> Tensor:
+        vectors = {"columns": columns, "flatten": flatten}
+        ctx.arguments = kernels, factor, vectors
         if x.itemsize == 2:
             ctx.save_for_backward(x)
-            return KERNELS.orthogonal(factor, x, columns=columns, flatten=flatten)
-        value, gradient = KERNELS.orthogonal_value_and_grad(factor, x, columns=columns, flatten=flatten)
+            return kernels.orthogonal(factor, x, **vectors)
+        value, gradient = kernels.orthogonal_value_and_grad(factor, x, **vectors)
         ctx.save_for_backward(x, gradient)
         return value
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
-        factor, vectors = ctx.arguments
-        if not _can_use_kernels(x, upstream):
+        kernels, factor, vectors = ctx.arguments
+        if not _can_use(kernels, x, upstream):
             gradient = _by_operations(lambda: OPERATIONS.orthogonal(factor, x, **vectors), x, upstream)
         elif saved:
             gradient = saved[0] * upstream
         else:
-            gradient = KERNELS.orthogonal_value_and_grad(factor * upstream.item(), x, **vectors)[1]
-        return gradient, None, None, None
+            gradient = kernels.scaled_orthogonal_grad(factor, x, upstream, **vectors)
+        return gradient, None, None, None, None
 
 
-def _can_use_kernels(*tensors: Tensor) -> bool:
+def _can_use(kernels: Any, *tensors: Tensor) -> bool:
     """Whether a gradient may be computed behind autograd's back: not where it is to be differentiated again."""
-    return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and all(map(_is_plain, tensors))
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return all(_kernels(x) is kernels for x in tensors)
 
 
 def _by_operations(function: Callable[[], Any], x: Tensor, *upstream: Tensor) -> Tensor:
@@ -295,7 +339,7 @@ class Operations(OperationsAdapter):
 
     def widen(self, x: Tensor) -> Tensor:
         check_layout(x)
-        return x.to(_results[_dtypes[x.dtype]])
+        return x.to(_results[dtypes[x.dtype]])
 
     def narrow(self, value: Tensor, x: Tensor) -> Tensor:
         return value.to(x.dtype)
@@ -405,14 +449,13 @@ class Compiled(Operations):
     def _result(self, x: Tensor) -> torch.dtype | None:
         """The result's type, where the kernels can serve a tensor of this kind."""
         check_layout(x)
-        dtype = _dtypes.get(x.dtype)
+        dtype = dtypes.get(x.dtype)
         if dtype is None:
             raise _dtype_error(x.dtype)
         return _results[dtype] if x.device.type == "cpu" else None
 
 
 COMPILED = Compiled()
-RECORDED = Recorded()
 
 
 class TorchAdapter(Adapter):
@@ -466,12 +509,35 @@ class TorchAdapter(Adapter):
         return _evaluator(x).orthogonal_grad(factor, x, out, **options)
 
 
+def _kernels(x: Tensor) -> Any:
+    """Return the kernels that can read a tensor's memory now; None where none can."""
+    if _is_plain(x):
+        return KERNELS
+    if x.is_cuda and _device_kernels() is not None and _is_plain(x, _plain_keys("cuda")):
+        return _device_kernels()
+    return None
+
+
+@functools.cache
+def _device_kernels() -> Any:
+    """Return the kernels for CUDA devices; None where there is no device, or nothing that compiles for it."""
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return None
+    try:
+        from regkern.arrays.torch_cuda import KERNELS
+    except ImportError as error:
+        warnings.warn(f"{error} Until then, torch's own operations are used.", RuntimeWarning, stacklevel=2)
+        return None
+    return KERNELS
+
+
 def _evaluator(x: Tensor) -> Any:
     if torch.compiler.is_compiling():
         return COMPILED
-    if not _is_plain(x):
+    kernels = _kernels(x)
+    if kernels is None:
         return OPERATIONS
-    return RECORDED if x.requires_grad and torch.is_grad_enabled() else KERNELS
+    return kernels.recorded if x.requires_grad and torch.is_grad_enabled() else kernels
 
 
 ADAPTER = TorchAdapter()

@@ -2,20 +2,14 @@
 
 Numba's own cache keys a function by its source file's date and pickles what it closes over, which never hits for
 kernels made by a factory, misses changes in the functions they call, and races between processes on an index file.
-Here, a kernel is one file, whose name is the digest of all that can change its code; a damaged file is compiled again
-and replaced.
+Here, a kernel is one file, whose name is the digest of all that can change its code.
 """
 
 import functools
 import hashlib
-import os
 import pickle
 import sys
-import time
-import uuid
-import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -31,31 +25,15 @@ from numba.core.compiler import CompileResult
 from numba.core.registry import cpu_target
 from numba.core.serialize import dumps
 from numba.extending import intrinsic
-from numba.misc.appdirs import user_cache_dir
 
 from regkern.kernels import forks
+from regkern.kernels.cache import cache_folder, digest_sources, load, store
 
 # Lets LLVM reorder sums into vector lanes and fuse multiply and add. Without nnan and ninf: NaN and infinity must
 # propagate.
 FASTMATH = {"reassoc", "contract", "nsz"}
 
-CACHE_VARIABLE = "REGKERN_CACHE_DIR"
-
-# Kernels that no process has loaded for so long are of versions, or of CPUs, that are gone.
-_UNUSED_SECONDS = 90 * 24 * 3600
-
-
-def _digest_sources() -> str:
-    kernels = Path(__file__).parent.parent
-    digest = hashlib.sha256()
-    for path in [kernels.parent / "dtypes.py", *sorted(kernels.rglob("*.py"))]:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-# A kernel is compiled again when any function that it may call has changed. Read at import, like the code itself:
-# later, the files may be those of an upgrade.
-_SOURCES = _digest_sources()
+_SOURCES = digest_sources(Path(__file__).parent)
 
 
 @functools.cache  # 90 us otherwise
@@ -64,13 +42,6 @@ def target_features() -> dict[str, bool]:
     with forks.loading:  # all that calls LLVM
         _, _, features = cpu_target.target_context.codegen().magic_tuple()
     return {feature[1:]: feature.startswith("+") for feature in features.split(",") if feature}
-
-
-def cache_folder() -> Path:
-    """Return where compiled kernels are kept: `$REGKERN_CACHE_DIR`, or the user's cache folder."""
-    folder: str = os.environ.get(CACHE_VARIABLE) or user_cache_dir("regkern", appauthor=False)
-    # A user without a home, in a container for one, has the root of the file system for it, as Docker has it.
-    return Path(folder.removeprefix("~") if folder.startswith("~/") else folder)
 
 
 class Build(NamedTuple):
@@ -192,27 +163,14 @@ class _KernelCache(_Cache):  # type: ignore[misc]
         return str(cache_folder())
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        path = self._path(sig, target_context.codegen())
-        try:
-            digest, payload = _split(path.read_bytes())
-        except OSError:
+        payload = load(self._path(sig, target_context.codegen()))
+        if payload is None:
             return None
-        if hashlib.sha256(payload).digest() != digest:
-            return None
-        with suppress(OSError):  # kept alive, whether or not the file system notes reading
-            os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
         target_context.refresh()
         return CompileResult._rebuild(target_context, *pickle.loads(payload))
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        path = self._path(sig, data.codegen)
-        payload = dumps(data._reduce())
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _replace(path, hashlib.sha256(payload).digest() + payload)
-            _remove_unused(path.parent)
-        except OSError as error:
-            _warn_not_writable(str(path.parent), error.strerror or type(error).__name__)
+        store(self._path(sig, data.codegen), dumps(data._reduce()))
 
     def _path(self, sig: Any, codegen: Any) -> Path:
         settings = (config.OPT, config.LOOP_VECTORIZE, config.SLP_VECTORIZE, config.DEBUGINFO_DEFAULT)
@@ -226,39 +184,3 @@ class _KernelCache(_Cache):  # type: ignore[misc]
     def disable(self) -> None: ...
 
     def flush(self) -> None: ...
-
-
-def _split(data: bytes) -> tuple[bytes, bytes]:
-    size = hashlib.sha256().digest_size
-    return data[:size], data[size:]
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write a file so that no reader, and no crash, ever sees a part of it."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-@functools.cache  # once in a process, and only in one that compiles anyway
-def _remove_unused(folder: Path) -> None:
-    """Remove kernels that nobody has used for long, and parts of files whose writers were killed."""
-    for path in folder.glob("*.kernel*"):
-        with suppress(OSError):  # another process may be at it
-            status = path.stat()
-            if time.time() - max(status.st_atime, status.st_mtime) > _UNUSED_SECONDS:
-                path.unlink()
-
-
-@functools.cache  # one line per folder and reason, not one per kernel
-def _warn_not_writable(folder: str, reason: str) -> None:
-    warnings.warn(
-        f"regkern cannot keep compiled kernels in {folder} ({reason}), so every process compiles them again; "
-        f"set {CACHE_VARIABLE} to a writable folder.",
-        RuntimeWarning,
-        stacklevel=2,
-    )

@@ -7,9 +7,6 @@ any number of threads.
 """
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numba import njit, prange, types
@@ -19,6 +16,7 @@ from regkern.kernels.cpu.compile import FASTMATH, Build, compile_kernel, inner
 from regkern.kernels.cpu.launch import Kernel
 from regkern.kernels.cpu.memory import make_magnitude, make_narrow, make_view, make_widen
 from regkern.kernels.formulas import Formula
+from regkern.kernels.operations import Operation
 
 # Elements per chunk. From 1 << 12 to 1 << 14 all sizes and dtypes take the same time, within a few per cent; smaller
 # chunks give mid-sized arrays to more threads. (Measured by bench/ on two cores of Zen 4, as are the next two.)
@@ -40,64 +38,6 @@ FLAT = _SUMS(types.intp, types.intp, types.intp, *_FACTORS)
 STRIDED = _SUMS(types.intp, types.intp, types.Array(types.int64, 2, "C"), *_FACTORS)
 # Of one chunk: x, out, the address of the layout, its dimensions, and which chunk.
 CHUNK_SUMS = _SUMS(*[types.intp] * 5, *_FACTORS)
-
-
-@dataclass(frozen=True, eq=False)
-class Operation:
-    """What a kernel does to each element besides summing: which value it writes, if any.
-
-    Attributes:
-        name: identifies it in the kernel cache.
-        sums: whether the formula's terms are summed.
-        update: makes ``(v, old, a, b) -> new`` from a formula, or None when nothing is written.
-    """
-
-    name: str
-    sums: bool
-    update: Callable[[Formula], Any] | None
-
-    @property
-    def writes(self) -> bool:
-        """Whether anything is written."""
-        return self.update is not None
-
-
-def _write_derivative(formula: Formula):
-    derivative = njit(formula.derivative)
-
-    @inner(formula.name)
-    def update(v, old, a, b):
-        return derivative(v, a, b)
-
-    return update
-
-
-def _add_derivative(formula: Formula):
-    derivative = njit(formula.derivative)
-
-    @inner(formula.name)
-    def update(v, old, a, b):
-        return old + derivative(v, a, b)
-
-    return update
-
-
-def _write_prox(formula: Formula):
-    prox = njit(formula.prox)
-
-    @inner(formula.name)
-    def update(v, old, a, b):
-        clipped = -a if v < -a else (a if v > a else v)
-        return prox(v, clipped, a, b)
-
-    return update
-
-
-SUMS = Operation("sums", True, None)
-GRADIENT = Operation("gradient", False, _write_derivative)
-ADD_GRADIENT = Operation("add_gradient", False, _add_derivative)
-SUMS_AND_GRADIENT = Operation("sums_and_gradient", True, _write_derivative)
-PROX = Operation("prox", False, _write_prox)
 
 
 class Kernels:
@@ -199,7 +139,7 @@ def _make_sum_loop(name: str, formula: Formula, dtype: DType):
 
 def _make_map_loop(name: str, operation: Operation, formula: Formula, dtype: DType, in_place: bool):
     widen, narrow, terms = make_widen(dtype), make_narrow(dtype), njit(formula.terms)
-    update, sums = operation.update(formula), operation.sums  # type: ignore[misc]
+    update, sums = operation.update(formula, inner(formula.name)), operation.sums  # type: ignore[misc]
 
     @inner(name, fastmath=FASTMATH, forceinline=True)
     def loop(x, out, n, a, b):

@@ -8,14 +8,8 @@ from regkern.kernels.cpu.compile import target_features
 from regkern.kernels.cpu.gram.tiles import tile_for
 from regkern.kernels.cpu.launch import Kernel, threading_layer
 from regkern.kernels.formulas import Formula
+from regkern.kernels.operations import OPERATIONS
 
-_OPERATIONS = (
-    elementwise.SUMS,
-    elementwise.GRADIENT,
-    elementwise.ADD_GRADIENT,
-    elementwise.SUMS_AND_GRADIENT,
-    elementwise.PROX,
-)
 # More rows do not make another register tile.
 _MAX_ROWS = 128
 
@@ -24,7 +18,7 @@ def compile_elementwise(formula: Formula, dtype: DType) -> int:
     """Compile all kernels of an element-wise penalty, or load them from the cache; return how many there are."""
     chunks = 0
     kernels: list[Kernel] = []
-    for operation in _OPERATIONS:
+    for operation in OPERATIONS:
         # Where value and gradient are asked for together, the gradient is a new array.
         for in_place in (False, True) if operation.writes and not operation.sums else (False,):
             both = elementwise.kernels(operation, formula, dtype, in_place)

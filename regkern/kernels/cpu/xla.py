@@ -20,7 +20,7 @@ from numba.core import cgutils, config
 from numba.extending import intrinsic
 
 from regkern.dtypes import DType
-from regkern.kernels import forks
+from regkern.kernels import forks, operations
 from regkern.kernels.cpu import elementwise, gram
 from regkern.kernels.cpu.compile import compile_kernel
 from regkern.kernels.cpu.launch import Kernel, threading_layer
@@ -33,11 +33,11 @@ API_VERSIONS = {(0, 3)}
 VALUE, PARTIAL, GRADIENT, VALUE_AND_GRADIENT, PROX = range(5)
 
 _OPERATIONS = {
-    VALUE: elementwise.SUMS,
-    PARTIAL: elementwise.SUMS,
-    GRADIENT: elementwise.GRADIENT,
-    VALUE_AND_GRADIENT: elementwise.SUMS_AND_GRADIENT,
-    PROX: elementwise.PROX,
+    VALUE: operations.SUMS,
+    PARTIAL: operations.SUMS,
+    GRADIENT: operations.GRADIENT,
+    VALUE_AND_GRADIENT: operations.SUMS_AND_GRADIENT,
+    PROX: operations.PROX,
 }
 
 # Rows of (key, address of the serial build, of the parallel one or 0, size from which that is faster).

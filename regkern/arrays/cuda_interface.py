@@ -1,0 +1,126 @@
+"""Any object with CUDA's array interface, as Numba's device arrays are: read as CuPy's arrays, where they lie.
+
+The interface is https://numba.readthedocs.io/en/stable/cuda/cuda_array_interface.html, version 3. Kernels are launched
+on the stream that it names, so that nothing waits; without one, on CuPy's current stream.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from regkern.arrays.adapter import Adapter
+from regkern.kernels.cuda.compile import from_interface, is_numba_array
+from regkern.kernels.cuda.driver import driver
+from regkern.kernels.formulas import Formula
+
+try:
+    import cupy
+except ImportError as error:
+    raise ImportError(
+        "regkern: expected CuPy, which makes results for an array with __cuda_array_interface__; got none; "
+        "install it by pip install 'regkern[cuda13]'."
+    ) from error
+
+from regkern.arrays.cupy import ADAPTER as CUPY
+
+
+class CudaInterfaceAdapter(Adapter):
+    """Hands arrays on to CuPy's adapter. Results are CuPy's arrays, or Numba's for Numba's."""
+
+    def owns(self, array_type: type) -> bool:
+        return hasattr(array_type, "__cuda_array_interface__")
+
+    def penalty(self, formula: Formula, a: float, b: float, x: Any) -> Any:
+        with _stream_of(x):
+            return _like(x, CUPY.penalty(formula, a, b, _view(x)))
+
+    def sums(self, formula: Formula, x: Any) -> tuple[Any, Any]:
+        with _stream_of(x):
+            sum0, sum1 = CUPY.sums(formula, _view(x))
+            return _like(x, sum0), _like(x, sum1)
+
+    def partial(self, formula: Formula, x: Any) -> Any:
+        with _stream_of(x):
+            return _like(x, CUPY.partial(formula, _view(x)))
+
+    def value_and_grad(self, formula: Formula, a: float, b: float, x: Any) -> tuple[Any, Any]:
+        with _stream_of(x):
+            value, gradient = CUPY.value_and_grad(formula, a, b, _view(x))
+            return _like(x, value), _like(x, gradient)
+
+    def grad(self, formula: Formula, a: float, b: float, x: Any, out: Any, accumulate: bool) -> Any:
+        with _stream_of(x):
+            gradient = CUPY.grad(formula, a, b, _view(x), _view_out(out), accumulate)
+            return _like(x, gradient) if out is None else out
+
+    def prox(self, formula: Formula, a: float, b: float, x: Any, out: Any) -> Any:
+        with _stream_of(x):
+            result = CUPY.prox(formula, a, b, _view(x), _view_out(out))
+            return _like(x, result) if out is None else out
+
+    def orthogonal(self, factor: float, x: Any, *, columns: bool, flatten: bool) -> Any:
+        with _stream_of(x):
+            return _like(x, CUPY.orthogonal(factor, _view(x), columns=columns, flatten=flatten))
+
+    def orthogonal_value_and_grad(self, factor: float, x: Any, *, columns: bool, flatten: bool) -> tuple[Any, Any]:
+        with _stream_of(x):
+            value, gradient = CUPY.orthogonal_value_and_grad(factor, _view(x), columns=columns, flatten=flatten)
+            return _like(x, value), _like(x, gradient)
+
+    def orthogonal_grad(
+        self, factor: float, x: Any, out: Any, *, columns: bool, flatten: bool, accumulate: bool
+    ) -> Any:
+        options = {"columns": columns, "flatten": flatten, "accumulate": accumulate}
+        with _stream_of(x):
+            gradient = CUPY.orthogonal_grad(factor, _view(x), _view_out(out), **options)
+            return _like(x, gradient) if out is None else out
+
+
+def _view(x: Any) -> Any:
+    """Return an array of CuPy's over x's memory. CuPy's own way waits for the stream that the interface names."""
+    interface = x.__cuda_array_interface__
+    if interface.get("mask") is not None:
+        raise TypeError("x: expected an array without a mask; got one with a mask; fill it first.")
+    dtype, shape, (address, _) = np.dtype(interface["typestr"]), tuple(interface["shape"]), interface["data"]
+    strides = interface.get("strides")
+    device = driver().device_of(address) if address else cupy.cuda.device.get_device_id()
+    memory = cupy.cuda.UnownedMemory(address, _extent(shape, strides, dtype.itemsize), x, device)
+    return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0), strides=strides)
+
+
+def _extent(shape: tuple[int, ...], strides: tuple[int, ...] | None, itemsize: int) -> int:
+    """Return how many bytes an array spans."""
+    if strides is None or 0 in shape:
+        return math.prod(shape) * itemsize
+    return itemsize + sum((length - 1) * abs(stride) for length, stride in zip(shape, strides, strict=True))
+
+
+def _view_out(out: Any) -> Any:
+    if out is None:
+        return None
+    if not hasattr(out, "__cuda_array_interface__"):
+        raise TypeError(f"out: expected an array with __cuda_array_interface__; got {type(out).__name__}.")
+    if out.__cuda_array_interface__["data"][1]:
+        raise ValueError("out: expected a writable array; got a read-only one; pass a copy.")
+    return _view(out)
+
+
+@contextmanager
+def _stream_of(x: Any) -> Iterator[None]:
+    """Make the stream that x's interface names CuPy's current one."""
+    stream = x.__cuda_array_interface__.get("stream")
+    if stream is None:
+        yield
+    else:
+        with cupy.cuda.ExternalStream(stream):  # 1 and 2 mean the default streams, to CUDA as to the interface
+            yield
+
+
+def _like(x: Any, result: Any) -> Any:
+    return from_interface(result) if is_numba_array(x) else result
+
+
+ADAPTER = CudaInterfaceAdapter()

@@ -1,0 +1,66 @@
+"""CuPy's arrays: the CUDA kernels, on CuPy's current stream."""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import cupy
+
+from regkern.arrays.adapter import require
+from regkern.arrays.device import DeviceAdapter, DeviceArray
+from regkern.arrays.numpy import dtype_of
+from regkern.kernels.cuda.driver import driver
+from regkern.kernels.cuda.launch import Place
+
+require("cupy", cupy.__version__, (13, 6))
+
+
+class CupyAdapter(DeviceAdapter):
+    """Reads and makes `cupy.ndarray`."""
+
+    def owns(self, array_type: type) -> bool:
+        return issubclass(array_type, cupy.ndarray)
+
+    def view(self, x: Any) -> DeviceArray:
+        return DeviceArray(x.data.ptr, dtype_of(x.dtype), x.shape, x.strides)
+
+    def place(self, x: Any) -> Place:
+        device = x.data.device_id
+        return Place(driver(), device, cupy.cuda.get_current_stream(device).ptr)
+
+    def empty(self, x: Any, shape: tuple[int, ...], type_name: str) -> Any:
+        with _on(x.data.device_id):
+            return cupy.empty(shape, type_name)
+
+    def address(self, array: Any) -> int:
+        return int(array.data.ptr)
+
+    def empty_like(self, x: Any) -> Any:
+        with _on(x.data.device_id):
+            return cupy.empty_like(x)
+
+    def flatten_leading(self, x: Any, *, copy: bool) -> Any:
+        flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+        if not copy and x.size and flat.data.ptr != x.data.ptr:
+            raise ValueError(
+                "out: expected leading axes that follow each other in memory; got strides that do not; pass a copy."
+            )
+        return flat
+
+    def product(self, left: Any, right: Any, out: Any) -> None:
+        cupy.matmul(left, right, out=out)
+
+    def check_out(self, x: Any, out: Any) -> None:
+        if not isinstance(out, cupy.ndarray):
+            raise TypeError(f"out: expected a cupy.ndarray; got {type(out).__name__}; make one by cupy.empty_like(x).")
+        self.check_target(x, out, "cupy.empty_like(x)")
+
+
+def _on(device: int) -> AbstractContextManager[Any]:
+    """Make a device current, which costs more than asking whether it is."""
+    if device == cupy.cuda.device.get_device_id():
+        return nullcontext()
+    return cupy.cuda.Device(device)  # type: ignore[no-any-return]
+
+
+ADAPTER = CupyAdapter()

@@ -1,0 +1,241 @@
+"""What all libraries share whose arrays lie in a CUDA device's memory: the CUDA kernels run them.
+
+Importing this brings Numba's CUDA target, which only arrays on a device need.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from regkern.arrays.adapter import Adapter
+from regkern.arrays.device_gram import Matrices, matrices_of, mean_cosine, mean_cosine_gradient
+from regkern.arrays.layout import Strides, check_alike, check_memory, loops
+from regkern.dtypes import DType
+from regkern.kernels.cuda.elementwise import (
+    NULL,
+    RESULTS,
+    count_blocks,
+    flat_kernel,
+    lanes_of,
+    last_stage,
+    strided_kernel,
+)
+from regkern.kernels.cuda.launch import Place, launch
+from regkern.kernels.formulas import ZERO, Formula
+from regkern.kernels.operations import ADD_GRADIENT, GRADIENT, PROX, SUMS, SUMS_AND_GRADIENT, Operation
+
+
+class DeviceArray(NamedTuple):
+    """An array in a device's memory: where its first element is, its dtype, its shape and its strides in bytes."""
+
+    address: int
+    dtype: DType
+    shape: tuple[int, ...]
+    strides: Strides
+
+
+class DeviceAdapter(Adapter):
+    """Evaluates penalties by the CUDA kernels, on the stream that the library works on.
+
+    Nothing waits for a device: results are 0-d arrays of the library, in the device's memory. Memory for sums comes
+    from the library, whose allocator knows what its streams still use.
+    """
+
+    @abstractmethod
+    def view(self, x: Any) -> DeviceArray:
+        """Return where x lies.
+
+        Raises:
+            TypeError: the dtype is not supported.
+        """
+
+    @abstractmethod
+    def place(self, x: Any) -> Place:
+        """Return where kernels on x are launched: x's device and the library's current stream there."""
+
+    @abstractmethod
+    def empty(self, x: Any, shape: tuple[int, ...], type_name: str) -> Any:
+        """Return a new array in C order on x's device."""
+
+    @abstractmethod
+    def address(self, array: Any) -> int:
+        """Return the address of an array that `empty` has made."""
+
+    @abstractmethod
+    def empty_like(self, x: Any) -> Any:
+        """Return a new array with x's shape, dtype and order of axes."""
+
+    @abstractmethod
+    def flatten_leading(self, x: Any, *, copy: bool) -> Any:
+        """Return x as a matrix with its last axis as columns: a view; where strides allow none, a copy or an error."""
+
+    @abstractmethod
+    def product(self, left: Any, right: Any, out: Any) -> None:
+        """Write the product of two matrices that `empty` has made to out."""
+
+    @abstractmethod
+    def check_out(self, x: Any, out: Any) -> None:
+        """Raise TypeError or ValueError unless `out` can take an element-wise result of x."""
+
+    def check_target(self, x: Any, out: Any, maker: str) -> None:
+        """Raise unless an array of the library has x's shape, dtype and device, and memory that can be written.
+
+        Args:
+            x: what is read.
+            out: what is written.
+            maker: the call that makes a right one, for the error.
+        """
+        check_alike(x, out, maker)
+        if self.place(out).device != self.place(x).device:
+            raise ValueError(
+                f"out: expected an array on x's device, {self.place(x).device}; got one on {self.place(out).device}; "
+                f"make it by {maker}."
+            )
+        (address, dtype, shape, strides), target = self.view(x), self.view(out)
+        check_memory(shape, dtype.itemsize, (address, strides), (target.address, target.strides))
+
+    def penalty(self, formula: Formula, a: float, b: float, x: Any) -> Any:
+        return self._run(SUMS, formula, a, b, x, x)[0]
+
+    def sums(self, formula: Formula, x: Any) -> tuple[Any, Any]:
+        result = self._run(SUMS, formula, 0.0, 0.0, x, x)
+        return result[1], result[2]
+
+    def partial(self, formula: Formula, x: Any) -> Any:
+        return self._run(SUMS, formula, 0.0, 0.0, x, x, result_type="float64")[1:]
+
+    def value_and_grad(self, formula: Formula, a: float, b: float, x: Any) -> tuple[Any, Any]:
+        out = self.empty_like(x)
+        return self._run(SUMS_AND_GRADIENT, formula, a, b, x, out)[0], out
+
+    def grad(self, formula: Formula, a: float, b: float, x: Any, out: Any, accumulate: bool) -> Any:
+        return self._map(ADD_GRADIENT if accumulate else GRADIENT, formula, a, b, x, out)
+
+    def write_scaled(
+        self, formula: Formula, a: float, b: float, x: Any, out: Any, scale: Any, *, accumulate: bool
+    ) -> Any:
+        """Write the gradient times a 0-d array of the result's type to out, or add it, and return out."""
+        operation = ADD_GRADIENT if accumulate else GRADIENT
+        self._run(operation, formula, a, b, x, out, self.address(scale))
+        return out
+
+    def prox(self, formula: Formula, a: float, b: float, x: Any, out: Any) -> Any:
+        return self._map(PROX, formula, a, b, x, out)
+
+    def orthogonal(self, factor: float, x: Any, *, columns: bool, flatten: bool) -> Any:
+        flat = self._flat(x, flatten)
+        return mean_cosine(self, factor, x, self._matrices(flat, columns))
+
+    def orthogonal_value_and_grad(self, factor: float, x: Any, *, columns: bool, flatten: bool) -> tuple[Any, Any]:
+        out = self.empty_like(x)
+        return self._orthogonal_grad(factor, x, out, columns=columns, flatten=flatten), out
+
+    def orthogonal_grad(
+        self, factor: float, x: Any, out: Any, *, columns: bool, flatten: bool, accumulate: bool
+    ) -> Any:
+        if out is None:
+            out = self.empty_like(x)
+        else:
+            self.check_out(x, out)
+        self._orthogonal_grad(factor, x, out, columns=columns, flatten=flatten, accumulate=accumulate)
+        return out
+
+    def _orthogonal_grad(
+        self,
+        factor: float,
+        x: Any,
+        out: Any,
+        *,
+        columns: bool,
+        flatten: bool,
+        accumulate: bool = False,
+        scale: int = NULL,
+    ) -> Any:
+        """Write the orthogonal penalty's gradient to out, or add it, and return the penalty."""
+        flat, target = self._flat(x, flatten), self._flat(out, flatten, copy=False)
+        matrices, outs = self._matrices(flat, columns), self._matrices(target, columns)
+        if matrices.pairs == 0 or not matrices.addresses:
+            self._run(ADD_GRADIENT if accumulate else GRADIENT, ZERO, 0.0, 0.0, x, out)
+            return mean_cosine(self, factor, x, matrices)
+        return mean_cosine_gradient(self, factor, x, matrices, outs, scale=scale, accumulate=accumulate)
+
+    def _flat(self, x: Any, flatten: bool, *, copy: bool = True) -> Any:
+        return self.flatten_leading(x, copy=copy) if flatten and len(x.shape) > 2 else x
+
+    def _matrices(self, x: Any, columns: bool) -> Matrices:
+        address, dtype, shape, strides = self.view(x)
+        return matrices_of(address, dtype, shape, strides, columns)
+
+    def _map(self, operation: Operation, formula: Formula, a: float, b: float, x: Any, out: Any) -> Any:
+        if out is None:
+            out = self.empty_like(x)
+        else:
+            self.check_out(x, out)
+        self._run(operation, formula, a, b, x, out)
+        return out
+
+    def _run(
+        self,
+        operation: Operation,
+        formula: Formula,
+        a: float,
+        b: float,
+        x: Any,
+        out: Any,
+        scale: int = NULL,
+        result_type: str | None = None,
+    ) -> Any:
+        """Launch one operation from x to out, which is x where nothing is written.
+
+        Returns:
+            The penalty and the formula's two sums, an array on the device, where the operation sums.
+        """
+        source = self.view(x)
+        target = source if out is x else self.view(out)
+        dtype = source.dtype
+        walk = _walk(source.shape, source.strides, target.strides, dtype.itemsize)
+        result_type = result_type or dtype.result
+        if walk.dims:
+            body = strided_kernel(operation, formula, dtype, walk.dims, result_type=result_type)
+        else:
+            body = flat_kernel(operation, formula, dtype, result_type=result_type)
+        blocks = count_blocks(walk.sizes[0], 1 if walk.dims else lanes_of(dtype))
+        partial = self.empty(x, (2 * blocks,), "float64") if operation.sums and blocks > 1 else None
+        result = self.empty(x, (RESULTS,), result_type) if operation.sums else None
+        partial_address = NULL if partial is None else self.address(partial)
+        result_address = NULL if result is None else self.address(result)
+        addresses = source.address + walk.start, target.address + walk.out_start
+        place = self.place(x)
+        launch(place, body, blocks, (*addresses, *walk.sizes, a, b, scale, partial_address, result_address))
+        if partial is not None:
+            launch(place, last_stage(result_type), 1, (partial_address, blocks, a, b, result_address))
+        return result
+
+
+class _Walk(NamedTuple):
+    """How a kernel walks an array: bytes to the first elements of x and of out; its sizes; 0 dimensions where flat."""
+
+    start: int
+    out_start: int
+    dims: int
+    sizes: tuple[int, ...]
+
+
+@lru_cache(maxsize=1024)
+def _walk(shape: tuple[int, ...], x: Strides, out: Strides, itemsize: int) -> _Walk:
+    if 0 in shape:
+        return _Walk(0, 0, 0, (0,))
+    start, out_start, repeats, layout = loops(shape, x, out)
+    if (layout[1:] % itemsize).any():
+        raise ValueError(f"x: expected strides that are multiples of {itemsize} bytes; got {x}; pass a copy.")
+    layout = np.vstack([layout[:1], layout[1:] // itemsize])
+    if repeats > 1:  # one more dimension, in which no step is taken
+        layout = np.hstack([[[repeats], [0], [0]], layout])
+    n = int(layout[0].prod())
+    if n == 1 or (layout.shape[1] == 1 and (layout[1:] == 1).all()):
+        return _Walk(start, out_start, 0, (n,))
+    return _Walk(start, out_start, layout.shape[1], (n, *layout.ravel().tolist()))

@@ -1,0 +1,209 @@
+"""The orthogonal penalty of matrices in a CUDA device's memory, in panels of the Gram matrix: the whole is never made.
+
+Small matrices are one launch of a kernel of regkern's own. For larger ones, cosines are products of unit rows by the
+array library, which has matrix units and libraries tuned for them; it is float32 arithmetic as long as the library's
+own settings do not allow less. Kernels make the unit rows and fold a panel to a sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from regkern.arrays.layout import Strides
+from regkern.dtypes import DType
+from regkern.kernels.cuda.elementwise import MAX_BLOCKS, NULL, RESULTS, last_stage
+from regkern.kernels.cuda.gram import (
+    count_tiles,
+    fold_cosines,
+    inverse_norms,
+    project,
+    tile_sums,
+    unit_rows,
+    working_type,
+)
+from regkern.kernels.cuda.launch import launch
+
+if TYPE_CHECKING:
+    from regkern.arrays.device import DeviceAdapter
+
+# Rows from which the library's product is used, and rows of a panel. Neither was measured.
+PANELS_FROM = 1024
+PANEL = 1024
+
+
+class Matrices(NamedTuple):
+    """A batch of matrices: addresses; dtype; rows; their depth; strides of rows and of depth, in elements."""
+
+    addresses: list[int]
+    dtype: DType
+    n: int
+    d: int
+    row_stride: int
+    depth_stride: int
+
+    @property
+    def pairs(self) -> int:
+        """How many pairs of rows each matrix has that can have an angle."""
+        return self.n * (self.n - 1) // 2 if self.d else 0
+
+    def row(self, matrix: int, i: int) -> int:
+        """Return the address of a row."""
+        return self.addresses[matrix] + i * self.row_stride * self.dtype.itemsize
+
+
+def mean_cosine(adapter: DeviceAdapter, factor: float, x: Any, matrices: Matrices) -> Any:
+    """Return factor times the mean |cosine| over pairs of rows, added over matrices: a 0-d array on the device."""
+    n, count = matrices.n, len(matrices.addresses) if matrices.pairs else 0
+    if n < PANELS_FROM:
+        sums = _Sums(adapter, x, count * count_tiles(n) ** 2)
+        _add_tiles(adapter, x, matrices, sums, count)
+    else:
+        panels = -(-n // PANEL)
+        sums = _Sums(adapter, x, count * sum(_fold_blocks(n, i * PANEL) * (panels - i) for i in range(panels)))
+        _add_panels(adapter, x, matrices, sums, count)
+    return sums.result(matrices, factor)
+
+
+def mean_cosine_gradient(
+    adapter: DeviceAdapter,
+    factor: float,
+    x: Any,
+    matrices: Matrices,
+    outs: Matrices,
+    *,
+    scale: int = NULL,
+    accumulate: bool = False,
+) -> Any:
+    """Write the gradient of factor times the mean |cosine|, or add it, and return the penalty, a 0-d array.
+
+    Args:
+        adapter: of the library that x belongs to.
+        factor: the regularizer's.
+        x: the array of the matrices.
+        matrices: what is read.
+        outs: what is written, of the same shape.
+        scale: the address of a number on the device by which the gradient is multiplied, or null for 1.
+        accumulate: whether the gradient is added to what is there.
+    """
+    dtype, n, d, place, work = matrices.dtype, matrices.n, matrices.d, adapter.place(x), working_type(matrices.dtype)
+    starts = range(0, n, PANEL)
+    sums = _Sums(adapter, x, len(matrices.addresses) * sum(_fold_blocks(n, start) for start in starts))
+    unit, inverse = adapter.empty(x, (n, d), work), adapter.empty(x, (n,), "float64")
+    rows = min(n, PANEL)
+    cosines, product = adapter.empty(x, (rows, n), work), adapter.empty(x, (rows, d), work)
+    mean_factor = factor / matrices.pairs
+    for matrix in range(len(matrices.addresses)):
+        _launch_unit_rows(adapter, x, matrices, matrix, 0, n, unit, inverse)
+        for start in starts:
+            part = slice(start, min(start + PANEL, n))
+            height = part.stop - start
+            adapter.product(unit[part], unit.T, cosines[:height])
+            _fold(adapter, x, matrices, cosines, (height, n), (start, 0), sums, signs=True)
+            adapter.product(cosines[:height], unit, product[:height])
+            addresses = adapter.address(product), adapter.address(unit[part]), adapter.address(inverse[part])
+            strides = outs.row_stride, outs.depth_stride
+            arguments = (*addresses, d, mean_factor, scale, outs.row(matrix, start), *strides)
+            launch(place, project(dtype, accumulate), height, arguments)
+    return sums.result(matrices, factor)
+
+
+class _Sums:
+    """Sums of blocks, two numbers each of which the second is 0, that one last launch adds."""
+
+    def __init__(self, adapter: DeviceAdapter, x: Any, blocks: int) -> None:
+        self._adapter, self._x, self._blocks = adapter, x, blocks
+        self._partial = adapter.empty(x, (max(1, 2 * blocks),), "float64")
+        self._taken = 0
+
+    def take(self, blocks: int) -> int:
+        """Return the address for the sums of the next blocks."""
+        self._taken += blocks
+        return self._adapter.address(self._partial) + 16 * (self._taken - blocks)
+
+    def result(self, matrices: Matrices, factor: float) -> Any:
+        """Add all sums, and return the penalty."""
+        adapter, x, result_type = self._adapter, self._x, matrices.dtype.result
+        result = adapter.empty(x, (RESULTS,), result_type)
+        mean_factor = factor / max(1, matrices.pairs)
+        arguments = (adapter.address(self._partial), self._blocks, mean_factor, 0.0, adapter.address(result))
+        launch(adapter.place(x), last_stage(result_type), 1, arguments)
+        return result[0]
+
+
+def _add_tiles(adapter: DeviceAdapter, x: Any, matrices: Matrices, sums: _Sums, count: int) -> None:
+    place, dtype, n, d = adapter.place(x), matrices.dtype, matrices.n, matrices.d
+    inverse = adapter.empty(x, (n,), "float64")
+    sizes, inverse_address = (d, matrices.row_stride, matrices.depth_stride), adapter.address(inverse)
+    blocks = count_tiles(n) ** 2
+    for matrix in range(count):
+        address = matrices.addresses[matrix]
+        launch(place, inverse_norms(dtype), n, (address, *sizes, inverse_address))
+        arguments = (address, n, *sizes, inverse_address, sums.take(blocks))
+        launch(place, tile_sums(dtype), blocks, arguments)
+
+
+def _add_panels(adapter: DeviceAdapter, x: Any, matrices: Matrices, sums: _Sums, count: int) -> None:
+    """Go over the upper triangle in square panels, for which the unit rows of two stretches are made at a time."""
+    d, work = matrices.d, working_type(matrices.dtype)
+    left, right = adapter.empty(x, (PANEL, d), work), adapter.empty(x, (PANEL, d), work)
+    inverse, cosines = adapter.empty(x, (PANEL,), "float64"), adapter.empty(x, (PANEL * PANEL,), work)
+    for matrix in range(count):
+        for first, height in _stretches(matrices.n, 0):
+            _launch_unit_rows(adapter, x, matrices, matrix, first, height, left, inverse)
+            for second, width in _stretches(matrices.n, first):
+                if second > first:
+                    _launch_unit_rows(adapter, x, matrices, matrix, second, width, right, inverse)
+                other = right if second > first else left
+                panel = cosines[: height * width].reshape(height, width)
+                adapter.product(left[:height], other[:width].T, panel)
+                _fold(adapter, x, matrices, panel, (height, width), (first, second), sums, signs=False)
+
+
+def _stretches(n: int, start: int) -> Iterator[tuple[int, int]]:
+    """Yield the first row of each panel from `start` on, and how many rows it has."""
+    return ((first, min(PANEL, n - first)) for first in range(start, n, PANEL))
+
+
+def _fold_blocks(n: int, first: int) -> int:
+    return min(MAX_BLOCKS, PANEL, n - first)
+
+
+def _launch_unit_rows(
+    adapter: DeviceAdapter, x: Any, matrices: Matrices, matrix: int, first: int, count: int, unit: Any, inverse: Any
+) -> None:
+    sizes = matrices.d, matrices.row_stride, matrices.depth_stride
+    arguments = (matrices.row(matrix, first), *sizes, adapter.address(unit), adapter.address(inverse))
+    launch(adapter.place(x), unit_rows(matrices.dtype), count, arguments)
+
+
+def _fold(
+    adapter: DeviceAdapter,
+    x: Any,
+    matrices: Matrices,
+    cosines: Any,
+    shape: tuple[int, int],
+    first: tuple[int, int],
+    sums: _Sums,
+    *,
+    signs: bool,
+) -> None:
+    blocks = _fold_blocks(matrices.n, first[0])
+    arguments = (adapter.address(cosines), *shape, *first, sums.take(blocks))
+    launch(adapter.place(x), fold_cosines(matrices.dtype, signs), blocks, arguments)
+
+
+def matrices_of(address: int, dtype: DType, shape: tuple[int, ...], strides: Strides, columns: bool) -> Matrices:
+    """Look at the last two axes of an array, in bytes, as the rows that are compared, and at the others as a batch."""
+    if any(stride % dtype.itemsize for stride in strides):
+        raise ValueError(
+            f"x: expected strides that are multiples of {dtype.itemsize} bytes; got {strides}; pass a copy."
+        )
+    *batch, n, d = shape
+    *batch_strides, row_stride, depth_stride = strides
+    addresses = [address]
+    for length, stride in zip(batch, batch_strides, strict=True):
+        addresses = [each + i * stride for each in addresses for i in range(length)]
+    if columns:
+        n, d, row_stride, depth_stride = d, n, depth_stride, row_stride
+    return Matrices(addresses, dtype, n, d, row_stride // dtype.itemsize, depth_stride // dtype.itemsize)

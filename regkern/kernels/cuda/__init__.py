@@ -1,0 +1,1 @@
+"""The kernels for CUDA devices. Importing this package imports nothing; its modules import Numba's CUDA target."""

@@ -1,0 +1,159 @@
+"""CUDA's driver, called through its C interface: a launch costs the host little more than the driver's own work.
+
+Arrays are used where their libraries keep them, in the primary context of their device, which all libraries share.
+"""
+
+import ctypes
+import functools
+import struct
+import sys
+import threading
+from typing import Any, NamedTuple, Protocol
+
+_DEVICE_OF_POINTER = 9  # CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
+_END, _BUFFER_POINTER, _BUFFER_SIZE = 0, 1, 2  # CU_LAUNCH_PARAM_*
+
+
+class Code(NamedTuple):
+    """A kernel's machine code.
+
+    Attributes:
+        cubin: the code.
+        entry: the name by which the kernel is found there.
+        parameters: its parameters, in the notation of `struct`: each takes 8 bytes.
+    """
+
+    cubin: bytes
+    entry: str
+    parameters: str
+
+
+class Driver(Protocol):
+    """What launching takes of CUDA. Devices are numbers, streams and pointers addresses."""
+
+    def compute_capability(self, device: int) -> tuple[int, int]:
+        """Return a device's compute capability."""
+
+    def device_of(self, address: int) -> int:
+        """Return the device in whose memory an address lies."""
+
+    def load(self, device: int, code: Code) -> Any:
+        """Load a kernel for a device."""
+
+    def launch(
+        self, device: int, stream: int, kernel: Any, blocks: int, threads: int, arguments: tuple[int | float, ...]
+    ) -> None:
+        """Launch a kernel on a stream and return at once."""
+
+
+class _Kernel(NamedTuple):
+    function: Any
+    parameters: struct.Struct
+    size: Any
+
+
+class LibCuda:
+    """The driver's library.
+
+    Args:
+        library: what `ctypes.CDLL` returns for it.
+    """
+
+    def __init__(self, library: Any) -> None:
+        self._library = library
+        self._contexts: dict[int, Any] = {}
+        self._lock = threading.Lock()
+        self._launch = library.cuLaunchKernel
+        self._launch.argtypes = [ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * 3]
+        self._current = library.cuCtxGetCurrent
+        self._check(library.cuInit(0))
+
+    def compute_capability(self, device: int) -> tuple[int, int]:
+        """Return a device's compute capability."""
+        handle = self._handle(device)
+        major, minor = ctypes.c_int(), ctypes.c_int()
+        for value, attribute in ((major, _CAPABILITY_MAJOR), (minor, _CAPABILITY_MINOR)):
+            self._check(self._library.cuDeviceGetAttribute(ctypes.byref(value), attribute, handle))
+        return major.value, minor.value
+
+    def device_of(self, address: int) -> int:
+        """Return the device in whose memory an address lies."""
+        device = ctypes.c_int()
+        pointer = ctypes.c_uint64(address)
+        self._check(self._library.cuPointerGetAttribute(ctypes.byref(device), _DEVICE_OF_POINTER, pointer))
+        return device.value
+
+    def load(self, device: int, code: Code) -> _Kernel:
+        """Load a kernel for a device. It stays loaded until the process ends."""
+        module, function = ctypes.c_void_p(), ctypes.c_void_p()
+        self._enter(device)
+        try:
+            self._check(self._library.cuModuleLoadData(ctypes.byref(module), code.cubin))
+            self._check(self._library.cuModuleGetFunction(ctypes.byref(function), module, code.entry.encode()))
+        finally:
+            self._leave()
+        parameters = struct.Struct("=" + code.parameters)
+        return _Kernel(function, parameters, ctypes.c_size_t(parameters.size))
+
+    def launch(
+        self, device: int, stream: int, kernel: _Kernel, blocks: int, threads: int, arguments: tuple[int | float, ...]
+    ) -> None:
+        """Launch a kernel on a stream and return at once."""
+        function, parameters, size = kernel
+        packed = ctypes.create_string_buffer(parameters.pack(*arguments), parameters.size)
+        extra = (ctypes.c_void_p * 5)(
+            _BUFFER_POINTER, ctypes.addressof(packed), _BUFFER_SIZE, ctypes.addressof(size), _END
+        )
+        current = ctypes.c_void_p()
+        self._current(ctypes.byref(current))
+        elsewhere = current.value != self._context(device).value
+        if elsewhere:
+            self._enter(device)
+        try:
+            self._check(self._launch(function, blocks, 1, 1, threads, 1, 1, 0, stream, None, extra))
+        finally:
+            if elsewhere:
+                self._leave()
+
+    def _handle(self, device: int) -> Any:
+        handle = ctypes.c_int()
+        self._check(self._library.cuDeviceGet(ctypes.byref(handle), device))
+        return handle
+
+    def _context(self, device: int) -> Any:
+        context = self._contexts.get(device)
+        if context is None:
+            with self._lock:
+                context = ctypes.c_void_p()
+                self._check(self._library.cuDevicePrimaryCtxRetain(ctypes.byref(context), self._handle(device)))
+                self._contexts[device] = context
+        return context
+
+    def _enter(self, device: int) -> None:
+        self._check(self._library.cuCtxPushCurrent_v2(self._context(device)))
+
+    def _leave(self) -> None:
+        self._check(self._library.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p())))
+
+    def _check(self, status: int) -> None:
+        if status:
+            text = ctypes.c_char_p()
+            self._library.cuGetErrorString(status, ctypes.byref(text))
+            raise RuntimeError(f"CUDA: {(text.value or b'an unknown error').decode()} ({status}).")
+
+
+@functools.cache
+def driver() -> Driver:
+    """Return this machine's driver.
+
+    Raises:
+        RuntimeError: there is none, or it has no device.
+    """
+    try:
+        return LibCuda(ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"))
+    except (OSError, RuntimeError) as error:
+        raise RuntimeError(
+            f"x: expected NVIDIA's driver for an array on a CUDA device; got {str(error).rstrip('.')}; "
+            "install the driver, or pass an array in the host's memory."
+        ) from error

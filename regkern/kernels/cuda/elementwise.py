@@ -1,0 +1,498 @@
+"""Element-wise kernels for CUDA devices: sums, gradients and proximal operators, each in one pass over memory.
+
+A kernel is an operation on every element of an array, by blocks of threads that take elements in turn. Sums have two
+stages, both in an order that the array's size and alignment fix: each block writes its own, and a last kernel of one
+block adds those. No atomics: the same bits from run to run. An array of one block needs the first stage alone.
+
+All kernels of one layout have the same parameters: ``x, out``, pointers to the first elements; ``n``, how many there
+are; the layout, of those that are strided; the factors ``a, b``; ``scale``, by which the factors of what is written are
+multiplied, a number on the device so that nothing waits for it, or null for 1; ``partial``, two float64 for each block;
+``result``, three numbers of the result's type: the penalty, and the formula's two sums. What an operation has no use
+for is not touched and may be any pointer.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from regkern.dtypes import BFLOAT16, FLOAT16, FLOAT64, DType
+from regkern.kernels.cuda.compile import (
+    FLOAT64 as FLOAT64_PARAMETER,
+)
+from regkern.kernels.cuda.compile import (
+    INT64,
+    VECTOR_BYTES,
+    address_of,
+    cuda,
+    device,
+    make_load,
+    make_store,
+    narrow_bfloat16,
+    narrow_float16,
+    numbers,
+    pointer,
+    shuffle_down,
+    to_float32,
+    to_float64,
+    widen_bfloat16,
+    widen_float16,
+)
+from regkern.kernels.formulas import Formula
+from regkern.kernels.operations import Operation
+
+# Threads of a block, and loads that a thread has under way at once, each with sums of its own. Neither was measured.
+THREADS = 256
+UNROLL = 4
+# Blocks at most, whatever the device, so that devices agree on the bits: 8 for each multiprocessor of an H100 or H200.
+# Not measured.
+MAX_BLOCKS = 8 * 132
+
+WARP = 32
+RESULTS = 3
+NULL = 0  # the address that points nowhere
+_SLOTS = 2 * WARP  # two sums of each warp, of which a block has at most 32
+
+
+@dataclass(frozen=True, eq=False)
+class Body:
+    """A kernel before it is compiled.
+
+    Attributes:
+        name: unique among all.
+        body: its code.
+        arguments: its parameters' types.
+        threads: of a block.
+    """
+
+    name: str
+    body: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    threads: int = THREADS
+
+
+class Accumulator(NamedTuple):
+    """How a thread adds up: ``start() -> state``, ``add(state, term) -> state``, ``total(state) -> float64``.
+
+    Attributes:
+        name: identifies it in the kernel cache.
+        widen: makes a float32 the type in which terms are evaluated.
+    """
+
+    name: str
+    widen: Any
+    start: Any
+    add: Any
+    total: Any
+
+
+@device
+def _start_float64():
+    return 0.0
+
+
+@device
+def _add_float64(state, term):
+    return state + term
+
+
+@device
+def _start_compensated():
+    return to_float32(0.0), to_float32(0.0)
+
+
+@device
+def _add_compensated(state, term):
+    """Add and keep what rounding takes away (Knuth, The Art of Computer Programming 2, section 4.2.2, theorem B)."""
+    high, low = state
+    term = to_float32(term)
+    total = high + term
+    back = total - high
+    return total, low + ((high - (total - back)) + (term - back))
+
+
+@device
+def _total_compensated(state):
+    high, low = state
+    # Beyond finite numbers, what rounding took away is NaN.
+    return to_float64(high) + to_float64(low) if high - high == 0.0 else to_float64(high)
+
+
+# Devices for data centres add float64 at half of float32's rate, others at 1/64.
+IN_FLOAT64 = Accumulator("float64", to_float64, _start_float64, _add_float64, to_float64)
+# Terms are rounded to float32, and overflow there, but not their sum, by less than half a unit in the last place.
+COMPENSATED = Accumulator("compensated", to_float32, _start_compensated, _add_compensated, _total_compensated)
+
+
+def _accumulator(dtype: DType, accumulator: Accumulator | None) -> Accumulator:
+    """Return the accumulator for a dtype's sums.
+
+    Both meet one unit in the last place of float32 at 1e8 elements; which is faster on which devices was not measured.
+    """
+    if dtype is FLOAT64 and accumulator is COMPENSATED:
+        raise ValueError("accumulator: expected IN_FLOAT64 for float64; got COMPENSATED, which rounds to float32.")
+    return accumulator or IN_FLOAT64
+
+
+def count_blocks(n: int, lanes: int, threads: int = THREADS) -> int:
+    """Return how many blocks share n elements, of which a thread takes `lanes` at once; at least 1."""
+    return max(1, min(MAX_BLOCKS, -(-n // (threads * lanes * UNROLL))))
+
+
+def lanes_of(dtype: DType) -> int:
+    """Return how many elements one load of a contiguous array takes."""
+    return VECTOR_BYTES // dtype.itemsize
+
+
+@functools.cache
+def flat_kernel(
+    operation: Operation,
+    formula: Formula,
+    dtype: DType,
+    accumulator: Accumulator | None = None,
+    result_type: str | None = None,
+) -> Body:
+    """Make the kernel of contiguous arrays: ``(x, out, n, a, b, scale, partial, result)``.
+
+    Elements before and after those that 16-byte loads can take are taken one by one; so are all where x and out are
+    aligned differently.
+    """
+    chosen, result_type = _accumulator(dtype, accumulator), result_type or dtype.result
+    narrow_result = _make_narrow_result(result_type)
+    add_element, update_element, total = _make_element(operation, formula, dtype, chosen)
+    add_lanes, update_lanes = _make_add_lanes(add_element), _make_update_lanes(update_element, lanes_of(dtype))
+    load, store = make_load(dtype.carrier), make_store(dtype.carrier)
+    start, finish = _make_start(chosen), _make_finish(total, narrow_result)
+    sums, writes, itemsize, lanes = operation.sums, operation.writes, dtype.itemsize, lanes_of(dtype)
+
+    def kernel(x, out, n, a, b, scale, partial, result):
+        first, step = cuda.grid(1), cuda.gridsize(1)
+        scaled_a, scaled_b = scaled(a, b, scale)
+        misaligned = address_of(x) % VECTOR_BYTES
+        head = min(n, (VECTOR_BYTES - misaligned) % VECTOR_BYTES // itemsize)
+        if writes and address_of(out) % VECTOR_BYTES != misaligned:
+            head = n
+        vectors = (n - head) // lanes
+        tail = head + vectors * lanes
+
+        sums0, sums1, sums2, sums3 = start(), start(), start(), start()
+        i = first
+        while i < head:
+            if sums:
+                sums0 = add_element(sums0, x[i])
+            if writes:
+                out[i] = update_element(x[i], out[i], scaled_a, scaled_b)
+            i += step
+        j = first
+        while j < vectors - 3 * step:
+            at0, at1, at2, at3 = (
+                head + j * lanes,
+                head + (j + step) * lanes,
+                head + (j + 2 * step) * lanes,
+                head + (j + 3 * step) * lanes,
+            )
+            x0, x1, x2, x3 = load(x, at0), load(x, at1), load(x, at2), load(x, at3)
+            if sums:
+                sums0, sums1 = add_lanes(sums0, x0), add_lanes(sums1, x1)
+                sums2, sums3 = add_lanes(sums2, x2), add_lanes(sums3, x3)
+            if writes:
+                old0, old1, old2, old3 = load(out, at0), load(out, at1), load(out, at2), load(out, at3)
+                store(out, at0, update_lanes(x0, old0, scaled_a, scaled_b))
+                store(out, at1, update_lanes(x1, old1, scaled_a, scaled_b))
+                store(out, at2, update_lanes(x2, old2, scaled_a, scaled_b))
+                store(out, at3, update_lanes(x3, old3, scaled_a, scaled_b))
+            j += 4 * step
+        while j < vectors:
+            at0 = head + j * lanes
+            x0 = load(x, at0)
+            if sums:
+                sums0 = add_lanes(sums0, x0)
+            if writes:
+                store(out, at0, update_lanes(x0, load(out, at0), scaled_a, scaled_b))
+            j += step
+        i = tail + first
+        while i < n:
+            if sums:
+                sums0 = add_element(sums0, x[i])
+            if writes:
+                out[i] = update_element(x[i], out[i], scaled_a, scaled_b)
+            i += step
+        if sums:
+            finish(sums0, sums1, sums2, sums3, a, b, partial, result)
+
+    return Body(
+        _name("flat", operation, formula, dtype, chosen, result_type), kernel, _arguments(dtype, result_type, INT64)
+    )
+
+
+@functools.cache
+def strided_kernel(
+    operation: Operation,
+    formula: Formula,
+    dtype: DType,
+    dims: int,
+    accumulator: Accumulator | None = None,
+    result_type: str | None = None,
+) -> Body:
+    """Make the kernel of strided arrays: ``(x, out, n, layout, a, b, scale, partial, result)``.
+
+    The layout is a tuple of 3 * dims numbers: lengths, strides of x, strides of out, the strides counted in elements;
+    the last dimension is the one whose elements neighbouring threads take.
+    """
+    chosen, result_type = _accumulator(dtype, accumulator), result_type or dtype.result
+    narrow_result = _make_narrow_result(result_type)
+    add_element, update_element, total = _make_element(operation, formula, dtype, chosen)
+    start, finish = _make_start(chosen), _make_finish(total, narrow_result)
+    offsets = _make_offsets(dims - 1, dims)
+    sums, writes = operation.sums, operation.writes
+
+    def kernel(x, out, n, layout, a, b, scale, partial, result):
+        i, step = cuda.grid(1), cuda.gridsize(1)
+        scaled_a, scaled_b = scaled(a, b, scale)
+        sums0, sums1, sums2, sums3 = start(), start(), start(), start()
+        while i < n - 3 * step:
+            at0, to0 = offsets(i, layout)
+            at1, to1 = offsets(i + step, layout)
+            at2, to2 = offsets(i + 2 * step, layout)
+            at3, to3 = offsets(i + 3 * step, layout)
+            x0, x1, x2, x3 = x[at0], x[at1], x[at2], x[at3]
+            if sums:
+                sums0, sums1 = add_element(sums0, x0), add_element(sums1, x1)
+                sums2, sums3 = add_element(sums2, x2), add_element(sums3, x3)
+            if writes:
+                out[to0] = update_element(x0, out[to0], scaled_a, scaled_b)
+                out[to1] = update_element(x1, out[to1], scaled_a, scaled_b)
+                out[to2] = update_element(x2, out[to2], scaled_a, scaled_b)
+                out[to3] = update_element(x3, out[to3], scaled_a, scaled_b)
+            i += 4 * step
+        while i < n:
+            at0, to0 = offsets(i, layout)
+            if sums:
+                sums0 = add_element(sums0, x[at0])
+            if writes:
+                out[to0] = update_element(x[at0], out[to0], scaled_a, scaled_b)
+            i += step
+        if sums:
+            finish(sums0, sums1, sums2, sums3, a, b, partial, result)
+
+    name = _name(f"strided{dims}", operation, formula, dtype, chosen, result_type)
+    return Body(name, kernel, _arguments(dtype, result_type, INT64, numbers("int64", 3 * dims)))
+
+
+@functools.cache
+def last_stage(result_type: str) -> Body:
+    """Make the kernel of one block that adds the blocks' sums: ``(partial, blocks, a, b, result)``."""
+    narrow = _make_narrow_result(result_type)
+
+    def kernel(partial, blocks, a, b, result):
+        sum0 = sum1 = 0.0
+        block = cuda.threadIdx.x
+        while block < blocks:
+            sum0 += partial[2 * block]
+            sum1 += partial[2 * block + 1]
+            block += cuda.blockDim.x
+        sum0, sum1 = block_sums(sum0, sum1)
+        if cuda.threadIdx.x == 0:
+            result[0], result[1], result[2] = narrow(a * sum0 + b * sum1), narrow(sum0), narrow(sum1)
+
+    factors = (FLOAT64_PARAMETER, FLOAT64_PARAMETER)
+    return Body(f"last_stage-{result_type}", kernel, (pointer("float64"), INT64, *factors, pointer(result_type)))
+
+
+def _name(
+    layout: str, operation: Operation, formula: Formula, dtype: DType, accumulator: Accumulator, result_type: str
+) -> str:
+    sums = [accumulator.name, result_type] if operation.sums else []
+    return "-".join([operation.name, formula.name, dtype.name, *sums, layout])
+
+
+def _arguments(dtype: DType, result_type: str, *layout: Any) -> tuple[Any, ...]:
+    elements, factors = pointer(dtype.carrier), (FLOAT64_PARAMETER, FLOAT64_PARAMETER, pointer(dtype.result))
+    return elements, elements, *layout, *factors, pointer("float64"), pointer(result_type)
+
+
+def make_widen(dtype: DType):
+    """Make ``widen(carrier)``: float64 for float64, float32 for the rest, exact for every value."""
+    return {FLOAT16: widen_float16, BFLOAT16: widen_bfloat16, FLOAT64: to_float64}.get(dtype, to_float32)
+
+
+def make_narrow(dtype: DType):
+    """Make ``narrow(float64) -> carrier``, to the nearest value, by way of float32 for 16-bit floats."""
+    if dtype is FLOAT64:
+        return to_float64
+    if dtype not in (FLOAT16, BFLOAT16):
+        return to_float32
+    narrow_float32 = narrow_float16 if dtype is FLOAT16 else narrow_bfloat16
+
+    @device
+    def narrow(value):
+        return narrow_float32(to_float32(value))
+
+    return narrow
+
+
+def _make_narrow_result(result_type: str):
+    return to_float64 if result_type == "float64" else to_float32
+
+
+def _make_element(operation: Operation, formula: Formula, dtype: DType, accumulator: Accumulator):
+    """Make what is done to one element, and how a thread's sums are read.
+
+    Returns:
+        ``add(sums, carrier) -> sums``, ``update(carrier, old, a, b) -> carrier`` and ``total(sums) -> (sum0, sum1)``.
+    """
+    widen, narrow, terms = make_widen(dtype), make_narrow(dtype), device(formula.terms)
+    widen_term, add_term, total_term = accumulator.widen, accumulator.add, accumulator.total
+
+    @device
+    def add(sums, element):
+        term0, term1 = terms(abs(widen_term(widen(element))))
+        return add_term(sums[0], term0), add_term(sums[1], term1)
+
+    @device
+    def total(sums):
+        return total_term(sums[0]), total_term(sums[1])
+
+    if operation.update is None:
+        return add, _keep, total
+    update_value = operation.update(formula, device)
+
+    @device
+    def update(element, old, a, b):
+        return narrow(update_value(to_float64(widen(element)), to_float64(widen(old)), a, b))
+
+    return add, update, total
+
+
+@device
+def _keep(element, old, a, b):
+    return old
+
+
+def _make_add_lanes(add_element):
+    """Make ``add(sums, lanes) -> sums``."""
+
+    @device
+    def add(sums, lanes):
+        for element in lanes:
+            sums = add_element(sums, element)
+        return sums
+
+    return add
+
+
+def _make_update_lanes(update, lanes: int):
+    """Make ``update(lanes, old, a, b) -> lanes``. Numba takes no comprehension for a tuple, hence one for each size."""
+
+    @device
+    def update2(x, old, a, b):
+        return update(x[0], old[0], a, b), update(x[1], old[1], a, b)
+
+    @device
+    def update4(x, old, a, b):
+        return (
+            update(x[0], old[0], a, b),
+            update(x[1], old[1], a, b),
+            update(x[2], old[2], a, b),
+            update(x[3], old[3], a, b),
+        )
+
+    @device
+    def update8(x, old, a, b):
+        return (
+            update(x[0], old[0], a, b),
+            update(x[1], old[1], a, b),
+            update(x[2], old[2], a, b),
+            update(x[3], old[3], a, b),
+            update(x[4], old[4], a, b),
+            update(x[5], old[5], a, b),
+            update(x[6], old[6], a, b),
+            update(x[7], old[7], a, b),
+        )
+
+    return {2: update2, 4: update4, 8: update8}[lanes]
+
+
+def _make_start(accumulator: Accumulator):
+    start_sum = accumulator.start
+
+    @device
+    def start():
+        return start_sum(), start_sum()
+
+    return start
+
+
+def _make_offsets(axis: int, dims: int):
+    """Make ``offsets(i, layout) -> (of x, of out)``: element i of dimensions 0 to `axis` in C order."""
+    x_stride, out_stride = dims + axis, 2 * dims + axis
+    if axis == 0:
+
+        @device
+        def first(i, layout):
+            return i * layout[x_stride], i * layout[out_stride]
+
+        return first
+    outer_offsets = _make_offsets(axis - 1, dims)
+
+    @device
+    def offsets(i, layout):
+        outer = i // layout[axis]
+        index = i - outer * layout[axis]
+        x_offset, out_offset = outer_offsets(outer, layout)
+        return x_offset + index * layout[x_stride], out_offset + index * layout[out_stride]
+
+    return offsets
+
+
+@device
+def block_sums(sum0, sum1):
+    """Return the sums over a block's threads, in its first warp; all of them call it."""
+    shared = cuda.shared.array(_SLOTS, FLOAT64_PARAMETER)
+    lane, warp = cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
+    sum0, sum1 = warp_sums(sum0, sum1)
+    if lane == 0:
+        shared[2 * warp], shared[2 * warp + 1] = sum0, sum1
+    cuda.syncthreads()
+    warps = cuda.blockDim.x // WARP
+    sum0 = shared[2 * lane] if lane < warps else 0.0  # every warp does what the first needs
+    sum1 = shared[2 * lane + 1] if lane < warps else 0.0
+    return warp_sums(sum0, sum1)
+
+
+@device
+def warp_sums(sum0, sum1):
+    """Return the sums over a warp's lanes, in its first; all of them call it."""
+    offset = WARP // 2
+    while offset > 0:
+        sum0 += shuffle_down(sum0, offset)
+        sum1 += shuffle_down(sum1, offset)
+        offset //= 2
+    return sum0, sum1
+
+
+@device
+def scaled(a, b, scale):
+    """Return the factors of what is written."""
+    if address_of(scale) == 0:
+        return a, b
+    factor = to_float64(scale[0])
+    return a * factor, b * factor
+
+
+def _make_finish(total, narrow):
+    """Make what ends a kernel that sums: a block's sums to `partial`, of a single block to `result`."""
+
+    @device
+    def finish(sums0, sums1, sums2, sums3, a, b, partial, result):
+        first, second, third, fourth = total(sums0), total(sums1), total(sums2), total(sums3)
+        sum0, sum1 = block_sums(
+            (first[0] + second[0]) + (third[0] + fourth[0]), (first[1] + second[1]) + (third[1] + fourth[1])
+        )
+        if cuda.threadIdx.x == 0:
+            if cuda.gridDim.x == 1:
+                result[0], result[1], result[2] = narrow(a * sum0 + b * sum1), narrow(sum0), narrow(sum1)
+            else:
+                partial[2 * cuda.blockIdx.x], partial[2 * cuda.blockIdx.x + 1] = sum0, sum1
+
+    return finish

@@ -1,0 +1,228 @@
+"""The mean |cosine| over pairs of rows on CUDA devices, without the Gram matrix.
+
+There are two ways. `inverse_norms` and `tile_sums` do it alone: each block computes one tile of the Gram matrix from
+unit rows in shared memory and keeps only the sum of its magnitudes; memory beyond the matrix is 8 bytes for each row,
+and 16 for each tile. `unit_rows`, `fold_cosines` and `project` are what is left to do where a library's own product of
+matrices computes the cosines, a panel at a time; the gradient goes this way alone.
+
+Dot products are added in float32 (float64 for float64), as on the CPU; norms and sums in float64.
+"""
+
+import functools
+import math
+
+from regkern.dtypes import FLOAT64, DType
+from regkern.kernels.cuda.compile import FLOAT64 as FLOAT64_PARAMETER
+from regkern.kernels.cuda.compile import INT64, cuda, device, float_type, pointer, to_float32, to_float64
+from regkern.kernels.cuda.elementwise import Body, block_sums, make_narrow, make_widen, scaled
+
+# Rows and columns of a tile; a thread has four of its elements. A block has TILE * TILE // 4 threads.
+TILE = 32
+PER_THREAD = 4
+DEPTH = 16
+
+
+def count_tiles(n: int, tile: int = TILE) -> int:
+    """Return how many tiles cover n rows; their square is the number of blocks."""
+    return -(-n // tile)
+
+
+@functools.cache
+def inverse_norms(dtype: DType) -> Body:
+    """Make the kernel of one block for each row: ``(x, d, row_stride, depth_stride, inverse)``.
+
+    Strides are counted in elements; `inverse` takes a float64 for each row, 0 for a zero row.
+    """
+    widen = make_widen(dtype)
+
+    def kernel(x, d, row_stride, depth_stride, inverse):
+        row = cuda.blockIdx.x
+        total = 0.0
+        k = cuda.threadIdx.x
+        while k < d:
+            v = to_float64(widen(x[row * row_stride + k * depth_stride]))
+            total += v * v
+            k += cuda.blockDim.x
+        total, _ = block_sums(total, 0.0)
+        if cuda.threadIdx.x == 0:
+            inverse[row] = 0.0 if total == 0.0 else 1.0 / math.sqrt(total)
+
+    arguments = (pointer(dtype.carrier), INT64, INT64, INT64, pointer("float64"))
+    return Body(f"inverse_norms-{dtype.name}", kernel, arguments)
+
+
+@functools.cache
+def tile_sums(dtype: DType, tile: int = TILE) -> Body:
+    """Make the kernel of ``count_tiles(n) ** 2`` blocks.
+
+    Its parameters: ``(x, n, d, row_stride, depth_stride, inverse, partial)``; `partial` takes two float64 for each
+    block, the sum of |cosine| over the pairs i < j of its tile and 0, for the last stage of sums.
+    """
+    threads = tile * tile // PER_THREAD
+    rows_apart, slots = tile // PER_THREAD, tile * DEPTH
+    widen, narrow = make_widen(dtype), _make_narrow(dtype)
+    shared_type = float_type(working_type(dtype))
+
+    def kernel(x, n, d, row_stride, depth_stride, inverse, partial):
+        left = cuda.shared.array(slots, shared_type)
+        right = cuda.shared.array(slots, shared_type)
+        tiles = (n + tile - 1) // tile
+        tile_row, tile_column = cuda.blockIdx.x // tiles, cuda.blockIdx.x % tiles
+        thread = cuda.threadIdx.x
+        total = 0.0
+        if tile_row <= tile_column:  # of all threads of a block or of none
+            row, column = thread // tile, thread % tile
+            dot0 = dot1 = dot2 = dot3 = narrow(0.0)
+            start = 0
+            while start < d:
+                slot = thread
+                while slot < slots:
+                    k, i = start + slot // tile, slot % tile
+                    at_left, at_right = tile_row * tile + i, tile_column * tile + i
+                    u = v = 0.0
+                    if k < d and at_left < n:
+                        u = to_float64(widen(x[at_left * row_stride + k * depth_stride])) * inverse[at_left]
+                    if k < d and at_right < n:
+                        v = to_float64(widen(x[at_right * row_stride + k * depth_stride])) * inverse[at_right]
+                    left[slot], right[slot] = narrow(u), narrow(v)
+                    slot += threads
+                cuda.syncthreads()
+                for k in range(DEPTH):
+                    v = right[k * tile + column]
+                    dot0 += left[k * tile + row] * v
+                    dot1 += left[k * tile + row + rows_apart] * v
+                    dot2 += left[k * tile + row + 2 * rows_apart] * v
+                    dot3 += left[k * tile + row + 3 * rows_apart] * v
+                cuda.syncthreads()
+                start += DEPTH
+            # Rows beyond the matrix are zero, so that their cosines add nothing.
+            i, j = tile_row * tile + row, tile_column * tile + column
+            total += abs(to_float64(dot0)) if i < j else 0.0
+            total += abs(to_float64(dot1)) if i + rows_apart < j else 0.0
+            total += abs(to_float64(dot2)) if i + 2 * rows_apart < j else 0.0
+            total += abs(to_float64(dot3)) if i + 3 * rows_apart < j else 0.0
+        total, _ = block_sums(total, 0.0)
+        if thread == 0:
+            partial[2 * cuda.blockIdx.x], partial[2 * cuda.blockIdx.x + 1] = total, 0.0
+
+    sizes = (INT64, INT64, INT64, INT64)
+    arguments = (pointer(dtype.carrier), *sizes, pointer("float64"), pointer("float64"))
+    return Body(f"tile_sums-{dtype.name}", kernel, arguments, threads)
+
+
+@device
+def _block_total(value):
+    """Return the sum over a block's threads, in all of them."""
+    shared = cuda.shared.array(1, FLOAT64_PARAMETER)
+    total, _ = block_sums(value, 0.0)
+    if cuda.threadIdx.x == 0:
+        shared[0] = total
+    cuda.syncthreads()
+    return shared[0]
+
+
+def working_type(dtype: DType) -> str:
+    """Return the type of unit rows and of cosines."""
+    return "float64" if dtype is FLOAT64 else "float32"
+
+
+def _make_narrow(dtype: DType):
+    return to_float64 if dtype is FLOAT64 else to_float32
+
+
+@functools.cache
+def unit_rows(dtype: DType) -> Body:
+    """Make the kernel of one block for each row: ``(x, d, row_stride, depth_stride, unit, inverse)``.
+
+    It writes the rows, divided by their norms, one after the other, and the inverse norms, 0 for a zero row.
+    """
+    widen, narrow = make_widen(dtype), _make_narrow(dtype)
+
+    def kernel(x, d, row_stride, depth_stride, unit, inverse):
+        row = cuda.blockIdx.x
+        squares = 0.0
+        k = cuda.threadIdx.x
+        while k < d:
+            v = to_float64(widen(x[row * row_stride + k * depth_stride]))
+            squares += v * v
+            k += cuda.blockDim.x
+        squares = _block_total(squares)
+        factor = 0.0 if squares == 0.0 else 1.0 / math.sqrt(squares)
+        if cuda.threadIdx.x == 0:
+            inverse[row] = factor
+        k = cuda.threadIdx.x
+        while k < d:
+            unit[row * d + k] = narrow(to_float64(widen(x[row * row_stride + k * depth_stride])) * factor)
+            k += cuda.blockDim.x
+
+    arguments = (pointer(dtype.carrier), INT64, INT64, INT64, pointer(working_type(dtype)), pointer("float64"))
+    return Body(f"unit_rows-{dtype.name}", kernel, arguments)
+
+
+@functools.cache
+def fold_cosines(dtype: DType, signs: bool) -> Body:
+    """Make the kernel that sums a panel of cosines: ``(cosines, rows, columns, first_row, first_column, partial)``.
+
+    Each block writes to `partial` the sum of |cosine| over the pairs i < j among its rows, and 0. Where signs are
+    wanted, each cosine is replaced by its sign, that of a row with itself by 0.
+    """
+    narrow = _make_narrow(dtype)
+
+    def kernel(cosines, rows, columns, first_row, first_column, partial):
+        total = 0.0
+        row = cuda.blockIdx.x
+        while row < rows:
+            apart = first_column - first_row - row  # how far the pair's second row is beyond its first, but for column
+            column = cuda.threadIdx.x
+            while column < columns:
+                at = row * columns + column
+                v = to_float64(cosines[at])
+                if column + apart > 0:
+                    total += abs(v)
+                if signs:
+                    sign = 1.0 if v > 0.0 else (-1.0 if v < 0.0 else v)
+                    cosines[at] = narrow(0.0 if column + apart == 0 else sign)
+                column += cuda.blockDim.x
+            row += cuda.gridDim.x
+        total, _ = block_sums(total, 0.0)
+        if cuda.threadIdx.x == 0:
+            partial[2 * cuda.blockIdx.x], partial[2 * cuda.blockIdx.x + 1] = total, 0.0
+
+    name = "signs" if signs else "sums"
+    sizes = (INT64, INT64, INT64, INT64)
+    return Body(f"fold_cosines_{name}-{dtype.name}", kernel, (pointer(working_type(dtype)), *sizes, pointer("float64")))
+
+
+@functools.cache
+def project(dtype: DType, accumulate: bool) -> Body:
+    """Make the kernel of one block for each row that writes the gradient of the mean |cosine|, or adds it.
+
+    Its parameters: ``(product, unit, inverse, d, factor, scale, out, row_stride, depth_stride)``. A row of `product` is
+    the sum of the unit rows, each with the sign of its cosine. Of that, the part along the row itself is taken away,
+    and the rest is multiplied by the inverse norm, by `factor`, and by `scale`, a number on the device, or null for 1.
+    """
+    widen, narrow = make_widen(dtype), make_narrow(dtype)
+
+    def kernel(product, unit, inverse, d, factor, scale, out, row_stride, depth_stride):
+        row = cuda.blockIdx.x
+        along = 0.0
+        k = cuda.threadIdx.x
+        while k < d:
+            along += to_float64(product[row * d + k]) * to_float64(unit[row * d + k])
+            k += cuda.blockDim.x
+        along = _block_total(along)
+        factor, _ = scaled(factor, factor, scale)
+        factor *= inverse[row]
+        k = cuda.threadIdx.x
+        while k < d:
+            gradient = factor * (to_float64(product[row * d + k]) - along * to_float64(unit[row * d + k]))
+            at = row * row_stride + k * depth_stride
+            if accumulate:
+                gradient += to_float64(widen(out[at]))
+            out[at] = narrow(gradient)
+            k += cuda.blockDim.x
+
+    work = pointer(working_type(dtype))
+    scalars = (INT64, FLOAT64_PARAMETER, pointer(dtype.result))
+    arguments = (work, work, pointer("float64"), *scalars, pointer(dtype.carrier), INT64, INT64)
+    return Body(f"project{'_and_add' * accumulate}-{dtype.name}", kernel, arguments)

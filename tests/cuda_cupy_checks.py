@@ -1,0 +1,122 @@
+"""Checks of CuPy's arrays, and of others with CUDA's array interface, which the simulator stands in for a device of.
+
+The arrays are CuPy's own, over memory of the host: no device is needed to make them.
+"""
+
+import numpy as np
+import pytest
+
+from regkern.arrays import ADAPTERS, cuda_interface
+from regkern.arrays import cupy as adapter_module
+from tests import reference
+from tests.cases import LAYOUTS, NUMPY_DTYPES, REGULARIZERS, make
+from tests.cuda_simulator import install
+
+cupy = pytest.importorskip("cupy")
+REGULARIZER = REGULARIZERS["L1L2"]
+STEP = 0.7
+
+
+class HostMemory(cupy.cuda.BaseMemory):
+    """Memory of the host, in place of a device's."""
+
+    def __init__(self, data):
+        self.data = data
+        self.ptr, self.size, self.device_id = data.ctypes.data, data.nbytes, 0
+
+
+def allocate(size):
+    return cupy.cuda.MemoryPointer(HostMemory(np.zeros(size, np.uint8)), 0)
+
+
+@pytest.fixture(autouse=True)
+def place(monkeypatch):
+    place = install(monkeypatch)
+    monkeypatch.setattr(adapter_module.CupyAdapter, "place", lambda self, x: place)
+    monkeypatch.setattr(cupy.cuda.device, "get_device_id", lambda: 0)
+    cupy.cuda.set_allocator(allocate)
+    yield place
+    cupy.cuda.set_allocator(None)
+
+
+def on_device(x):
+    """Return an array of CuPy's with the elements and the strides of one of NumPy's."""
+    whole = x
+    while whole.base is not None:
+        whole = whole.base
+    pointer = cupy.cuda.MemoryPointer(HostMemory(whole), x.__array_interface__["data"][0] - whole.ctypes.data)
+    return cupy.ndarray(x.shape, x.dtype, pointer, strides=x.strides)
+
+
+def read(x):
+    """Return what an array in the stand-in's memory holds."""
+    memory = x.data.mem.data
+    return np.ndarray(x.shape, x.dtype, memory.reshape(-1).view(np.uint8).data, x.data.ptr - x.data.mem.ptr, x.strides)
+
+
+def assert_near(actual, expected, epsilon):
+    np.testing.assert_allclose(np.asarray(read(actual), np.float64), expected, rtol=4 * epsilon, atol=4 * epsilon)
+
+
+LAYOUTS_BY_DTYPE = [("float16", "every second"), ("float32", "columns"), ("float64", "both reversed")]
+
+
+@pytest.mark.parametrize(("dtype", "layout"), LAYOUTS_BY_DTYPE)
+def test_value_gradient_and_prox(place, dtype, layout):
+    host = make(LAYOUTS[layout], dtype)
+    host = host[:40]
+    x, epsilon = on_device(host), np.finfo(NUMPY_DTYPES[dtype]).eps
+    before, gradient = host.copy(), reference.gradient(REGULARIZER, host)
+    value, written = REGULARIZER.value_and_grad(x)
+    assert isinstance(value, cupy.ndarray)
+    assert value.shape == ()
+    assert value.dtype == (np.float64 if dtype == "float64" else np.float32)
+    assert_near(value, reference.value(REGULARIZER, host), max(epsilon * (dtype == "float64"), 1e-7))
+    assert_near(written, gradient, epsilon)
+    assert REGULARIZER.grad(x, out=written, scale=2.0, accumulate=True) is written
+    assert_near(written, 3 * gradient, 2 * epsilon)
+    assert_near(REGULARIZER.prox(x, STEP), reference.prox(REGULARIZER, host, STEP), epsilon)
+    np.testing.assert_array_equal(host, before)
+    assert set(place.driver.streams) == {7}
+
+
+def test_out_that_does_not_fit_is_refused_before_a_launch(place):
+    x = on_device(np.ones((3, 4), np.float32))
+    for out, error in [(np.ones((3, 4), "f4"), TypeError), (on_device(np.ones(12, "f4")), ValueError)]:
+        with pytest.raises(error, match="out"):
+            REGULARIZER.grad(x, out=out)
+    assert not place.driver.streams
+
+
+class Foreign:
+    """An array of a library that regkern does not know."""
+
+    def __init__(self, x):
+        self.x = on_device(x)
+        self.shape, self.dtype = x.shape, x.dtype
+
+    @property
+    def __cuda_array_interface__(self):
+        interface = {"typestr": self.dtype.str, "data": (self.x.data.ptr, False), "strides": self.x.strides}
+        return interface | {"shape": self.shape, "version": 3, "stream": None}
+
+
+@pytest.fixture
+def unowned(monkeypatch, place):
+    """Let CuPy take addresses of the host, whose arrays are found by them."""
+    arrays = {}
+    monkeypatch.setattr(cuda_interface, "driver", lambda: place.driver)
+    monkeypatch.setattr(cupy.cuda, "UnownedMemory", lambda address, size, owner, device: owner.x.data.mem)
+    return arrays
+
+
+@pytest.mark.usefixtures("unowned")
+def test_arrays_of_libraries_that_are_not_known():
+    host = np.arange(-6.0, 6.0).reshape(3, 4)
+    x, out = Foreign(host), Foreign(np.ones((3, 4)))
+    assert ADAPTERS[Foreign] is cuda_interface.ADAPTER
+    value, gradient = REGULARIZER.value_and_grad(x)
+    assert_near(value, reference.value(REGULARIZER, host), 1e-15)
+    assert_near(gradient, reference.gradient(REGULARIZER, host), 1e-15)
+    assert REGULARIZER.grad(x, out=out, accumulate=True) is out
+    assert_near(out.x, 1 + reference.gradient(REGULARIZER, host), 1e-15)

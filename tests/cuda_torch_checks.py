@@ -1,0 +1,161 @@
+"""Checks of torch's tensors on a device, which the simulator stands in for: CPU tensors are taken for its own."""
+
+import numpy as np
+import pytest
+import torch
+
+import regkern as rk
+from regkern.arrays import device_gram
+from regkern.arrays import torch as host
+from regkern.arrays.torch_cuda import KERNELS
+from regkern.kernels.cuda import gram
+from tests import reference
+from tests.cases import REGULARIZERS
+from tests.cuda_simulator import install
+
+REGULARIZER = REGULARIZERS["L1L2"]
+STEP = 0.7
+DTYPES = ["float16", "bfloat16", "float32", "float64"]
+
+
+@pytest.fixture(autouse=True)
+def place(monkeypatch):
+    """Take every plain CPU tensor for one on the device."""
+    place = install(monkeypatch)
+    monkeypatch.setattr(type(KERNELS), "place", lambda self, x: place)
+    monkeypatch.setattr(host, "_kernels", lambda x: KERNELS if host._is_plain(x) else None)
+    monkeypatch.setattr(device_gram, "count_tiles", lambda n: gram.count_tiles(n, 16))
+    monkeypatch.setattr(device_gram, "tile_sums", lambda dtype: gram.tile_sums(dtype, 16))
+    return place
+
+
+def tensor(dtype, shape=(7, 9), seed=0):
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    values[0] = 0
+    return values.to(getattr(torch, dtype))
+
+
+def wide(x):
+    return x.detach().double().numpy()
+
+
+def assert_near(actual, expected, x):
+    epsilon = torch.finfo(x.dtype).eps if actual.dtype == x.dtype else torch.finfo(torch.float32).eps
+    np.testing.assert_allclose(wide(actual), expected, rtol=4 * epsilon, atol=4 * epsilon)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_value_gradient_and_prox(place, dtype):
+    x = tensor(dtype)[:, 2:]
+    gradient = reference.gradient(REGULARIZER, wide(x))
+    value, written = REGULARIZER.value_and_grad(x)
+    assert value.shape == ()
+    assert value.dtype == (torch.float64 if dtype == "float64" else torch.float32)
+    assert_near(value, reference.value(REGULARIZER, wide(x)), x)
+    assert_near(written, gradient, x)
+    out = torch.full_like(x, 0.5)
+    version = out._version
+    assert REGULARIZER.grad(x, out=out, scale=2.0, accumulate=True) is out
+    assert out._version > version
+    assert_near(out, 0.5 + 2 * gradient, x)
+    assert_near(REGULARIZER.prox(x, STEP), reference.prox(REGULARIZER, wide(x), STEP), x)
+    assert set(place.driver.streams) == {7}
+
+
+def test_sums_and_partial_sums():
+    x = tensor("float32")
+    sums = np.abs(wide(x)).sum(), np.square(wide(x)).sum()
+    np.testing.assert_allclose([each.item() for each in rk.reductions.abs_square_sums(x)], sums, rtol=1e-7)
+    partial = REGULARIZER.partial(x)
+    assert partial.dtype == torch.float64
+    np.testing.assert_allclose(partial, sums, rtol=1e-14)
+
+
+def test_empty_and_broadcast():
+    assert REGULARIZER(torch.empty(0, 3)).item() == 0
+    x = torch.tensor([1.0, -2.0]).expand(3, 2)
+    np.testing.assert_allclose(REGULARIZER(x), reference.value(REGULARIZER, wide(x)), rtol=1e-6)
+    with pytest.raises(ValueError, match="place of its own"):
+        REGULARIZER.grad(x, out=x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_backward_multiplies_on_the_device(dtype, monkeypatch):
+    x = tensor(dtype).requires_grad_()
+    loss = 3.0 * REGULARIZER(x)
+    monkeypatch.setattr(torch.Tensor, "item", lambda x: pytest.fail("the host waited for the device"))
+    loss.backward()
+    assert_near(x.grad, 3 * reference.gradient(REGULARIZER, wide(x)), x)
+
+
+def test_backward_of_sums():
+    x = tensor("float32").requires_grad_()
+    first, second = rk.reductions.abs_square_sums(x)
+    (2.0 * first + 3.0 * second).backward()
+    assert_near(x.grad, reference.gradient(rk.L1L2(2.0, 3.0), wide(x)), x)
+
+
+def test_second_derivatives_are_torchs():
+    x = tensor("float64")[1:].requires_grad_()
+    (gradient,) = torch.autograd.grad(REGULARIZER(x), x, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.sum(), x)
+    torch.testing.assert_close(second, torch.full_like(x, 2 * REGULARIZER.l2))
+
+
+@pytest.fixture(params=["tiles", "panels"])
+def small_panels(request, monkeypatch):
+    """Let small matrices have several tiles and panels, of which the last are not full."""
+    monkeypatch.setattr(device_gram, "PANEL", 7)
+    monkeypatch.setattr(device_gram, "PANELS_FROM", 2 if request.param == "panels" else 1000)
+
+
+@pytest.mark.usefixtures("small_panels")
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_orthogonal_value(dtype):
+    regularizer, x = rk.OrthogonalRegularizer(0.3), tensor(dtype, (17, 5))
+    assert_near(regularizer(x), reference.orthogonal(regularizer, wide(x)), x)
+
+
+@pytest.mark.parametrize(("mode", "dtype"), [("rows", "float32"), ("columns", "float64"), ("rows", "bfloat16")])
+def test_orthogonal_gradient(mode, dtype, monkeypatch):
+    monkeypatch.setattr(device_gram, "PANEL", 3)
+    regularizer = rk.OrthogonalRegularizer(0.3, mode)
+    x = tensor(dtype, (5, 3) if mode == "rows" else (3, 5))
+    expected = reference.orthogonal_gradient(regularizer, wide(x))
+    value, gradient = regularizer.value_and_grad(x)
+    assert_near(value, reference.orthogonal(regularizer, wide(x)), x)
+    assert_near(gradient, expected, x)
+    out = torch.full_like(x, 0.25)
+    regularizer.grad(x, out=out, scale=2.0, accumulate=True)
+    assert_near(out, 0.25 + 2 * expected, x)
+    x.requires_grad_()
+    loss = 3.0 * regularizer(x)
+    monkeypatch.setattr(torch.Tensor, "item", lambda x: pytest.fail("the host waited for the device"))
+    loss.backward()
+    assert_near(x.grad, 3 * expected, x)
+
+
+@pytest.mark.usefixtures("small_panels")
+def test_orthogonal_batches_and_degenerate_matrices():
+    batch = tensor("float32", (2, 5, 3), seed=1)
+    regularizer = rk.OrthogonalRegularizer(0.3, leading_axes="batch")
+    each = rk.OrthogonalRegularizer(0.3)
+    value, gradient = regularizer.value_and_grad(batch)
+    assert_near(value, sum(reference.orthogonal(each, wide(x)) for x in batch), batch)
+    assert_near(gradient, np.stack([reference.orthogonal_gradient(each, wide(x)) for x in batch]), batch)
+    flat = rk.OrthogonalRegularizer(0.3, "columns", leading_axes="flatten")
+    assert_near(flat(batch), reference.orthogonal(flat, wide(batch.reshape(-1, 3))), batch)
+    for shape in ((1, 4), (4, 0), (0, 3)):
+        value, gradient = each.value_and_grad(torch.ones(shape))
+        assert value.item() == 0
+        assert not gradient.any()
+
+
+def test_out_that_does_not_fit_is_refused_before_a_launch(place):
+    x = tensor("float32")
+    for out, error in [(np.zeros(x.shape), TypeError), (x.double(), TypeError), (x[:3], ValueError)]:
+        with pytest.raises(error, match="out"):
+            REGULARIZER.grad(x, out=out)
+    with pytest.raises(TypeError, match="dtype"):
+        REGULARIZER(torch.ones(3, dtype=torch.int64))
+    assert not place.driver.streams
