@@ -3,7 +3,6 @@
 import doctest
 import importlib
 import inspect
-import pkgutil
 import re
 from pathlib import Path
 
@@ -16,9 +15,9 @@ from regkern.regularizers import ElementwiseRegularizer
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "pages").glob("*.md"))]
 MODULES = [
-    module.name
-    for module in pkgutil.walk_packages(regkern.__path__, "regkern.")
-    if not module.name.endswith("__main__")
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for path in sorted((ROOT / "regkern").rglob("*.py"))
+    if ">>>" in path.read_text()
 ]
 
 
