@@ -1,7 +1,7 @@
-"""Turns results into tables and a picture: `python -m bench.tables [RESULTS.json]`.
+"""Turns results into tables and pictures: `python -m bench.tables [RESULTS.json]`.
 
 It writes the README's table, the tables of bench/README.md, each between `<!-- bench:start -->` and
-`<!-- bench:end -->`, and docs/bench.svg.
+`<!-- bench:end -->`, and docs/bench.svg and growth.svg.
 """
 
 import json
@@ -15,6 +15,36 @@ from bench.cases import BARE_PRODUCTS, CASES, CHECKS, Case, Target
 ROOT = Path(__file__).parent.parent
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 Results = dict[str, Any]
+
+# The README's rows and columns; a dash stands where a peer was not asked for.
+HEADLINES = {
+    "value 10x10": "penalty of 10 x 10",
+    "value 256x256": "256 x 256",
+    "value 1024x1024": "1024 x 1024",
+    "value 4096x4096": "4096 x 4096",
+    "value 1024x1024 float16": "1024 x 1024, float16",
+    "value 1024x1024 x[:, 3:7]": "four columns of 1024 x 1024",
+    "value and grad 4096x4096": "penalty and gradient, 4096 x 4096",
+    "accumulate 4096x4096": "gradient added to an array, 4096 x 4096",
+    "prox 4096x4096": "proximal operator, 4096 x 4096",
+    "torch backward 10x10": "forward and backward in torch, 10 x 10",
+    "torch backward 4096x4096": "forward and backward in torch, 4096 x 4096",
+    "jax value and grad 4096x4096": "penalty and gradient in a JAX program, 4096 x 4096",
+    "tensorflow tape 4096x4096": "under TensorFlow's tape, 4096 x 4096",
+    "bound value 1000x16": "a model of 1000 tensors of 16",
+    "bound value and grad 1x22713216 whole transformer": "a transformer's 101 tensors, with gradients",
+    "gram 256x256": "orthogonal penalty, 256 x 256",
+    "gram 4096x1024": "orthogonal penalty, 4096 x 1024",
+    "gram and grad 4096x1024": "orthogonal penalty and gradient, 4096 x 1024",
+}
+PEERS = {
+    "numpy": "NumPy",
+    "keras (numpy)": "Keras on NumPy",
+    "torch": "torch",
+    "torch.compile": "torch.compile",
+    "jax": "JAX, jitted",
+    "tensorflow": "TensorFlow",
+}
 
 
 def seconds(value: float) -> str:
@@ -74,8 +104,27 @@ def machine_line(results: Results) -> str:
     )
 
 
+def headlines(results: Results) -> str:
+    """The README's table: how many times longer the peers take."""
+    rows = []
+    for name, text in HEADLINES.items():
+        if name in results["cases"]:
+            peers = results["cases"][name]["peers"]
+            ratios = [ratio(peers[peer]["ratio"]) if peer in peers else "–" for peer in PEERS]
+            rows.append((text, seconds(peers["regkern"]["median"]), *ratios))
+    return _markdown(("", "regkern", *PEERS.values()), rows)
+
+
+def targets_met(results: Results) -> str:
+    """Say how many targets were met, and which were not."""
+    rows = list(target_rows(results))
+    short = dict.fromkeys(case for case, *_, met in rows if not met)
+    line = f"Of {len(rows)} targets, {sum(row[-1] for row in rows)} were met in this run."
+    return f"{line} Short of one: {', '.join(short)}." if short else line
+
+
 def targets_table(results: Results) -> str:
-    """The README's table: each target and what was measured."""
+    """What was asked for: each target and what was measured."""
     rows = [
         (case, own, target, measured, "yes" if met else "**no**")
         for case, own, target, measured, met in target_rows(results)
@@ -172,9 +221,50 @@ def plot(results: Results, path: Path) -> None:
                 axes.scatter(*zip(*points, strict=True), label=label, **{"s": 38, "linewidths": 0} | style)
         _decorate(axes, [name for name, _ in rows])
         figure.legend(loc="outside lower center", ncols=5, frameon=False)
-        path.parent.mkdir(exist_ok=True)
-        figure.savefig(path, transparent=True, metadata={"Date": None} if path.suffix == ".svg" else None)
-        pyplot.close(figure)
+        _save(figure, path)
+
+
+def plot_growth(results: Results, path: Path) -> None:
+    """Draw the time of a penalty by the size of its array, on logarithmic axes, above what reading it takes."""
+    import matplotlib
+
+    matplotlib.use(path.suffix[1:])
+    from matplotlib import pyplot, rc_context
+
+    cases = [
+        (case.shape[0] * case.shape[1], peers)
+        for case, peers in _measured_cases(results)
+        if (case.kind, case.dtype, case.layout, case.values) == ("value", "float32", "C", "weights")
+    ]
+    colours = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
+    with rc_context(colours | {"svg.hashsalt": "regkern"}):
+        figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
+        for name in ("keras (numpy)", "numpy", "torch", "torch.compile", "jax"):
+            axes.plot(*_by_size(cases, name), label=name, linewidth=1, **STYLES[name])
+        axes.plot(*_by_size(cases, "regkern"), label="regkern", color=INK, linewidth=3)
+        axes.plot(*_by_size(cases, "bare read"), label="the machine's bare read", color=INK, linestyle=":")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("float32 elements")
+        axes.set_ylabel("L1L2 penalty")
+        axes.yaxis.set_major_formatter(lambda value, _: seconds(value))
+        axes.grid(color=INK, alpha=0.25, linewidth=0.6)
+        _remove_frame(axes)
+        figure.legend(loc="outside lower center", ncols=4, frameon=False)
+        _save(figure, path)
+
+
+def _by_size(cases: list[tuple[int, dict[str, dict[str, float]]]], name: str) -> tuple[list[int], list[float]]:
+    points = sorted((size, peers[name]["median"]) for size, peers in cases if name in peers)
+    return [size for size, _ in points], [median for _, median in points]
+
+
+def _save(figure: Any, path: Path) -> None:
+    from matplotlib import pyplot
+
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, transparent=True, metadata={"Date": None} if path.suffix == ".svg" else None)
+    pyplot.close(figure)
 
 
 def _decorate(axes: Any, names: list[str]) -> None:
@@ -185,6 +275,10 @@ def _decorate(axes: Any, names: list[str]) -> None:
     axes.set_xlabel("time over regkern's (right of the line, regkern is faster)")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     axes.grid(axis="y", color=INK, alpha=0.25, linewidth=0.6)
+    _remove_frame(axes)
+
+
+def _remove_frame(axes: Any) -> None:
     axes.tick_params(which="both", length=0)
     for side in ("top", "right", "left", "bottom"):
         axes.spines[side].set_visible(False)
@@ -193,10 +287,11 @@ def _decorate(axes: Any, names: list[str]) -> None:
 def write(path: Path) -> None:
     """Write everything that is made from one machine's results."""
     results = json.loads(path.read_text())
-    readme = f"{targets_table(results)}\n\n{machine_line(results)}"
+    readme = "\n\n".join([headlines(results), targets_met(results), machine_line(results)])
     put_between_markers(ROOT / "README.md", readme)
     put_between_markers(ROOT / "bench/README.md", full_tables(results))
     plot(results, ROOT / "docs/bench.svg")
+    plot_growth(results, ROOT / "docs/growth.svg")
 
 
 def main() -> None:
