@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 Results = dict[str, Any]
 
-# The README's rows and columns; a dash stands where a peer was not asked for.
+# The README's rows and columns. A cell is empty where a peer was not asked for.
 HEADLINES = {
     "value 10x10": "penalty of 10 x 10",
     "value 256x256": "256 x 256",
@@ -110,7 +110,7 @@ def headlines(results: Results) -> str:
     for name, text in HEADLINES.items():
         if name in results["cases"]:
             peers = results["cases"][name]["peers"]
-            ratios = [ratio(peers[peer]["ratio"]) if peer in peers else "–" for peer in PEERS]
+            ratios = [ratio(peers[peer]["ratio"]) if peer in peers else "" for peer in PEERS]
             rows.append((text, seconds(peers["regkern"]["median"]), *ratios))
     return _markdown(("", "regkern", *PEERS.values()), rows)
 
