@@ -179,3 +179,52 @@ while not stopped:
 """
     )
     assert run(code, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2") == "True\n"
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_called_back_by_jaxs_threads(layer):
+    """From compiled programs that run in several threads at once: XLA calls back in threads of its own."""
+    pytest.importorskip("jax")
+    code = """
+import jax
+from concurrent.futures import ThreadPoolExecutor
+regularizer = rk.L1L2(0.1, 0.2)
+seen = set()
+def penalty(y):
+    import threading
+    seen.add(threading.get_ident())
+    return np.float32(regularizer(np.asarray(y)))
+@jax.jit
+def loss(y):
+    return 2 * jax.pure_callback(penalty, jax.ShapeDtypeStruct((), np.float32), y)
+y = jax.numpy.asarray(x)
+expected = float(2 * regularizer(x))
+with ThreadPoolExecutor(4) as pool:
+    print({float(result) for result in pool.map(loss, [y] * 40)} == {expected})
+"""
+    assert run(code, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2") == "True\n"
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_called_back_by_torchs_threads(layer):
+    """From hooks of backward passes in several threads, and from the callbacks of asynchronous tasks."""
+    pytest.importorskip("torch")
+    code = """
+import torch
+from concurrent.futures import ThreadPoolExecutor
+regularizer = rk.L1L2(0.1, 0.2)
+expected = float(regularizer(x))
+gradient = regularizer.grad(x)
+def backward(_):
+    found = []
+    y = torch.from_numpy(x.copy()).requires_grad_()
+    y.register_hook(lambda g: found.append((float(regularizer(x)), (g.numpy() == gradient).all())))
+    regularizer(y).backward()
+    future = torch.futures.Future()
+    done = future.then(lambda _: float(regularizer(y)))
+    future.set_result(None)
+    return found + [(done.wait(), True)]
+with ThreadPoolExecutor(4) as pool:
+    print({each for found in pool.map(backward, range(16)) for each in found} == {(expected, True)})
+"""
+    assert run(code, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2") == "True\n"
