@@ -1,7 +1,8 @@
 """Turns results into tables and pictures: `python -m bench.tables [RESULTS.json]`.
 
 It writes the README's table, the tables of bench/README.md, each between `<!-- bench:start -->` and
-`<!-- bench:end -->`, and docs/bench.svg and growth.svg.
+`<!-- bench:end -->`, and docs/bench.svg and growth.svg; of the latest results of a GPU the tables, between markers of
+`bench-gpu`.
 """
 
 import json
@@ -11,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.cases import BARE_PRODUCTS, CASES, CHECKS, Case, Target
+from bench.gpu_cases import GPU_CASES, GPU_CHECKS, GpuCase
 
 ROOT = Path(__file__).parent.parent
-START, END = "<!-- bench:start -->", "<!-- bench:end -->"
+CPU, GPU = "bench", "bench-gpu"  # names of markers
+NOT_YET = "Not yet measured."
 Results = dict[str, Any]
 
 # The README's rows and columns. A cell is empty where a peer was not asked for.
@@ -66,8 +69,13 @@ def _markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _measured_cases(results: Results) -> Iterator[tuple[Case, dict[str, dict[str, float]]]]:
-    for case in CASES:
+def is_of_gpu(results: Results) -> bool:
+    """Whether results are those of `python -m bench.gpu`."""
+    return "gpu" in results["machine"]
+
+
+def _measured_cases(results: Results) -> Iterator[tuple[Case | GpuCase, dict[str, dict[str, float]]]]:
+    for case in GPU_CASES if is_of_gpu(results) else CASES:
         if case.name in results["cases"]:
             yield case, results["cases"][case.name]["peers"]
 
@@ -88,7 +96,7 @@ def target_rows(results: Results) -> Iterator[tuple[str, str, str, str, bool]]:
                 text = ratio(found) if found >= 1 or target.at_least >= 1 else f"{found:.2f}"
                 text += f" ({name})" if len(target.against) > 1 else ""
                 yield case.name, seconds(rows["regkern"]["median"]), target.text, text, found >= target.at_least
-    for name, check in CHECKS.items():
+    for name, check in (GPU_CHECKS if is_of_gpu(results) else CHECKS).items():
         if name in results["checks"]:
             measured = results["checks"][name]["measured"]
             yield name, "", check.text, f"{measured:.3g}", measured <= check.at_most
@@ -98,8 +106,9 @@ def machine_line(results: Results) -> str:
     """Say where the figures come from."""
     machine = results["machine"]
     versions = ", ".join(f"{package} {version}" for package, version in machine["versions"].items())
+    gpu = f"{machine['gpu']} with CUDA {machine['cuda']}, " if is_of_gpu(results) else ""
     return (
-        f"Measured on {machine['cpu']}, {machine['cores']} cores, {machine['system']}, {machine['date']}; "
+        f"Measured on {gpu}{machine['cpu']}, {machine['cores']} cores, {machine['system']}, {machine['date']}; "
         f"Python {machine['python']}, {versions}."
     )
 
@@ -132,7 +141,7 @@ def targets_table(results: Results) -> str:
     return _markdown(("case (float32 L1L2 unless said)", "regkern", "target", "measured", "met"), rows)
 
 
-def peers_table(case: Case, results: Results) -> str:
+def peers_table(case: Case | GpuCase, results: Results) -> str:
     """Every peer of one case: median, spread, ratio and bytes per second."""
     row = results["cases"][case.name]
     lines = []
@@ -154,7 +163,10 @@ def checks_table(results: Results) -> str:
 
 def full_tables(results: Results) -> str:
     """The tables of bench/README.md."""
-    parts = [machine_line(results), targets_table(results), "## Checks", checks_table(results), "## Every peer"]
+    parts = [machine_line(results), targets_table(results)]
+    if not is_of_gpu(results):
+        parts += ["## Checks", checks_table(results)]
+    parts.append("## Every peer")
     parts += [peers_table(case, results) for case, _ in _measured_cases(results)]
     skipped = results["skipped"]
     if skipped:
@@ -162,14 +174,15 @@ def full_tables(results: Results) -> str:
     return "\n\n".join(parts)
 
 
-def put_between_markers(path: Path, text: str) -> None:
-    """Replace what is between the markers of a file; say so where there are none."""
+def put_between_markers(path: Path, name: str, text: str) -> None:
+    """Replace what is between the markers of a name in a file; say so where there are none."""
+    start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
     old = path.read_text() if path.exists() else ""
-    if START not in old or END not in old:
-        print(f"{path.relative_to(ROOT)}: no markers {START} and {END}; left as it is")
+    if start not in old or end not in old:
+        print(f"{path.relative_to(ROOT)}: no markers {start} and {end}; left as it is")
         return
-    before, rest = old.split(START, 1)
-    path.write_text(f"{before}{START}\n{text}\n{END}{rest.split(END, 1)[1]}")
+    before, rest = old.split(start, 1)
+    path.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end, 1)[1]}")
 
 
 INK = "#7d7d7d"  # reads on white and on black
@@ -287,19 +300,28 @@ def _remove_frame(axes: Any) -> None:
 def write(path: Path) -> None:
     """Write everything that is made from one machine's results."""
     results = json.loads(path.read_text())
-    readme = "\n\n".join([headlines(results), targets_met(results), machine_line(results)])
-    put_between_markers(ROOT / "README.md", readme)
-    put_between_markers(ROOT / "bench/README.md", full_tables(results))
-    plot(results, ROOT / "docs/bench.svg")
-    plot_growth(results, ROOT / "docs/growth.svg")
+    if is_of_gpu(results):
+        markers, own = GPU, targets_table(results)
+    else:
+        markers, own = CPU, f"{headlines(results)}\n\n{targets_met(results)}"
+        plot(results, ROOT / "docs/bench.svg")
+        plot_growth(results, ROOT / "docs/growth.svg")
+    put_between_markers(ROOT / "README.md", markers, f"{own}\n\n{machine_line(results)}")
+    put_between_markers(ROOT / "bench/README.md", markers, full_tables(results))
 
 
 def main() -> None:
-    """Take the results named on the command line, or the latest."""
-    files = sys.argv[1:] or sorted(Path(__file__).parent.glob("results/*.json"), key=lambda file: file.stat().st_mtime)
-    if not files:
+    """Take the results named on the command line, or the latest of a CPU and of a GPU."""
+    named = [Path(name) for name in sys.argv[1:]]
+    files = named or sorted(Path(__file__).parent.glob("results/*.json"), key=lambda file: file.stat().st_mtime)
+    latest = {is_of_gpu(json.loads(file.read_text())): file for file in files}
+    if False not in latest and not named:
         raise SystemExit("No results yet: run `python -m bench` first.")
-    write(Path(files[-1]))
+    for file in latest.values():
+        write(file)
+    if True not in latest and not named:
+        for page in (ROOT / "README.md", ROOT / "bench/README.md"):
+            put_between_markers(page, GPU, NOT_YET)
 
 
 if __name__ == "__main__":

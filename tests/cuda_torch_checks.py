@@ -105,18 +105,18 @@ def test_second_derivatives_are_torchs():
 @pytest.fixture(params=["tiles", "panels"])
 def small_panels(request, monkeypatch):
     """Let small matrices have several tiles and panels, of which the last are not full."""
-    monkeypatch.setattr(device_gram, "PANEL", 7)
+    monkeypatch.setattr(device_gram, "PANEL", 4)
     monkeypatch.setattr(device_gram, "PANELS_FROM", 2 if request.param == "panels" else 1000)
 
 
 @pytest.mark.usefixtures("small_panels")
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
 def test_orthogonal_value(dtype):
-    regularizer, x = rk.OrthogonalRegularizer(0.3), tensor(dtype, (17, 5))
+    regularizer, x = rk.OrthogonalRegularizer(0.3), tensor(dtype, (9, 3))
     assert_near(regularizer(x), reference.orthogonal(regularizer, wide(x)), x)
 
 
-@pytest.mark.parametrize(("mode", "dtype"), [("rows", "float32"), ("columns", "float64"), ("rows", "bfloat16")])
+@pytest.mark.parametrize(("mode", "dtype"), [("rows", "bfloat16"), ("columns", "float64")])
 def test_orthogonal_gradient(mode, dtype, monkeypatch):
     monkeypatch.setattr(device_gram, "PANEL", 3)
     regularizer = rk.OrthogonalRegularizer(0.3, mode)

@@ -1,0 +1,360 @@
+"""What regkern is compared with on a GPU: for each kind of case and peer, a function that makes a call to be timed.
+
+Arrays are made on the device beforehand. A call queues its work and returns; what waits for it is the caller's affair.
+A peer that is missing, or that fails, is left out.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+import regkern as rk
+from bench.cases import L1, L2
+from bench.gpu_cases import GpuCase
+
+Call = Callable[[], Any]
+_PEERS: dict[tuple[str, str], Callable[[GpuCase], Call]] = {}
+REGULARIZER = rk.L1L2(L1, L2)
+ORTHOGONAL = rk.OrthogonalRegularizer(0.01)
+
+
+def peer(kind: str, name: str):
+    """Register a function as the peer of this name for a kind of case."""
+
+    def register(prepare: Callable[[GpuCase], Call]) -> Callable[[GpuCase], Call]:
+        _PEERS[kind, name] = prepare
+        return prepare
+
+    return register
+
+
+def prepare(name: str, case: GpuCase) -> Call:
+    """Make the call that a peer is timed by."""
+    return _PEERS[case.kind, name](case)
+
+
+# Arrays
+
+
+def torch_array(case: GpuCase, shape: tuple[int, ...] | None = None, seed: int = 0):
+    import torch
+
+    rows, columns = shape or case.shape
+    generator = torch.Generator("cuda").manual_seed(seed)
+    x = torch.randn((rows * (1 + case.strided), columns), device="cuda", generator=generator, dtype=torch.float32)
+    return (0.05 * x).to(getattr(torch, case.dtype))[:: 1 + case.strided]
+
+
+def cupy_array(case: GpuCase):
+    import cupy
+
+    return cupy.from_dlpack(torch_array(case))
+
+
+def jax_array(case: GpuCase):
+    import jax
+
+    if case.dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
+    return jax.dlpack.from_dlpack(torch_array(case).contiguous())
+
+
+def many_sizes(case: GpuCase) -> list[int]:
+    """Sizes of a model's tensors: as many small ones as large ones, by their logarithm."""
+    count, largest = case.shape
+    return np.exp(np.random.default_rng(0).uniform(0, np.log(largest), count)).astype(int).tolist()
+
+
+def many_tensors(case: GpuCase):
+    import torch
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    return [0.05 * torch.randn(size, device="cuda", generator=generator) for size in many_sizes(case)]
+
+
+# regkern
+
+
+@peer("value", "regkern")
+def regkern_value(case):
+    x = torch_array(case) if case.dtype == "bfloat16" else cupy_array(case)
+    return functools.partial(REGULARIZER, x)
+
+
+@peer("launch", "regkern")
+def regkern_launch(case):
+    return functools.partial(REGULARIZER, cupy_array(case))
+
+
+@peer("value_and_grad", "regkern")
+def regkern_value_and_grad(case):
+    return functools.partial(REGULARIZER.value_and_grad, cupy_array(case))
+
+
+@peer("torch_backward", "regkern")
+def regkern_backward(case):
+    return _backward(REGULARIZER, case)
+
+
+@peer("gram", "regkern")
+def regkern_gram(case):
+    return functools.partial(ORTHOGONAL, torch_array(case))
+
+
+@peer("gram_and_grad", "regkern")
+def regkern_gram_and_grad(case):
+    return functools.partial(ORTHOGONAL.value_and_grad, torch_array(case))
+
+
+@peer("many", "regkern")
+def regkern_many(case):
+    named = {f"kernel{i}": x for i, x in enumerate(many_tensors(case))}
+    return rk.Penalty({"*": REGULARIZER}).bind(named).value
+
+
+@peer("many_and_grad", "regkern")
+def regkern_many_and_grad(case):
+    named = {f"kernel{i}": x for i, x in enumerate(many_tensors(case))}
+    return rk.Penalty({"*": REGULARIZER}).bind(named).value_and_grad
+
+
+# The machine
+
+_READ = r"""
+extern "C" __global__ void read(const uint4* x, unsigned long long n, unsigned* out) {
+    unsigned long long i = blockIdx.x * (unsigned long long)blockDim.x + threadIdx.x, step = gridDim.x * blockDim.x;
+    unsigned found = 0;
+    for (; i + 3 * step < n; i += 4 * step) {
+        uint4 a = x[i], b = x[i + step], c = x[i + 2 * step], d = x[i + 3 * step];
+        found ^= a.x ^ a.y ^ a.z ^ a.w ^ b.x ^ b.y ^ b.z ^ b.w ^ c.x ^ c.y ^ c.z ^ c.w ^ d.x ^ d.y ^ d.z ^ d.w;
+    }
+    for (; i < n; i += step) found ^= x[i].x ^ x[i].y ^ x[i].z ^ x[i].w;
+    if (found == 0x12345678u) out[0] = found;
+}
+"""
+
+
+@peer("value", "bare read")
+def bare_read(case):
+    import cupy
+
+    x = cupy.zeros(case.shape[0] * case.shape[1] * np.dtype(_itemtype(case)).itemsize, "u1")
+    kernel, out = cupy.RawKernel(_READ, "read"), cupy.zeros(1, "u4")
+    blocks = 8 * cupy.cuda.Device().attributes["MultiProcessorCount"]
+    return functools.partial(kernel, (blocks,), (256,), (x, np.uint64(x.size // 16), out))
+
+
+@peer("value_and_grad", "bare copy")
+def bare_copy(case):
+    import cupy
+
+    x = cupy.zeros(case.shape[0] * case.shape[1] * np.dtype(_itemtype(case)).itemsize, "u1")
+    return functools.partial(cupy.copyto, cupy.empty_like(x), x)
+
+
+def _itemtype(case):
+    return "float16" if case.dtype == "bfloat16" else case.dtype
+
+
+# CuPy
+
+
+@peer("value", "cupy")
+@peer("launch", "cupy")
+def cupy_value(case):
+    import cupy
+
+    x = cupy_array(case)
+    return lambda: L1 * cupy.abs(x).sum() + L2 * cupy.square(x).sum()
+
+
+@peer("value", "cupy ReductionKernel")
+def cupy_reduction_kernels(case):
+    import cupy
+
+    x = cupy_array(case)
+    result = "T y"
+    first = cupy.ReductionKernel("T x", result, "abs(x)", "a + b", "y = a", "0", "abs_sum")
+    second = cupy.ReductionKernel("T x", result, "x * x", "a + b", "y = a", "0", "square_sum")
+    return lambda: L1 * first(x) + L2 * second(x)
+
+
+@peer("value_and_grad", "cupy")
+def cupy_value_and_grad(case):
+    import cupy
+
+    x = cupy_array(case)
+    return lambda: (L1 * cupy.abs(x).sum() + L2 * cupy.square(x).sum(), L1 * cupy.sign(x) + 2 * L2 * x)
+
+
+@peer("many", "cupy")
+def cupy_many(case):
+    import cupy
+
+    arrays = [cupy.from_dlpack(x) for x in many_tensors(case)]
+    return lambda: sum(L1 * cupy.abs(x).sum() + L2 * cupy.square(x).sum() for x in arrays)
+
+
+# torch
+
+
+def _torch_penalty(x):
+    return L1 * x.abs().sum() + L2 * x.square().sum()
+
+
+@peer("value", "torch")
+@peer("launch", "torch")
+def torch_value(case):
+    return functools.partial(_torch_penalty, torch_array(case))
+
+
+@peer("value", "torch.compile")
+def torch_compiled(case):
+    import torch
+
+    return functools.partial(torch.compile(_torch_penalty), torch_array(case))
+
+
+@peer("value", "torch._foreach_norm")
+def torch_norms(case):
+    return _norms([torch_array(case)])
+
+
+@peer("many", "torch._foreach_norm")
+def torch_many_norms(case):
+    return _norms(many_tensors(case))
+
+
+def _norms(tensors):
+    import torch
+
+    def call():
+        first, second = torch._foreach_norm(tensors, 1), torch._foreach_norm(tensors, 2)
+        return L1 * torch.stack(first).sum() + L2 * torch.stack(second).square().sum()
+
+    return call
+
+
+@peer("value_and_grad", "torch")
+def torch_value_and_grad(case):
+    return _backward(_torch_penalty, case)
+
+
+@peer("value_and_grad", "torch.compile")
+def torch_compiled_value_and_grad(case):
+    import torch
+
+    return _backward(torch.compile(_torch_penalty), case)
+
+
+peer("torch_backward", "torch")(torch_value_and_grad)
+peer("torch_backward", "torch.compile")(torch_compiled_value_and_grad)
+
+
+def _backward(penalty, case):
+    x = torch_array(case).requires_grad_()
+
+    def call():
+        x.grad = None
+        penalty(x).backward()
+        return x.grad
+
+    return call
+
+
+@peer("many", "torch")
+def torch_many(case):
+    tensors = many_tensors(case)
+    return lambda: sum(_torch_penalty(x) for x in tensors)
+
+
+@peer("many_and_grad", "torch")
+def torch_many_and_grad(case):
+    tensors = [x.requires_grad_() for x in many_tensors(case)]
+
+    def call():
+        for x in tensors:
+            x.grad = None
+        sum(_torch_penalty(x) for x in tensors).backward()
+
+    return call
+
+
+def _torch_orthogonal(x):
+    """Keras's formula."""
+    import torch
+
+    unit = torch.nn.functional.normalize(x, dim=1)
+    product = unit @ unit.T
+    size = x.shape[0]
+    off_diagonal = product * (1 - torch.eye(size, dtype=x.dtype, device=x.device))
+    return 0.01 * 0.5 * off_diagonal.abs().sum() / (size * (size - 1) / 2)
+
+
+@peer("gram", "torch")
+def torch_gram(case):
+    return functools.partial(_torch_orthogonal, torch_array(case))
+
+
+@peer("gram_and_grad", "torch")
+def torch_gram_and_grad(case):
+    return _backward(_torch_orthogonal, case)
+
+
+# JAX
+
+
+def _jax_penalty(x):
+    import jax.numpy as jnp
+
+    return L1 * jnp.abs(x).sum() + L2 * jnp.square(x).sum()
+
+
+@peer("value", "jax")
+@peer("launch", "jax")
+def jax_value(case):
+    import jax
+
+    return functools.partial(jax.jit(_jax_penalty), jax_array(case))
+
+
+@peer("value_and_grad", "jax")
+def jax_value_and_grad(case):
+    import jax
+
+    return functools.partial(jax.jit(jax.value_and_grad(_jax_penalty)), jax_array(case))
+
+
+@peer("many", "jax")
+def jax_many(case):
+    import jax
+
+    arrays = [jax.dlpack.from_dlpack(x) for x in many_tensors(case)]
+    return functools.partial(jax.jit(lambda arrays: sum(_jax_penalty(x) for x in arrays)), arrays)
+
+
+def _jax_orthogonal(x):
+    """Keras's formula."""
+    import jax.numpy as jnp
+
+    unit = x / jnp.linalg.norm(x, axis=1, keepdims=True)
+    product = jnp.matmul(unit, unit.T, precision="highest")  # float32 as float32, as the others have it
+    size = x.shape[0]
+    off_diagonal = product * (1 - jnp.eye(size, dtype=x.dtype))
+    return 0.01 * 0.5 * jnp.abs(off_diagonal).sum() / (size * (size - 1) / 2)
+
+
+@peer("gram", "jax")
+def jax_gram(case):
+    import jax
+
+    return functools.partial(jax.jit(_jax_orthogonal), jax_array(case))
+
+
+@peer("gram_and_grad", "jax")
+def jax_gram_and_grad(case):
+    import jax
+
+    return functools.partial(jax.jit(jax.value_and_grad(_jax_orthogonal)), jax_array(case))

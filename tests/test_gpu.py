@@ -1,0 +1,311 @@
+"""Penalties on an NVIDIA GPU: every library that is installed, over the tables that the CPU's tests use.
+
+`ci/gpu` runs it. Without a device, or without a library, its tests are skipped and say why.
+"""
+
+import numpy as np
+import pytest
+
+import regkern as rk
+from regkern.dtypes import DTYPES
+from tests import reference
+from tests.cases import LAYOUTS, NUMPY_DTYPES, READ_ONLY_LAYOUTS, REGULARIZERS, SIZES, make
+
+try:
+    from regkern.kernels.cuda.driver import driver
+
+    driver().compute_capability(0)
+except (ImportError, RuntimeError) as error:
+    pytest.skip(f"no GPU: {error}", allow_module_level=True)
+
+pytestmark = pytest.mark.filterwarnings("default")  # libraries on machines with devices have warnings of their own
+STEP = 0.7
+REGULARIZER = REGULARIZERS["L1L2"]
+EPSILONS = {name: dtype.epsilon for name, dtype in DTYPES.items()}
+GPU_SIZES = sorted({*SIZES, 255, 256, 1023, 1025, 8 * 132 * 256 * 16 + 3, 10_000_019})
+
+
+def library(name):
+    """Import a library, or skip the test; also where it finds no device."""
+    module = pytest.importorskip(name, exc_type=ImportError)
+    if name == "torch" and not module.cuda.is_available():
+        pytest.skip("torch finds no device")
+    if name == "jax" and module.default_backend() != "gpu":
+        pytest.skip("JAX finds no device")
+    return module
+
+
+class Cupy:
+    def __init__(self):
+        self.cupy = library("cupy")
+
+    def put(self, x):
+        return self.cupy.asarray(x)
+
+    def get(self, x):
+        return x.get()
+
+    def is_own(self, x):
+        return isinstance(x, self.cupy.ndarray)
+
+
+class Torch:
+    def __init__(self):
+        self.torch = library("torch")
+
+    def put(self, x):
+        if x.dtype == NUMPY_DTYPES["bfloat16"]:
+            return self.torch.from_numpy(x.view(np.int16).copy()).cuda().view(self.torch.bfloat16)
+        return self.torch.from_numpy(np.array(x)).cuda()
+
+    def get(self, x):
+        return x.detach().double().cpu().numpy()
+
+    def is_own(self, x):
+        return isinstance(x, self.torch.Tensor) and x.is_cuda
+
+
+class Numba:
+    def __init__(self):
+        library("cupy")
+        self.cuda = library("numba.cuda")
+
+    def put(self, x):
+        return self.cuda.to_device(x)
+
+    def get(self, x):
+        return x.copy_to_host()
+
+    def is_own(self, x):
+        return self.cuda.is_cuda_array(x) and type(x).__module__.startswith("numba")
+
+
+class Jax:
+    def __init__(self):
+        self.jax = library("jax")
+        self.jax.config.update("jax_enable_x64", True)
+
+    def put(self, x):
+        return self.jax.numpy.asarray(x)
+
+    def get(self, x):
+        return np.asarray(x, np.float64)
+
+    def is_own(self, x):
+        return isinstance(x, self.jax.Array)
+
+
+LIBRARIES = {"cupy": Cupy, "torch": Torch, "numba": Numba, "jax": Jax}
+
+
+@pytest.fixture(params=LIBRARIES)
+def arrays(request):
+    return LIBRARIES[request.param]()
+
+
+@pytest.fixture
+def cupy():
+    return library("cupy")
+
+
+@pytest.fixture
+def torch():
+    return library("torch")
+
+
+def random(shape, dtype, seed=0):
+    rng = np.random.default_rng(seed)
+    return np.asarray(rng.standard_normal(shape) * (rng.random(shape) > 0.1), NUMPY_DTYPES[dtype])
+
+
+def assert_scalar(arrays, value, expected, dtype):
+    assert arrays.is_own(value)
+    assert tuple(value.shape) == ()
+    epsilon = EPSILONS["float64"] * 8 if dtype == "float64" else EPSILONS["float32"]
+    np.testing.assert_allclose(np.float64(arrays.get(value)), expected, rtol=epsilon)
+
+
+def assert_array(actual, expected, dtype, magnitude=0.0):
+    error = np.abs(np.asarray(actual, np.float64) - expected)
+    scale = np.maximum(np.abs(expected), magnitude)
+    assert np.all(error <= 3 * EPSILONS[dtype] * scale + 1e-7 * (dtype == "float16"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("regularizer", REGULARIZERS.values(), ids=REGULARIZERS)
+def test_value_gradient_and_prox(arrays, regularizer, dtype):
+    host = random((257, 31), dtype)
+    try:
+        x = arrays.put(host)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        pytest.skip(f"the library has no {dtype}: {error}")
+    assert_scalar(arrays, regularizer(x), reference.value(regularizer, host), dtype)
+    value, gradient = regularizer.value_and_grad(x)
+    assert_scalar(arrays, value, reference.value(regularizer, host), dtype)
+    expected = reference.gradient(regularizer, host)
+    assert_array(arrays.get(gradient), expected, dtype)
+    assert_array(arrays.get(regularizer.prox(x, STEP)), reference.prox(regularizer, host, STEP), dtype)
+    np.testing.assert_array_equal(np.asarray(arrays.get(x), np.float64), np.float64(host))
+    if not isinstance(arrays, Jax):
+        out = arrays.put(np.full_like(host, 0.5))
+        assert regularizer.grad(x, out=out, scale=2.0, accumulate=True) is out
+        assert_array(arrays.get(out), 0.5 + 2 * expected, dtype, magnitude=0.5)
+        regularizer.prox(out, 0.0, out=out)
+
+
+@pytest.mark.parametrize("size", GPU_SIZES)
+def test_sizes(cupy, size):
+    dtype = list(DTYPES)[size % 4]
+    if dtype == "bfloat16":
+        dtype = "float32"
+    host = random(size, dtype)
+    value, gradient = REGULARIZER.value_and_grad(cupy.asarray(host))
+    assert_scalar(Cupy(), value, reference.value(REGULARIZER, host), dtype)
+    assert_array(gradient.get(), reference.gradient(REGULARIZER, host), dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("name", [*LAYOUTS, *READ_ONLY_LAYOUTS])
+def test_layouts(cupy, name, dtype):
+    layout = (LAYOUTS | READ_ONLY_LAYOUTS)[name]
+    host = make(layout, dtype)
+    base = host
+    while base.base is not None:
+        base = base.base
+    offset = host.__array_interface__["data"][0] - base.__array_interface__["data"][0]
+    memory = cupy.asarray(base.reshape(-1, order="A"))
+    x = cupy.ndarray(host.shape, host.dtype, memory.data + offset, strides=host.strides)
+    assert_scalar(Cupy(), REGULARIZER(x), reference.value(REGULARIZER, host), dtype)
+    out = cupy.full(host.shape, 0.5, host.dtype)
+    REGULARIZER.grad(x, out=out, accumulate=True)
+    assert_array(out.get(), 0.5 + reference.gradient(REGULARIZER, host), dtype, magnitude=0.5)
+    if name in LAYOUTS:
+        REGULARIZER.prox(x, STEP, out=x)
+        assert_array(x.get(), reference.prox(REGULARIZER, host, STEP), dtype)
+
+
+@pytest.mark.parametrize("special", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_nan_and_infinity_pass(cupy, dtype, special):
+    host = random(100_000, dtype)
+    host[77_777] = special
+    np.testing.assert_equal(np.float64(REGULARIZER(cupy.asarray(host)).get()), abs(special))
+
+
+def test_sums_are_rounded_once_and_are_the_same_bits_from_run_to_run(cupy):
+    host = np.random.default_rng(0).random(10**8, np.float32)
+    x = cupy.asarray(host)
+    runs = [tuple(np.float32(each.get()) for each in rk.reductions.abs_square_sums(x)) for _ in range(3)]
+    assert runs[0] == runs[1] == runs[2]
+    exact = host.sum(dtype=np.longdouble), np.square(host, dtype=np.float64).sum(dtype=np.longdouble)
+    for found, true in zip(runs[0], exact, strict=True):
+        assert abs(float(found) - float(true)) <= np.spacing(np.float32(true))
+
+
+def test_partial_sums(cupy):
+    host = random(1_000_003, "float32")
+    partial = REGULARIZER.partial(cupy.asarray(host)).get()
+    assert partial.dtype == np.float64
+    np.testing.assert_allclose(partial, [np.abs(host).sum(dtype="f8"), np.square(host, dtype="f8").sum()], rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("mode", ["rows", "columns"])
+@pytest.mark.parametrize("shape", [(1, 5), (2, 1), (33, 70), (300, 64), (1500, 40), (2051, 7)])
+def test_orthogonal(arrays, shape, mode, dtype):
+    regularizer = rk.OrthogonalRegularizer(0.3, mode)
+    host = random(shape if mode == "rows" else shape[::-1], dtype)
+    host[0] = 0
+    x = arrays.put(host)
+    value, gradient = regularizer.value_and_grad(x)
+    expected = reference.orthogonal(regularizer, host)
+    for found in (regularizer(x), value):
+        np.testing.assert_allclose(np.float64(arrays.get(found)), expected, rtol=2e-6, atol=1e-9)
+    # A cosine so near to 0 that its sign is another moves a component by two of its terms.
+    slope = reference.orthogonal_gradient(regularizer, host)
+    tolerance = np.abs(slope).max() * (4 * EPSILONS[dtype] + 1e-5) + 1e-7 * (dtype == "float16") if slope.size else 0.0
+    close = np.abs(np.asarray(arrays.get(gradient), np.float64) - slope) <= tolerance
+    assert close.mean() > 0.99
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_torchs_autograd(torch, dtype):
+    host = random((64, 33), dtype)
+    x = Torch().put(host).requires_grad_()
+    (3.0 * REGULARIZER(x)).backward()
+    assert_array(Torch().get(x.grad), 3 * reference.gradient(REGULARIZER, host), dtype)
+    x.grad = None
+    orthogonal = rk.OrthogonalRegularizer(0.3)
+    (3.0 * orthogonal(x)).backward()
+    slope = 3 * reference.orthogonal_gradient(orthogonal, host)
+    np.testing.assert_allclose(Torch().get(x.grad), slope, atol=np.abs(slope).max() * 10 * EPSILONS[dtype] + 1e-6)
+
+
+def test_a_model_on_the_device(torch):
+    model = torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.Linear(30, 5)).cuda()
+    penalty = rk.Penalty({"*bias": None, "*": REGULARIZER})
+    expected = sum(reference.value(REGULARIZER, model[i].weight.detach().cpu().numpy()) for i in (0, 1))
+    loss = penalty(model)
+    np.testing.assert_allclose(loss.item(), expected, rtol=1e-6)
+    loss.backward()
+    weight = model[0].weight
+    assert_array(weight.grad.cpu().numpy(), reference.gradient(REGULARIZER, weight.detach().cpu().numpy()), "float32")
+
+
+def test_nothing_waits_for_the_device(torch):
+    """While a stream is busy, calls on it return, and their results are right once it is done."""
+    host = random(1_000_000, "float32")
+    x = Torch().put(host).requires_grad_()
+    REGULARIZER(x).backward()  # compiled and loaded
+    x.grad = None
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(2 * 10**9)
+        value = REGULARIZER(x)
+        value.backward()
+        assert not stream.query()
+    stream.synchronize()
+    np.testing.assert_allclose(value.item(), reference.value(REGULARIZER, host), rtol=1e-6)
+    assert_array(x.grad.cpu().numpy(), reference.gradient(REGULARIZER, host), "float32")
+
+
+def test_cupys_current_stream(cupy):
+    host = random(1_000_000, "float32")
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        x = cupy.zeros(host.size, np.float32)
+        x.set(host, stream=stream)
+        value = REGULARIZER(x)
+        stream.synchronize()
+    np.testing.assert_allclose(value.get(), reference.value(REGULARIZER, host), rtol=1e-6)
+
+
+def test_a_graph_of_cuda_captures_the_kernels(torch):
+    x = Torch().put(random(100_000, "float32"))
+    REGULARIZER(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        value = REGULARIZER(x)
+    x.mul_(2)
+    graph.replay()
+    np.testing.assert_allclose(value.item(), reference.value(REGULARIZER, x.cpu().numpy()), rtol=1e-6)
+
+
+def test_errors_leave_the_cpu_as_it_was(cupy):
+    with pytest.raises(TypeError, match="dtype"):
+        REGULARIZER(cupy.ones(3, np.int64))
+    with pytest.raises(ValueError, match="out"):
+        REGULARIZER.grad(cupy.ones(3), out=cupy.ones(4))
+    assert rk.L1(1.0)(np.ones(3)) == 3
+
+
+def test_two_devices():
+    cupy = library("cupy")
+    if cupy.cuda.runtime.getDeviceCount() < 2:
+        pytest.skip("one device")
+    with cupy.cuda.Device(1):
+        x = cupy.ones(1000, np.float32)
+    value = rk.L1(1.0)(x)
+    assert value.device.id == 1
+    assert value.get() == 1000
