@@ -369,3 +369,7 @@ def test_a_scope_can_be_entered_again():
 def test_ints_beyond_what_python_prints():
     with pytest.raises(ValueError, match="expected a non-negative float"):
         rk.L1(10**5000)
+
+
+def test_a_function_by_its_class_name():
+    assert rk.deserialize({"class_name": "total", "config": {}}, custom_objects={"total": np.sum}) is np.sum

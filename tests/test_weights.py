@@ -617,3 +617,14 @@ def assert_one_sentence(error, file, text):
     assert "got" in message
     assert "\n" not in message
     assert len(message) < len(file) + 400
+
+
+def test_layers_of_one_name_keep_their_paths(tmp_path):
+    path = tmp_path / "two.weights.h5"
+    with h5py.File(path, "w") as file:
+        for layer in ("dense", "dense_1"):
+            group = file.create_group(f"layers/{layer}/vars")
+            group["0"] = np.ones(2, np.float32)
+            group.attrs["name"] = "same"
+    with open_weights(path) as tensors:
+        assert [tensor.name for tensor in tensors] == ["layers/dense/vars/0", "layers/dense_1/vars/0"]
