@@ -17,6 +17,8 @@ from regkern.text import html_table, number
 
 if TYPE_CHECKING:
     from regkern.arrays.adapter import Adapter
+    from regkern.arrays.device import DeviceAdapter
+    from regkern.arrays.device_plan import DevicePlan
     from regkern.arrays.plan import HostPlan, Weighted
 
 # Tensors whose gradients are recorded from which one launch pays: a plan for each call takes 0.25 ms, a call for each
@@ -280,6 +282,7 @@ class _Tensors:
         self._distinct: list[Any] = []
         self.reusable = True
         groups: dict[Adapter | None, list[tuple[int, Any]]] = {}
+        devices: dict[tuple[DeviceAdapter, int], list[tuple[int, Any]]] = {}
         seen = set()
         for i, (name, x, regularizer) in enumerate(zip(self._names, arrays, self._regularizers, strict=True)):
             if regularizer is None:
@@ -291,21 +294,31 @@ class _Tensors:
             seen.add(place)
             elementwise = isinstance(regularizer, ElementwiseRegularizer)
             host = reductions.on_host(x, recorded=recorded) if elementwise else None
-            if host is None:
+            device = reductions.on_device(x, recorded=recorded) if elementwise and host is None else None
+            if host is None and device is None:
                 self._others.append(i)
                 continue
             if regularizer not in self._distinct:
                 self._distinct.append(regularizer)
+            if device is not None:
+                member = (name, device[0], x, self._distinct.index(regularizer))
+                devices.setdefault(device, []).append((i, member))
+                continue
+            assert host is not None
             recorder, adapter, array = host
             self.reusable = self.reusable and array is x and reductions.reads_itself(x)
             groups.setdefault(recorder, []).append((i, (name, adapter, array, self._distinct.index(regularizer))))
         for recorder in [each for each in groups if each is not None and len(groups[each]) < _RECORDED_TOGETHER]:
             self._others += [i for i, _ in groups.pop(recorder)]
         self._others.sort()
-        self.reusable = self.reusable and not self._others
+        self.reusable = self.reusable and not self._others and not devices
         plans = {recorder: reductions.plan([member for _, member in group]) for recorder, group in groups.items()}
-        self._planned = [i for i, _ in groups.get(None, ())]
-        self._plan: HostPlan | None = plans.pop(None, None)
+        host_plan = plans.pop(None, None)
+        self._plans: list[tuple[HostPlan | DevicePlan, list[int]]] = []
+        if host_plan is not None:
+            self._plans.append((host_plan, [i for i, _ in groups[None]]))
+        for group in devices.values():
+            self._plans.append((reductions.device_plan([member for _, member in group]), [i for i, _ in group]))
         self._recorded = [
             (recorder, plan, [i for i, _ in groups[recorder]])
             for recorder, plan in plans.items()
@@ -316,7 +329,8 @@ class _Tensors:
         """Whether these are the same tensors under the same names, where they were."""
         if self._names != list(named):
             return False
-        return self._plan is None or self._plan.fits(self._of_plan(list(named.values())))
+        arrays = list(named.values())
+        return all(plan.fits(_taken(arrays, indices)) for plan, indices in self._plans)
 
     def regularizer(self, name: str) -> Any:
         """Return a tensor's regularizer."""
@@ -324,50 +338,48 @@ class _Tensors:
 
     def check(self, arrays: Sequence[Any]) -> None:
         """Raise RuntimeError unless the arrays are where they were."""
-        if self._plan is not None:
-            self._plan.check(self._of_plan(arrays))
+        for plan, indices in self._plans:
+            plan.check(_taken(arrays, indices))
 
     def value(self, arrays: Sequence[Any]) -> Any:
-        values = []
-        if self._plan is not None:
-            values.append(self._plan.scalar(self._plan.value(self._penalties())))
+        values = [plan.scalar(plan.value(self._penalties())) for plan, _ in self._plans]
         for recorder, plan, indices in self._recorded:
             values.append(recorder.record(plan, self._penalties(), [arrays[i] for i in indices]))
         values += [self._call(i, "__call__", arrays[i]) for i in self._others]
-        return functools.reduce(operator.add, values) if values else 0.0
+        return _total(values)
 
     def values(self, arrays: Sequence[Any]) -> dict[str, Any]:
         called = self._others + [i for _, _, indices in self._recorded for i in indices]
         found = {i: self._call(i, "__call__", arrays[i]) for i in called}
-        if self._plan is not None:
-            found |= zip(self._planned, self._plan.values(self._penalties()), strict=True)
+        for plan, indices in self._plans:
+            found |= zip(indices, plan.values(self._penalties()), strict=True)
         return {self._names[i]: found[i] for i in sorted(found)}
 
     def value_and_grad(self, arrays: Sequence[Any]) -> tuple[Any, dict[str, Any]]:
         self._need("value_and_grad")
         values: list[Any] = []
         grads: dict[int, Any] = {}
-        if self._plan is not None:
-            value, outs = self._plan.value_and_grad(self._penalties(), self._of_plan(arrays))
-            values.append(self._plan.scalar(value))
-            grads |= zip(self._planned, outs, strict=True)
+        for plan, indices in self._plans:
+            value, outs = plan.value_and_grad(self._penalties(), _taken(arrays, indices))
+            values.append(plan.scalar(value))
+            grads |= zip(indices, outs, strict=True)
         for i in self._others:
             value, grads[i] = self._call(i, "value_and_grad", arrays[i])
             values.append(value)
-        total = functools.reduce(operator.add, values) if values else 0.0
-        return total, {self._names[i]: grads[i] for i in sorted(grads)}
+        return _total(values), {self._names[i]: grads[i] for i in sorted(grads)}
 
     def add_grad(self, arrays: Sequence[Any], grads: Mapping[str, Any], scale: float) -> None:
         self._need("grad")
-        missing = [self._names[i] for i in self._planned + self._others if self._names[i] not in grads]
+        evaluated = [i for _, indices in self._plans for i in indices] + self._others
+        missing = [self._names[i] for i in evaluated if self._names[i] not in grads]
         if missing:
             raise ValueError(f"grads: expected an array for each penalised tensor; got none for {', '.join(missing)}.")
         for i in self._others:
             with _naming(self._names[i]):
                 reductions.check_out(arrays[i], grads[self._names[i]])
-        if self._plan is not None:
-            outs = [grads[self._names[i]] for i in self._planned]
-            self._plan.add_grad(self._penalties(), self._of_plan(arrays), outs, scale)
+        for plan, indices in self._plans:
+            outs = [grads[self._names[i]] for i in indices]
+            plan.add_grad(self._penalties(), _taken(arrays, indices), outs, scale)
         for i in self._others:
             self._call(i, "grad", arrays[i], out=grads[self._names[i]], scale=scale, accumulate=True)
 
@@ -380,15 +392,10 @@ class _Tensors:
                 )
             with _naming(self._names[i]):
                 reductions.check_out(arrays[i], arrays[i])
-        if self._plan is not None:
-            self._plan.prox(self._penalties(), self._of_plan(arrays), step)
+        for plan, indices in self._plans:
+            plan.prox(self._penalties(), _taken(arrays, indices), step)
         for i in self._others:
             self._call(i, "prox", arrays[i], step, out=arrays[i])
-
-    def _of_plan(self, arrays: Sequence[Any]) -> Sequence[Any]:
-        if len(self._planned) == len(arrays):  # of a thousand small arrays, another list would cost half of the launch
-            return arrays
-        return [arrays[i] for i in self._planned]
 
     def _penalties(self) -> list[Weighted]:
         return [regularizer._formula for regularizer in self._distinct]
@@ -404,6 +411,24 @@ class _Tensors:
     def _call(self, i: int, method: str, *arguments: Any, **keywords: Any) -> Any:
         with _naming(self._names[i]):
             return getattr(self._regularizers[i], method)(*arguments, **keywords)
+
+
+def _taken(arrays: Sequence[Any], indices: Sequence[int]) -> Sequence[Any]:
+    if len(indices) == len(arrays):  # of a thousand small arrays, another list would cost half of the launch
+        return arrays
+    return [arrays[i] for i in indices]
+
+
+def _total(values: Sequence[Any]) -> Any:
+    """Add scalars of libraries that can be added; 0.0 for none."""
+    try:
+        return functools.reduce(operator.add, values) if values else 0.0
+    except (TypeError, RuntimeError) as error:
+        kinds = ", ".join(dict.fromkeys(type(value).__module__.partition(".")[0] for value in values))
+        raise TypeError(
+            f"named: expected arrays whose penalties can be added; got those of {kinds}, which cannot ({error}); "
+            "call per_tensor, or give each library a Penalty of its own."
+        ) from error
 
 
 @contextmanager

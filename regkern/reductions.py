@@ -22,6 +22,8 @@ from regkern.numbers import real
 
 if TYPE_CHECKING:
     from regkern.arrays.adapter import Adapter
+    from regkern.arrays.device import DeviceAdapter
+    from regkern.arrays.device_plan import DevicePlan
     from regkern.arrays.host import HostAdapter
     from regkern.arrays.plan import HostPlan
 
@@ -260,6 +262,17 @@ def on_host(x: Any, *, recorded: bool) -> tuple[Adapter | None, HostAdapter, Any
     return None if host is None else (adapter if tracked else None, *host)
 
 
+def on_device(x: Any, *, recorded: bool) -> tuple[DeviceAdapter, int] | None:
+    """Return the adapter that can read an array's memory on a CUDA device, and the device; None where none can.
+
+    Args:
+        x: an array.
+        recorded: respect a gradient that its library is recording: kernels that would bypass it cannot read x then.
+    """
+    adapter = ADAPTERS[type(x)]
+    return None if recorded and adapter.tracks(x) else adapter.on_device(x)
+
+
 def reads_itself(x: Any) -> bool:
     """Whether an array's own adapter is the one that reads it, at all times: no library records its gradient."""
     host = ADAPTERS[type(x)].on_host(x)
@@ -292,6 +305,14 @@ def plan(members: Sequence[tuple[str, HostAdapter, Any, int]]) -> HostPlan:
     from regkern.arrays.plan import HostPlan, Member  # brings Numba, which only evaluations need
 
     return HostPlan([Member(*member) for member in members])
+
+
+def device_plan(members: Sequence[tuple[str, DeviceAdapter, Any, int]]) -> DevicePlan:
+    """Look up many arrays on one CUDA device likewise, all of one adapter."""
+    from regkern.arrays.device_plan import DevicePlan
+    from regkern.arrays.plan import Member
+
+    return DevicePlan([Member(*member) for member in members])
 
 
 def over_batch(penalty: Any, x: Any) -> Any:

@@ -4,19 +4,15 @@ What is launched reads and writes the addresses that it is given, so that arrays
 memory can be passed for arrays on a device. The simulator runs a thread of Python for each CUDA thread.
 """
 
-import ctypes
-
-import numpy as np
 from numba import types
 
 from regkern.kernels.cuda import launch
-from regkern.kernels.cuda.compile import NULL, SIMULATED, Memory, simulate
+from regkern.kernels.cuda.compile import SIMULATED, memory_at, simulate
 from regkern.kernels.cuda.launch import Place
 
 assert SIMULATED
 # Fewer than on a device, but for the one kernel that needs its own number.
 FEW_THREADS = 32
-_WINDOW = 1 << 20
 
 
 class SimulatedDriver:
@@ -49,12 +45,7 @@ def _argument(kind, rest):
     if not isinstance(kind, types.CPointer):
         assert type(value) is (float if kind == types.float64 else int), (kind, value)
         return value
-    if value == 0:
-        return NULL
-    dtype = np.dtype(kind.dtype.name)
-    assert value % dtype.itemsize == 0
-    window = (ctypes.c_char * (2 * _WINDOW * dtype.itemsize)).from_address(value - _WINDOW * dtype.itemsize)
-    return Memory(np.frombuffer(window, dtype), _WINDOW)
+    return memory_at(value, kind.dtype.name)
 
 
 def install(monkeypatch):

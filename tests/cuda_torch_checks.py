@@ -5,10 +5,10 @@ import pytest
 import torch
 
 import regkern as rk
-from regkern.arrays import device_gram
+from regkern.arrays import device_gram, device_plan
 from regkern.arrays import torch as host
 from regkern.arrays.torch_cuda import KERNELS
-from regkern.kernels.cuda import gram
+from regkern.kernels.cuda import gram, many
 from tests import reference
 from tests.cases import REGULARIZERS
 from tests.cuda_simulator import install
@@ -23,6 +23,7 @@ def place(monkeypatch):
     """Take every plain CPU tensor for one on the device."""
     place = install(monkeypatch)
     monkeypatch.setattr(type(KERNELS), "place", lambda self, x: place)
+    monkeypatch.setattr(host.TorchAdapter, "on_host", lambda self, x: None)
     monkeypatch.setattr(host, "_kernels", lambda x: KERNELS if host._is_plain(x) else None)
     monkeypatch.setattr(device_gram, "count_tiles", lambda n: gram.count_tiles(n, 16))
     monkeypatch.setattr(device_gram, "tile_sums", lambda dtype: gram.tile_sums(dtype, 16))
@@ -158,4 +159,74 @@ def test_out_that_does_not_fit_is_refused_before_a_launch(place):
             REGULARIZER.grad(x, out=out)
     with pytest.raises(TypeError, match="dtype"):
         REGULARIZER(torch.ones(3, dtype=torch.int64))
+    assert not place.driver.streams
+
+
+SIZES = [0, 1, 5, 40, 41, 90]  # of chunks of 40 elements: none, a part, one, two, three
+
+
+@pytest.fixture
+def named(monkeypatch):
+    """Tensors of two dtypes and two formulas, in chunks so small that the larger have several."""
+    monkeypatch.setattr(device_plan, "CHUNK", 40)
+    monkeypatch.setattr(device_plan, "count_chunks", lambda n: -(-n // 40))
+    monkeypatch.setattr(device_plan, "chunks_kernel", lambda *kind: many.chunks_kernel(*kind, 40))
+    monkeypatch.setattr(device_plan, "penalty_of_each", lambda kind: many.penalty_of_each(kind, 40))
+    named = {f"kernel{size}": tensor("float32", (size + 1,), seed=size)[1:] for size in SIZES}
+    return named | {"bias": tensor("float64", (6, 7)), "other": tensor("float32", (3, 4))[:, ::2]}
+
+
+RULES = {"bias": rk.L1(0.3), "kernel1": None, "*": REGULARIZER}
+
+
+def penalties(named):
+    rules = {name: RULES.get(name, REGULARIZER) for name in named}
+    return {name: (rule, wide(named[name])) for name, rule in rules.items() if rule is not None}
+
+
+def test_many_tensors_are_few_launches(place, named):
+    bound = rk.Penalty(RULES).bind(named)
+    place.driver.streams.clear()
+    value = bound.value()
+    # Chunks and their sum for each of two groups, what adds those, and the tensor that is strided, alone.
+    assert len(place.driver.streams) == 2 * 2 + 1 + 1
+    expected = {name: reference.value(rule, x) for name, (rule, x) in penalties(named).items()}
+    np.testing.assert_allclose(value.item(), sum(expected.values()), rtol=1e-6)
+    found = bound.per_tensor()
+    assert list(found) == list(expected)
+    for name, each in expected.items():
+        assert found[name].shape == ()
+        np.testing.assert_allclose(found[name].item(), each, rtol=1e-6)
+
+
+def test_gradients_and_prox_of_many_tensors(named):
+    bound = rk.Penalty(RULES).bind(named)
+    value, gradients = bound.value_and_grad()
+    np.testing.assert_allclose(value.item(), bound.value().item(), rtol=1e-6)
+    expected = {name: reference.gradient(rule, x) for name, (rule, x) in penalties(named).items()}
+    stepped = {name: reference.prox(rule, x, STEP) for name, (rule, x) in penalties(named).items()}
+    grads = {name: torch.full_like(x, 0.5) for name, x in named.items()}
+    bound.add_grad(grads, scale=2.0)
+    bound.prox_(STEP)
+    for name, gradient in expected.items():
+        assert_near(gradients[name], gradient, named[name])
+        assert_near(grads[name], 0.5 + 2 * gradient, named[name])
+        assert_near(named[name], stepped[name], named[name])
+    assert torch.all(grads["kernel1"] == 0.5)
+
+
+def test_what_does_not_fit_many_tensors_is_refused_before_a_launch(place, named):
+    bound = rk.Penalty(RULES).bind(named)
+    place.driver.streams.clear()
+    grads = {name: torch.zeros_like(x) for name, x in named.items()}
+    for name, wrong, error in [
+        ("kernel5", grads["kernel5"].double(), TypeError),
+        ("bias", torch.zeros(7, 6, dtype=torch.float64).T, ValueError),
+        ("kernel5", grads["kernel40"][:5], ValueError),
+    ]:
+        with pytest.raises(error, match="out"):
+            bound.add_grad(grads | {name: wrong})
+    named["kernel5"].resize_(3)
+    with pytest.raises(RuntimeError, match=r"kernel5.*bind the penalty again"):
+        bound.value()
     assert not place.driver.streams

@@ -68,6 +68,9 @@ class Arrays(DeviceAdapter):
         self.made.append(np.empty(shape, type_name))
         return self.made[-1]
 
+    def upload(self, x, table):
+        return table.copy()
+
     def address(self, array):
         return array.ctypes.data
 

@@ -7,7 +7,7 @@ import pytest
 
 from regkern.dtypes import DTYPES
 from regkern.kernels.formulas import ABS_SQUARE
-from regkern.kernels.operations import OPERATIONS, SUMS
+from regkern.kernels.operations import OPERATIONS, SUMS, SUMS_AND_GRADIENT
 
 if importlib.util.find_spec("numba_cuda") is None:
     pytest.skip("numba-cuda is not installed: pip install 'regkern[cuda13]'", allow_module_level=True)
@@ -15,6 +15,7 @@ if importlib.util.find_spec("numba_cuda") is None:
 from regkern.kernels.cuda.compile import compile_ptx, compute_capabilities
 from regkern.kernels.cuda.elementwise import COMPENSATED, UNROLL, flat_kernel, last_stage, strided_kernel
 from regkern.kernels.cuda.gram import fold_cosines, inverse_norms, project, tile_sums, unit_rows
+from regkern.kernels.cuda.many import chunks_kernel, penalty_of_all, penalty_of_each
 
 NEWEST = max(compute_capabilities())
 CAPABILITIES = [(8, 0), (9, 0), NEWEST]
@@ -67,6 +68,15 @@ def test_compensated_sums_add_no_float64_for_each_element():
 
     # Those of a block's sums alone, though a load holds twice as many elements of float16.
     assert additions("float16", COMPENSATED) == additions("float32", COMPENSATED) < additions("float32", None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernels_of_many_arrays_move_16_bytes_at_once(dtype):
+    ptx = compiled(chunks_kernel(SUMS_AND_GRADIENT, ABS_SQUARE, DTYPES[dtype]), NEWEST)
+    assert len(LOAD.findall(ptx)) >= UNROLL
+    assert len(STORE.findall(ptx)) >= UNROLL
+    compiled(penalty_of_all(), NEWEST)
+    compiled(penalty_of_each(DTYPES[dtype].result), NEWEST)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from regkern.kernels.formulas import Formula
 
 if TYPE_CHECKING:
+    from regkern.arrays.device import DeviceAdapter
     from regkern.arrays.host import HostAdapter
     from regkern.arrays.plan import HostPlan, Weighted
 
@@ -33,6 +34,10 @@ class Adapter(ABC):
 
     def on_host(self, x: Any) -> tuple[HostAdapter, Any] | None:
         """Return the host adapter that can read x's memory now, and x as that adapter takes it; None where none can."""
+        return None
+
+    def on_device(self, x: Any) -> tuple[DeviceAdapter, int] | None:
+        """Return the adapter that can read x's memory now on a CUDA device, if x is contiguous, and the device."""
         return None
 
     def tracks(self, x: Any) -> bool:

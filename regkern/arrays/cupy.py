@@ -35,6 +35,10 @@ class CupyAdapter(DeviceAdapter):
     def address(self, array: Any) -> int:
         return int(array.data.ptr)
 
+    def upload(self, x: Any, table: Any) -> Any:
+        with _on(x.data.device_id):
+            return cupy.asarray(table)
+
     def empty_like(self, x: Any) -> Any:
         with _on(x.data.device_id):
             return cupy.empty_like(x)

@@ -66,6 +66,24 @@ class DeviceAdapter(Adapter):
         """Return the address of an array that `empty` has made."""
 
     @abstractmethod
+    def upload(self, x: Any, table: np.ndarray[Any, Any]) -> Any:
+        """Return a copy on x's device of an array of NumPy's with one dimension."""
+
+    def start(self, x: Any) -> int:
+        """Return x's address."""
+        return self.view(x).address
+
+    def wrote(self, out: Any) -> None:
+        """Tell the library that a kernel has written to an array, where it wants to know."""
+        return None
+
+    def on_device(self, x: Any) -> tuple[DeviceAdapter, int] | None:
+        view = self.view(x)
+        steps = walk(view.shape, view.strides, view.strides, view.dtype.itemsize)
+        first = steps.start == 0 and steps.dims == 0  # in memory, as in the array
+        return (self, self.place(x).device) if first else None
+
+    @abstractmethod
     def empty_like(self, x: Any) -> Any:
         """Return a new array with x's shape, dtype and order of axes."""
 
@@ -197,26 +215,26 @@ class DeviceAdapter(Adapter):
         source = self.view(x)
         target = source if out is x else self.view(out)
         dtype = source.dtype
-        walk = _walk(source.shape, source.strides, target.strides, dtype.itemsize)
+        steps = walk(source.shape, source.strides, target.strides, dtype.itemsize)
         result_type = result_type or dtype.result
-        if walk.dims:
-            body = strided_kernel(operation, formula, dtype, walk.dims, result_type=result_type)
+        if steps.dims:
+            body = strided_kernel(operation, formula, dtype, steps.dims, result_type=result_type)
         else:
             body = flat_kernel(operation, formula, dtype, result_type=result_type)
-        blocks = count_blocks(walk.sizes[0], 1 if walk.dims else lanes_of(dtype))
+        blocks = count_blocks(steps.sizes[0], 1 if steps.dims else lanes_of(dtype))
         partial = self.empty(x, (2 * blocks,), "float64") if operation.sums and blocks > 1 else None
         result = self.empty(x, (RESULTS,), result_type) if operation.sums else None
         partial_address = NULL if partial is None else self.address(partial)
         result_address = NULL if result is None else self.address(result)
-        addresses = source.address + walk.start, target.address + walk.out_start
+        addresses = source.address + steps.start, target.address + steps.out_start
         place = self.place(x)
-        launch(place, body, blocks, (*addresses, *walk.sizes, a, b, scale, partial_address, result_address))
+        launch(place, body, blocks, (*addresses, *steps.sizes, a, b, scale, partial_address, result_address))
         if partial is not None:
             launch(place, last_stage(result_type), 1, (partial_address, blocks, a, b, result_address))
         return result
 
 
-class _Walk(NamedTuple):
+class Walk(NamedTuple):
     """How a kernel walks an array: bytes to the first elements of x and of out; its sizes; 0 dimensions where flat."""
 
     start: int
@@ -226,9 +244,14 @@ class _Walk(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _walk(shape: tuple[int, ...], x: Strides, out: Strides, itemsize: int) -> _Walk:
+def walk(shape: tuple[int, ...], x: Strides, out: Strides, itemsize: int) -> Walk:
+    """Look at the memory of x and out, of one shape, each by its strides in bytes.
+
+    Raises:
+        ValueError: a stride is no multiple of the item size.
+    """
     if 0 in shape:
-        return _Walk(0, 0, 0, (0,))
+        return Walk(0, 0, 0, (0,))
     start, out_start, repeats, layout = loops(shape, x, out)
     if (layout[1:] % itemsize).any():
         raise ValueError(f"x: expected strides that are multiples of {itemsize} bytes; got {x}; pass a copy.")
@@ -237,5 +260,5 @@ def _walk(shape: tuple[int, ...], x: Strides, out: Strides, itemsize: int) -> _W
         layout = np.hstack([[[repeats], [0], [0]], layout])
     n = int(layout[0].prod())
     if n == 1 or (layout.shape[1] == 1 and (layout[1:] == 1).all()):
-        return _Walk(start, out_start, 0, (n,))
-    return _Walk(start, out_start, layout.shape[1], (n, *layout.ravel().tolist()))
+        return Walk(start, out_start, 0, (n,))
+    return Walk(start, out_start, layout.shape[1], (n, *layout.ravel().tolist()))

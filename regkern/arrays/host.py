@@ -28,6 +28,10 @@ class HostAdapter(Adapter):
             TypeError: the dtype is not supported.
         """
 
+    def start(self, x: Any) -> int:
+        """Return x's address."""
+        return self.memory(x)[0]
+
     @abstractmethod
     def strides(self, x: Any) -> Strides:
         """Return x's strides in bytes."""

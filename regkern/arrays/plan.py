@@ -22,7 +22,7 @@ class Member(NamedTuple):
     """One array of a plan: its name, for errors; the adapter that reads it; which of the plan's penalties it has."""
 
     name: str
-    adapter: HostAdapter
+    adapter: Any
     array: Any
     penalty: int
 
@@ -51,7 +51,7 @@ class Places:
 
     def __init__(self, adapters: Sequence[HostAdapter], arrays: Sequence[Any], *, written: bool = False) -> None:
         self.places = [Place.of(adapter, x) for adapter, x in zip(adapters, arrays, strict=True)]
-        self._identities = _identities(arrays)
+        self._identities = identities(arrays)
         self._watches = []
         for adapter in dict.fromkeys(adapters):
             indices = [i for i, each in enumerate(adapters) if each is adapter]
@@ -67,11 +67,24 @@ class Places:
 
     def are(self, arrays: Sequence[Any]) -> bool:
         """Whether these are the same arrays, where they were."""
-        return _identities(arrays) == self._identities and self.first_moved(arrays) < 0
+        return identities(arrays) == self._identities and self.first_moved(arrays) < 0
 
 
-def _identities(arrays: Sequence[Any]) -> list[tuple[int, type]]:
+def identities(arrays: Sequence[Any]) -> list[tuple[int, type]]:
+    """Return what tells arrays from others as long as they live."""
     return list(zip(map(id, arrays), map(type, arrays), strict=True))
+
+
+def check_outs(names: Sequence[str], adapters: Sequence[Any], arrays: Sequence[Any], outs: Sequence[Any]) -> None:
+    """Raise TypeError or ValueError unless each out can take a result of its array, and no two are in one place."""
+    for name, adapter, x, out in zip(names, adapters, arrays, outs, strict=True):
+        try:
+            adapter.check_out(x, out)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from error
+    addresses = [adapter.start(out) for adapter, out in zip(adapters, outs, strict=True) if 0 not in out.shape]
+    if len(set(addresses)) < len(addresses):
+        raise ValueError("out: expected memory of its own for each array; got the same memory twice; pass copies.")
 
 
 class HostPlan:
@@ -144,7 +157,7 @@ class HostPlan:
         """
         grads = self._grads
         if grads is None or not grads.are(outs):
-            self._check_outs(arrays, outs)
+            check_outs(self._names, self._adapters, arrays, outs)
             grads = self._grads = Places(self._adapters, outs, written=True)
         scaled = [(formula, a * scale, b * scale) for formula, a, b in penalties]
         self._run(ADD_GRADIENT, scaled, grads.places)
@@ -156,7 +169,7 @@ class HostPlan:
         Raises:
             ValueError: an array cannot be written to; nothing was written.
         """
-        self._check_outs(arrays, arrays)
+        check_outs(self._names, self._adapters, arrays, arrays)
         stepped = [(formula, a * step, b * step) for formula, a, b in penalties]
         self._run(PROX, stepped)
         self._wrote(arrays)
@@ -164,17 +177,6 @@ class HostPlan:
     def _wrote(self, outs: Sequence[Any]) -> None:
         for adapter, out in zip(self._adapters, outs, strict=True):
             adapter.wrote(out)
-
-    def _check_outs(self, arrays: Sequence[Any], outs: Sequence[Any]) -> None:
-        for name, adapter, x, out in zip(self._names, self._adapters, arrays, outs, strict=True):
-            try:
-                adapter.check_out(x, out)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"{name}: {error}") from error
-        written = [adapter.memory(out)[:2] for adapter, out in zip(self._adapters, outs, strict=True)]
-        addresses = [address for address, size in written if size]
-        if len(set(addresses)) < len(addresses):
-            raise ValueError("out: expected memory of its own for each array; got the same memory twice; pass copies.")
 
     def _run(
         self, operation: Operation, penalties: Sequence[Weighted], outs: Sequence[Place] | None = None

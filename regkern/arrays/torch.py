@@ -471,6 +471,10 @@ class TorchAdapter(Adapter):
             return None
         return KERNELS, x
 
+    def on_device(self, x: Tensor) -> Any:
+        kernels = None if torch.compiler.is_compiling() else _kernels(x)
+        return None if kernels in (None, KERNELS) else kernels.on_device(x)
+
     def tracks(self, x: Tensor) -> bool:
         return x.requires_grad and torch.is_grad_enabled()
 

@@ -33,6 +33,9 @@ class Kernels(Tensors, DeviceAdapter):
     def address(self, array: Tensor) -> int:
         return int(array.data_ptr())
 
+    def upload(self, x: Tensor, table: Any) -> Tensor:
+        return torch.from_numpy(table).to(x.device)
+
     def empty_like(self, x: Tensor) -> Tensor:
         return torch.empty_like(x)
 

@@ -6,6 +6,7 @@ With `NUMBA_ENABLE_CUDASIM=1` they run as Python, one thread of Python per CUDA 
 """
 
 import contextlib
+import ctypes
 import importlib.util
 import re
 import threading
@@ -31,7 +32,7 @@ SIMULATED = bool(config.ENABLE_CUDASIM)
 # Bytes that one load of a thread takes at most.
 VECTOR_BYTES = 16
 
-_CARRIERS = {"uint16": types.uint16, "float32": types.float32, "float64": types.float64}
+_CARRIERS = {"uint16": types.uint16, "int64": types.int64, "float32": types.float32, "float64": types.float64}
 _WORDS = {"uint16": ir.IntType(16), "float32": ir.FloatType(), "float64": ir.DoubleType()}
 _FULL_WARP = 0xFFFFFFFF
 
@@ -153,6 +154,10 @@ class Memory:
         return place
 
 
+# Elements on either side of an address that the simulator is given. What lies there is not known to it.
+_WINDOW = 1 << 20
+
+
 class _Null(Memory):
     @property
     def address(self) -> int:
@@ -160,6 +165,18 @@ class _Null(Memory):
 
 
 NULL = _Null(np.zeros(0))
+
+
+def memory_at(address: int, type_name: str) -> Memory:
+    """Return a pointer to memory of the host, for the simulator."""
+    if address == 0:
+        return NULL
+    dtype = np.dtype(type_name)
+    if address % dtype.itemsize:
+        raise ValueError(f"a pointer to {type_name} at an address that is not aligned")
+    window: Any = (ctypes.c_char * (2 * _WINDOW * dtype.itemsize)).from_address(address - _WINDOW * dtype.itemsize)
+    elements: np.ndarray[Any, Any] = np.frombuffer(window, dtype)
+    return Memory(elements, _WINDOW)
 
 
 def simulate(body: Callable[..., Any], blocks: int, threads: int, arguments: tuple[Any, ...]) -> None:
@@ -214,6 +231,10 @@ if SIMULATED:
         from ml_dtypes import bfloat16
 
         return np.float32(value).astype(bfloat16).view(np.uint16)
+
+    def make_pointer(carrier: str) -> Any:
+        """Make ``pointer(address)``, the opposite of `address_of`."""
+        return lambda address: memory_at(int(address), carrier)
 
     def make_load(carrier: str) -> Any:
         """Make ``load(pointer, i)``: 16 bytes from element i on, which is aligned, as a tuple of elements."""
@@ -287,6 +308,20 @@ else:
             return builder.bitcast(word, ir.FloatType())
 
         return types.float32(types.uint16), codegen
+
+    def make_pointer(carrier: str) -> Any:
+        """Make ``pointer(address)``, the opposite of `address_of`."""
+
+        @intrinsic
+        def to_pointer(typing_context, address):
+            def codegen(context, builder, signature, arguments):
+                # By way of global memory's own kind of pointers, so that loads and stores need not ask which it is.
+                in_global_memory = builder.inttoptr(arguments[0], ir.PointerType(_WORDS[carrier], addrspace=1))
+                return builder.addrspacecast(in_global_memory, ir.PointerType(_WORDS[carrier]))
+
+            return types.CPointer(_CARRIERS[carrier])(types.int64), codegen
+
+        return to_pointer
 
     def _vector_at(builder: Any, pointer: Any, i: Any, carrier: str) -> tuple[Any, Any, int]:
         """Return a pointer to 16 bytes as a vector of words, the type of a word, and how many elements it holds.

@@ -152,22 +152,35 @@ def flat_kernel(
     accumulator: Accumulator | None = None,
     result_type: str | None = None,
 ) -> Body:
-    """Make the kernel of contiguous arrays: ``(x, out, n, a, b, scale, partial, result)``.
+    """Make the kernel of contiguous arrays: ``(x, out, n, a, b, scale, partial, result)``."""
+    chosen, result_type = _accumulator(dtype, accumulator), result_type or dtype.result
+    loop, finish = make_flat_loop(operation, formula, dtype, chosen), _make_finish(result_type)
+    sums = operation.sums
+
+    def kernel(x, out, n, a, b, scale, partial, result):
+        scaled_a, scaled_b = scaled(a, b, scale)
+        sum0, sum1 = loop(x, out, n, cuda.grid(1), cuda.gridsize(1), scaled_a, scaled_b)
+        if sums:
+            finish(sum0, sum1, a, b, partial, result)
+
+    name = _name("flat", operation, formula, dtype, chosen, result_type)
+    return Body(name, kernel, _arguments(dtype, result_type, INT64))
+
+
+def make_flat_loop(operation: Operation, formula: Formula, dtype: DType, accumulator: Accumulator = IN_FLOAT64):
+    """Make ``loop(x, out, n, first, step, a, b) -> (sum0, sum1)``: what one thread does of n contiguous elements.
 
     Elements before and after those that 16-byte loads can take are taken one by one; so are all where x and out are
     aligned differently.
     """
-    chosen, result_type = _accumulator(dtype, accumulator), result_type or dtype.result
-    narrow_result = _make_narrow_result(result_type)
-    add_element, update_element, total = _make_element(operation, formula, dtype, chosen)
+    add_element, update_element, total = _make_element(operation, formula, dtype, accumulator)
     add_lanes, update_lanes = _make_add_lanes(add_element), _make_update_lanes(update_element, lanes_of(dtype))
     load, store = make_load(dtype.carrier), make_store(dtype.carrier)
-    start, finish = _make_start(chosen), _make_finish(total, narrow_result)
+    start, add_up = _make_start(accumulator), _make_add_up(total)
     sums, writes, itemsize, lanes = operation.sums, operation.writes, dtype.itemsize, lanes_of(dtype)
 
-    def kernel(x, out, n, a, b, scale, partial, result):
-        first, step = cuda.grid(1), cuda.gridsize(1)
-        scaled_a, scaled_b = scaled(a, b, scale)
+    @device
+    def loop(x, out, n, first, step, a, b):
         misaligned = address_of(x) % VECTOR_BYTES
         head = min(n, (VECTOR_BYTES - misaligned) % VECTOR_BYTES // itemsize)
         if writes and address_of(out) % VECTOR_BYTES != misaligned:
@@ -181,7 +194,7 @@ def flat_kernel(
             if sums:
                 sums0 = add_element(sums0, x[i])
             if writes:
-                out[i] = update_element(x[i], out[i], scaled_a, scaled_b)
+                out[i] = update_element(x[i], out[i], a, b)
             i += step
         j = first
         while j < vectors - 3 * step:
@@ -197,10 +210,10 @@ def flat_kernel(
                 sums2, sums3 = add_lanes(sums2, x2), add_lanes(sums3, x3)
             if writes:
                 old0, old1, old2, old3 = load(out, at0), load(out, at1), load(out, at2), load(out, at3)
-                store(out, at0, update_lanes(x0, old0, scaled_a, scaled_b))
-                store(out, at1, update_lanes(x1, old1, scaled_a, scaled_b))
-                store(out, at2, update_lanes(x2, old2, scaled_a, scaled_b))
-                store(out, at3, update_lanes(x3, old3, scaled_a, scaled_b))
+                store(out, at0, update_lanes(x0, old0, a, b))
+                store(out, at1, update_lanes(x1, old1, a, b))
+                store(out, at2, update_lanes(x2, old2, a, b))
+                store(out, at3, update_lanes(x3, old3, a, b))
             j += 4 * step
         while j < vectors:
             at0 = head + j * lanes
@@ -208,21 +221,18 @@ def flat_kernel(
             if sums:
                 sums0 = add_lanes(sums0, x0)
             if writes:
-                store(out, at0, update_lanes(x0, load(out, at0), scaled_a, scaled_b))
+                store(out, at0, update_lanes(x0, load(out, at0), a, b))
             j += step
         i = tail + first
         while i < n:
             if sums:
                 sums0 = add_element(sums0, x[i])
             if writes:
-                out[i] = update_element(x[i], out[i], scaled_a, scaled_b)
+                out[i] = update_element(x[i], out[i], a, b)
             i += step
-        if sums:
-            finish(sums0, sums1, sums2, sums3, a, b, partial, result)
+        return add_up(sums0, sums1, sums2, sums3)
 
-    return Body(
-        _name("flat", operation, formula, dtype, chosen, result_type), kernel, _arguments(dtype, result_type, INT64)
-    )
+    return loop
 
 
 @functools.cache
@@ -240,9 +250,8 @@ def strided_kernel(
     the last dimension is the one whose elements neighbouring threads take.
     """
     chosen, result_type = _accumulator(dtype, accumulator), result_type or dtype.result
-    narrow_result = _make_narrow_result(result_type)
     add_element, update_element, total = _make_element(operation, formula, dtype, chosen)
-    start, finish = _make_start(chosen), _make_finish(total, narrow_result)
+    start, add_up, finish = _make_start(chosen), _make_add_up(total), _make_finish(result_type)
     offsets = _make_offsets(dims - 1, dims)
     sums, writes = operation.sums, operation.writes
 
@@ -273,7 +282,8 @@ def strided_kernel(
                 out[to0] = update_element(x[at0], out[to0], scaled_a, scaled_b)
             i += step
         if sums:
-            finish(sums0, sums1, sums2, sums3, a, b, partial, result)
+            sum0, sum1 = add_up(sums0, sums1, sums2, sums3)
+            finish(sum0, sum1, a, b, partial, result)
 
     name = _name(f"strided{dims}", operation, formula, dtype, chosen, result_type)
     return Body(name, kernel, _arguments(dtype, result_type, INT64, numbers("int64", 3 * dims)))
@@ -282,7 +292,7 @@ def strided_kernel(
 @functools.cache
 def last_stage(result_type: str) -> Body:
     """Make the kernel of one block that adds the blocks' sums: ``(partial, blocks, a, b, result)``."""
-    narrow = _make_narrow_result(result_type)
+    narrow = make_narrow_result(result_type)
 
     def kernel(partial, blocks, a, b, result):
         sum0 = sum1 = 0.0
@@ -331,7 +341,8 @@ def make_narrow(dtype: DType):
     return narrow
 
 
-def _make_narrow_result(result_type: str):
+def make_narrow_result(result_type: str):
+    """Make ``narrow(float64)`` to the type of a result."""
     return to_float64 if result_type == "float64" else to_float32
 
 
@@ -480,15 +491,24 @@ def scaled(a, b, scale):
     return a * factor, b * factor
 
 
-def _make_finish(total, narrow):
-    """Make what ends a kernel that sums: a block's sums to `partial`, of a single block to `result`."""
+def _make_add_up(total):
+    """Make ``add_up(sums0, sums1, sums2, sums3) -> (sum0, sum1)`` of one thread's independent sums."""
 
     @device
-    def finish(sums0, sums1, sums2, sums3, a, b, partial, result):
+    def add_up(sums0, sums1, sums2, sums3):
         first, second, third, fourth = total(sums0), total(sums1), total(sums2), total(sums3)
-        sum0, sum1 = block_sums(
-            (first[0] + second[0]) + (third[0] + fourth[0]), (first[1] + second[1]) + (third[1] + fourth[1])
-        )
+        return (first[0] + second[0]) + (third[0] + fourth[0]), (first[1] + second[1]) + (third[1] + fourth[1])
+
+    return add_up
+
+
+def _make_finish(result_type: str):
+    """Make what ends a kernel that sums: a block's sums to `partial`, of a single block to `result`."""
+    narrow = make_narrow_result(result_type)
+
+    @device
+    def finish(sum0, sum1, a, b, partial, result):
+        sum0, sum1 = block_sums(sum0, sum1)
         if cuda.threadIdx.x == 0:
             if cuda.gridDim.x == 1:
                 result[0], result[1], result[2] = narrow(a * sum0 + b * sum1), narrow(sum0), narrow(sum1)

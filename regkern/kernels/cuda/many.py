@@ -1,0 +1,95 @@
+"""Many arrays in one launch on a CUDA device: each block takes a chunk of one of them.
+
+What a block takes is in tables in the device's memory: of chunks, two int64 each, the array and the first element; of
+arrays, four int64 each, the address, how many elements it has, which row of the factors is its own, and its first
+chunk. Sums have two stages in a fixed order: of chunks, and of a table's chunks.
+"""
+
+import functools
+
+from regkern.dtypes import DType
+from regkern.kernels.cuda.compile import INT64, cuda, make_pointer, pointer
+from regkern.kernels.cuda.elementwise import Body, block_sums, make_flat_loop, make_narrow_result, scaled
+from regkern.kernels.formulas import Formula
+from regkern.kernels.operations import Operation
+
+# Elements of a chunk: 64 for each thread. Not measured.
+CHUNK = 1 << 14
+CHUNK_WORDS, ARRAY_WORDS = 2, 4
+
+
+def count_chunks(n: int) -> int:
+    """Return how many chunks an array of n elements has."""
+    return -(-n // CHUNK)
+
+
+@functools.cache
+def chunks_kernel(operation: Operation, formula: Formula, dtype: DType, chunk: int = CHUNK) -> Body:
+    """Make the kernel of one block for each chunk: ``(chunks, arrays, outs, factors, scale, partial)``.
+
+    `outs` are addresses, one for each array; `factors` are rows of two float64; `scale` is a number on the device by
+    which the factors of what is written are multiplied, or null for 1. `partial` takes two float64 for each chunk.
+    """
+    loop, sums, writes = make_flat_loop(operation, formula, dtype), operation.sums, operation.writes
+    to_pointer, itemsize = make_pointer(dtype.carrier), dtype.itemsize
+
+    def kernel(chunks, arrays, outs, factors, scale, partial):
+        array, start = chunks[2 * cuda.blockIdx.x], chunks[2 * cuda.blockIdx.x + 1]
+        x, n, row = arrays[4 * array] + start * itemsize, arrays[4 * array + 1] - start, arrays[4 * array + 2]
+        out = outs[array] + start * itemsize if writes else x
+        a, b = scaled(factors[2 * row], factors[2 * row + 1], scale)
+        taken = min(n, chunk)
+        sum0, sum1 = loop(to_pointer(x), to_pointer(out), taken, cuda.threadIdx.x, cuda.blockDim.x, a, b)
+        if sums:
+            sum0, sum1 = block_sums(sum0, sum1)
+            if cuda.threadIdx.x == 0:
+                partial[2 * cuda.blockIdx.x], partial[2 * cuda.blockIdx.x + 1] = sum0, sum1
+
+    tables = (pointer("int64"), pointer("int64"), pointer("int64"), pointer("float64"))
+    name = f"chunks-{operation.name}-{formula.name}-{dtype.name}"
+    return Body(name, kernel, (*tables, pointer(dtype.result), pointer("float64")))
+
+
+@functools.cache
+def penalty_of_all() -> Body:
+    """Make the kernel of one block that adds up the penalties: ``(chunks, count, arrays, factors, partial, total)``.
+
+    To `total` it writes two float64: the sum over so many chunks, and 0.
+    """
+
+    def kernel(chunks, count, arrays, factors, partial, total):
+        penalty = 0.0
+        chunk = cuda.threadIdx.x
+        while chunk < count:
+            row = arrays[4 * chunks[2 * chunk] + 2]
+            penalty += factors[2 * row] * partial[2 * chunk] + factors[2 * row + 1] * partial[2 * chunk + 1]
+            chunk += cuda.blockDim.x
+        penalty, _ = block_sums(penalty, 0.0)
+        if cuda.threadIdx.x == 0:
+            total[0], total[1] = penalty, 0.0
+
+    tables = (pointer("int64"), INT64, pointer("int64"), pointer("float64"))
+    return Body("penalty_of_all", kernel, (*tables, pointer("float64"), pointer("float64")))
+
+
+@functools.cache
+def penalty_of_each(result_type: str, chunk: int = CHUNK) -> Body:
+    """Make the kernel of one block for each array: ``(arrays, factors, partial, penalties)``."""
+    narrow = make_narrow_result(result_type)
+
+    def kernel(arrays, factors, partial, penalties):
+        array = cuda.blockIdx.x
+        n, row, first = arrays[4 * array + 1], arrays[4 * array + 2], arrays[4 * array + 3]
+        count = (n + chunk - 1) // chunk
+        sum0 = sum1 = 0.0
+        i = cuda.threadIdx.x
+        while i < count:
+            sum0 += partial[2 * (first + i)]
+            sum1 += partial[2 * (first + i) + 1]
+            i += cuda.blockDim.x
+        sum0, sum1 = block_sums(sum0, sum1)
+        if cuda.threadIdx.x == 0:
+            penalties[array] = narrow(factors[2 * row] * sum0 + factors[2 * row + 1] * sum1)
+
+    tables = (pointer("int64"), pointer("float64"), pointer("float64"), pointer(result_type))
+    return Body(f"penalty_of_each-{result_type}", kernel, tables)
