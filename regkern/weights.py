@@ -13,6 +13,7 @@ import importlib
 import io
 import json
 import math
+import mmap
 import os
 import pickle
 import re
@@ -41,6 +42,9 @@ Array = np.ndarray[Any, np.dtype[Any]]
 PIECE = 1 << 21
 
 _KERAS_WEIGHTS = "model.weights.h5"
+
+# What a heap of strings in an HDF5 file starts with: its signature and version.
+_HEAP = b"GCOL\x01"
 
 # Bytes of an index: parsed, hostile ones take some thirty times as much memory. Of real ones, 10 MB is a large one.
 _LONGEST_INDEX = 1 << 26
@@ -420,8 +424,10 @@ def _no_dtype(path: Path, name: str, dtype: str) -> Array:
 
 
 def _read_h5(path: Path, stack: ExitStack) -> list[Tensor]:
-    file = stack.enter_context(_library("h5py", path, "report").File(path, "r"))
-    return _datasets(path, file, 0)
+    h5py = _library("h5py", path, "report")
+    with path.open("rb") as file:
+        _check_heaps(file)
+    return _datasets(path, stack.enter_context(h5py.File(path, "r")), 0)
 
 
 def _read_keras(path: Path, stack: ExitStack) -> list[Tensor]:
@@ -434,10 +440,13 @@ def _read_keras(path: Path, stack: ExitStack) -> list[Tensor]:
     info = archive.getinfo(_KERAS_WEIGHTS)
     if info.compress_type != zipfile.ZIP_STORED:
         unpacked = stack.enter_context(_unpacked(path, archive, info))
+        _check_heaps(unpacked)
         return _datasets(path, stack.enter_context(h5py.File(unpacked, "r")), None)
     with archive.open(info) as member:  # as Keras writes it
         while member.read(1 << 20):  # to its end, where zipfile compares the checksum
             pass
+    with path.open("rb") as file:
+        _check_heaps(file)
     start = _member_start(path, info)
     window = io.BufferedReader(_Window(stack.enter_context(path.open("rb")), start, info.file_size))
     return _datasets(path, stack.enter_context(h5py.File(window, "r")), start)
@@ -489,6 +498,21 @@ class _Window(io.RawIOBase):
         return count
 
 
+def _check_heaps(file: IO[bytes]) -> None:
+    """Refuse a heap of strings with a part of no size, over which HDF5 2.0 loops forever."""
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        heap = data.find(_HEAP)
+        while heap >= 0:
+            end = min(heap + int.from_bytes(data[heap + 8 : heap + 16], "little"), len(data))
+            part = heap + 16
+            while part + 16 <= end:
+                index, size = struct.unpack_from("<H6xQ", data, part)
+                if index == 0 and size == 0:
+                    raise ValueError("a heap has a part of no size")
+                part += 16 + -(-size // 8) * 8 if index else size
+            heap = data.find(_HEAP, heap + 1)
+
+
 def _datasets(path: Path, file: Any, start: int | None) -> list[Tensor]:
     """Return the datasets of an open HDF5 file that begins at a byte of `path`, or at none if it is compressed."""
     h5py = _library("h5py", path, "report")
@@ -509,15 +533,23 @@ def _datasets(path: Path, file: Any, start: int | None) -> list[Tensor]:
 def _layer_name(name: str, item: Any) -> str:
     """Put a layer's own name into its path: Keras 3 saves layer "stem" as layers/conv2d/vars/0 and an attribute."""
     match = re.fullmatch(r"((?:.+/)?layers)/[^/]+/vars/([^/]+)", name)
-    own_name = item.parent.attrs.get("name") if match else None
-    return f"{match[1]}/{own_name}/vars/{match[2]}" if match and isinstance(own_name, str) and own_name else name
+    own_name = _attribute(item.parent, "name") if match else None
+    return f"{match[1]}/{own_name}/vars/{match[2]}" if match and own_name else name
+
+
+def _attribute(item: Any, name: str) -> str | None:
+    """Return an attribute that is one string; reading an array of them, which may be of any size, takes its time."""
+    if name not in item.attrs or item.attrs.get_id(name).shape != ():
+        return None
+    value = item.attrs[name]
+    return value if isinstance(value, str) else None
 
 
 def _dataset(path: Path, name: str, item: Any, data: Array | None) -> Tensor:
     if item.external or item.is_virtual:
         raise WeightsError(path, f"{name} to be in this file", "a link to other files", "copy it by h5repack")
     dtype = item.dtype
-    if dtype.str == "|V2" and item.attrs.get("dtype") == "bfloat16":  # as Keras marks it
+    if dtype.str == "|V2" and _attribute(item, "dtype") == "bfloat16":  # as Keras marks it
         dtype = _bfloat16(path)
 
     if item.chunks and math.prod(map(_ceil_div, item.shape, item.chunks)) > path.stat().st_size:

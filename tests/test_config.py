@@ -373,3 +373,58 @@ def test_ints_beyond_what_python_prints():
 
 def test_a_function_by_its_class_name():
     assert rk.deserialize({"class_name": "total", "config": {}}, custom_objects={"total": np.sum}) is np.sum
+
+
+def test_registered_names():
+    """Registered inside of a test, not at import."""
+
+    @rk.register_keras_serializable()
+    class Own(rk.Regularizer):
+        def get_config(self):
+            return {}
+
+    @rk.register_keras_serializable("package", "other")
+    class Named(Own):
+        pass
+
+    for cls, name in ((Own, "Custom>Own"), (Named, "package>other")):
+        assert rk.serialize(cls())["registered_name"] == name
+        assert type(rk.get(name)) is type(rk.deserialize(rk.serialize(cls()))) is cls
+
+    @rk.register_keras_serializable()
+    def needs_no_config(x):
+        return 1.0
+
+    assert rk.get("Custom>needs_no_config") is needs_no_config
+    with pytest.raises(ValueError, match=r"^Cannot register a class that does not have a get_config\(\) method\.$"):
+        rk.register_keras_serializable()(type("Bare", (), {}))
+
+
+def test_errors_name_what_is_at_fault():
+    class Unfinished(rk.Regularizer):
+        pass
+
+    with pytest.raises(NotImplementedError, match=r"^Unfinished does not implement get_config\(\)$"):
+        Unfinished().get_config()
+    with pytest.raises(NotImplementedError, match=r"^OrthogonalRegularizer has no proximal .* use its gradient\.$"):
+        rk.OrthogonalRegularizer().prox(np.ones((2, 2)), 0.1)
+    with pytest.raises(ValueError, match=r"^outputs: expected a batch on axis 0; got an array without dimensions\.$"):
+        rk.activity_penalty(rk.L2(), np.float32(1.0))
+
+
+def test_a_config_of_all_that_keras_knows_is_keras():
+    assert rk.serialize(rk.OrthogonalRegularizer(0.5))["module"] == "keras.regularizers"
+
+
+def test_finish_gives_float32_unless_told():
+    for regularizer, x in ((rk.L2(0.5), np.ones(3)), (rk.OrthogonalRegularizer(0.5), np.eye(3))):
+        assert regularizer.finish(regularizer.partial(x)).dtype == np.float32
+
+
+def test_errors_show_what_came():
+    for identifier in ("nothing", {"class_name": "function", "config": 3}):
+        shown = identifier if isinstance(identifier, str) else 3
+        with pytest.raises(ValueError, match=rf"^Could not interpret regularizer identifier: {shown!r}; expected"):
+            rk.deserialize(identifier)
+    with pytest.raises(ValueError, match=r"Received: l2=an int of more digits than Python prints$"):
+        rk.L2(-(10**5000))

@@ -131,6 +131,18 @@ def tiny_chunks(path):
         file.create_dataset("w", (1 << 23,), np.float32, chunks=(1,))
 
 
+def endless_heap(path):
+    with h5py.File(path, "w") as file:
+        file["w"] = np.ones(3)
+        file.attrs["name"] = "text"
+    data = bytearray(path.read_bytes())
+    part = data.index(b"GCOL") + 16
+    while data[part : part + 2] != bytes(2):
+        part += 16 + -(-data[part + 8] // 8) * 8
+    data[part + 8 : part + 16] = bytes(8)
+    path.write_bytes(data)
+
+
 def external_link(path):
     with h5py.File(path.parent / "secret.h5", "w") as file:
         file["w"] = np.ones(3)
@@ -179,6 +191,7 @@ HOSTILE = {
     "bomb.keras": (keras_bomb, "bytes of model.weights.h5"),
     "unwritten.h5": (unwritten, "bytes can hold"),
     "tiny-chunks.h5": (tiny_chunks, "more chunks than the file has bytes"),
+    "heap.h5": (endless_heap, "a part of no size"),
     "link.h5": (external_link, "without any"),
     "virtual.h5": (virtual, "a link to other files"),
     "repeated.pt": (repeated, "bytes can hold"),

@@ -447,3 +447,86 @@ def test_a_bound_penalty_in_a_notebook():
     assert re.findall(r"<td[^>]*>(.*?)</td>", shown) == ["&lt;kernel&gt;", "L2(l2=0.5)", "2.5", "total", "", "2.5"]
     named["<kernel>"][0] = 0.0
     assert ">2<" in bound._repr_html_()
+
+
+class Own(rk.Regularizer):
+    """Of a program's own, with all that a bound penalty calls: twice the sum."""
+
+    def __call__(self, x):
+        return 2 * x.sum()
+
+    def value_and_grad(self, x):
+        return self(x), self.grad(x)
+
+    def grad(self, x, out=None, scale=1.0, accumulate=False):
+        out = np.zeros_like(x) if out is None else out
+        out[...] = (out if accumulate else 0) + 2 * scale
+        return out
+
+    def prox(self, x, step, out=None):
+        out[...] = x - 2 * step
+        return out
+
+
+def test_a_programs_own_regularizer_beside_built_in_ones():
+    arrays = {"a": np.arange(3.0), "b": np.ones(4)}
+    bound = rk.Penalty({"a": Own(), "*": rk.L2(0.5)}).bind(arrays)
+    assert {name: float(value) for name, value in bound.per_tensor().items()} == {"a": 6.0, "b": 2.0}
+    value, grads = bound.value_and_grad()
+    assert float(value) == 8.0
+    assert {name: grad.tolist() for name, grad in grads.items()} == {"a": [2.0] * 3, "b": [1.0] * 4}
+    outs = {"a": np.ones(3), "b": np.ones(4)}
+    bound.add_grad(outs, scale=3.0)
+    assert {name: out.tolist() for name, out in outs.items()} == {"a": [7.0] * 3, "b": [4.0] * 4}
+    bound.prox_(0.25)
+    assert arrays["a"].tolist() == [-0.5, 0.5, 1.5]
+    np.testing.assert_allclose(arrays["b"], 1 / 1.25)
+
+
+def test_nothing_is_changed_where_one_of_a_programs_own_cannot_be():
+    arrays = {"a": np.arange(3.0), "b": np.ones(4)}
+    bound = rk.Penalty({"a": Own(), "*": rk.L2(0.5)}).bind(arrays)
+    arrays["a"].flags.writeable = False
+    with pytest.raises(ValueError, match=r"^a: out"):
+        bound.prox_(0.25)
+    with pytest.raises(ValueError, match=r"^a: out"):
+        bound.add_grad({"a": arrays["a"], "b": np.ones(4)})
+    assert arrays["b"].tolist() == [1.0] * 4
+    with pytest.raises(ValueError, match=r"^grads: expected an array for each penalised tensor; got none for b, a\.$"):
+        bound.add_grad({})
+
+
+def test_a_value_alone_is_not_enough_for_gradients():
+    class Alone(rk.Regularizer):
+        def __call__(self, x):
+            return x.sum()
+
+    bound = rk.Penalty({"*": Alone()}).bind({"a": np.ones(3)})
+    with pytest.raises(
+        TypeError, match=r"^a: expected a regularizer with value_and_grad; .*, which has a value alone\.$"
+    ):
+        bound.value_and_grad()
+
+
+def test_configs_that_do_not_count_tied_ones():
+    assert rk.Penalty.from_config({"rules": {"*": "l2"}}).count_tied is False
+
+
+def test_reductions_by_definition():
+    x = np.random.default_rng(0).standard_normal((5, 7))
+    for mode, rows in (("rows", x), ("columns", x.T)):
+        unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        expected = np.abs(unit @ unit.T)[np.triu_indices(len(rows), 1)].mean()
+        assert float(rk.reductions.gram_offdiagonal_mean(x, mode)) == pytest.approx(expected, rel=1e-12)
+    with pytest.raises(ValueError, match=r"^scale: expected a finite number"):
+        rk.OrthogonalRegularizer().grad(x, scale=np.inf)
+    with pytest.raises(ValueError, match=r"^out: expected the array to add to"):
+        rk.OrthogonalRegularizer().grad(x, accumulate=True)
+
+
+def test_partial_sums_of_other_kinds():
+    """Lists, as JSON gives them, and float32, which is added in float64."""
+    many = np.full((3, 2), 1 / 3, np.float32)
+    assert rk.L2.combine(many).tolist() == [float(np.float32(1 / 3)) * 2 + float(np.float32(1 / 3))] * 2
+    assert rk.L1L2(0.5, 0.25).finish([2, 4], "float64") == 2.0
+    assert rk.OrthogonalRegularizer(0.5).finish([2.1, 2.0], "float64") == 0.5
