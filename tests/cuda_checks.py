@@ -119,9 +119,7 @@ def test_more_blocks_than_threads_of_the_last_stage():
 ALIGNMENTS = [("float32", (0, 0)), ("float32", (1, 0)), ("float32", (0, 1)), *((dtype, (1, 1)) for dtype in DTYPES)]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "offsets"), [*ALIGNMENTS, *((dtype, (1, 1)) for dtype in DTYPES if dtype != "float32")]
-)
+@pytest.mark.parametrize(("dtype", "offsets"), ALIGNMENTS)
 def test_gradients_and_prox_of_every_alignment(dtype, offsets):
     size = THREADS * lanes_of(DTYPES[dtype]) + 13
     x, out = values(size, dtype, offsets[0]), aligned(size, dtype, offsets[1])
