@@ -112,7 +112,7 @@ def describe() -> dict[str, Any]:
     import regkern
 
     device = torch.cuda.get_device_properties(0)
-    versions = {package: machine._version(package) for package in PACKAGES} | {"regkern": regkern.__version__}
+    versions = {package: machine.version(package) for package in PACKAGES} | {"regkern": regkern.__version__}
     return machine.describe() | {
         "gpu": device.name,
         "compute capability": f"{device.major}.{device.minor}",

@@ -8,7 +8,7 @@ from bench.cases import Check, Target, over
 
 VALUE_PEERS = ("cupy", "cupy ReductionKernel", "torch", "torch.compile", "torch._foreach_norm", "jax", "bare read")
 GRAD_PEERS = ("cupy", "torch", "torch.compile", "jax", "bare copy")
-MANY_PEERS = ("cupy", "torch", "torch._foreach_norm", "jax")
+MANY_PEERS = ("cupy", "torch", "torch._foreach_norm")
 LARGE = (16384, 16384)
 LIMIT = Target(("12 us",), 1, "12 us")
 

@@ -212,9 +212,14 @@ def torch_value(case):
 
 @peer("value", "torch.compile")
 def torch_compiled(case):
+    return functools.partial(_compiled(), torch_array(case))
+
+
+def _compiled():
     import torch
 
-    return functools.partial(torch.compile(_torch_penalty), torch_array(case))
+    torch._dynamo.reset()  # of a function with several versions, it would come to run the last ones uncompiled
+    return torch.compile(_torch_penalty, dynamic=False)
 
 
 @peer("value", "torch._foreach_norm")
@@ -244,9 +249,7 @@ def torch_value_and_grad(case):
 
 @peer("value_and_grad", "torch.compile")
 def torch_compiled_value_and_grad(case):
-    import torch
-
-    return _backward(torch.compile(_torch_penalty), case)
+    return _backward(_compiled(), case)
 
 
 peer("torch_backward", "torch")(torch_value_and_grad)
@@ -325,14 +328,6 @@ def jax_value_and_grad(case):
     import jax
 
     return functools.partial(jax.jit(jax.value_and_grad(_jax_penalty)), jax_array(case))
-
-
-@peer("many", "jax")
-def jax_many(case):
-    import jax
-
-    arrays = [jax.dlpack.from_dlpack(x) for x in many_tensors(case)]
-    return functools.partial(jax.jit(lambda arrays: sum(_jax_penalty(x) for x in arrays)), arrays)
 
 
 def _jax_orthogonal(x):

@@ -25,7 +25,8 @@ def cpu_model() -> str:
     return f"{name} ({binding.get_host_cpu_name()})"
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Return the version of a package; None where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -44,7 +45,7 @@ def describe() -> dict[str, Any]:
     import regkern
 
     features = binding.get_host_cpu_features()
-    versions = {package: _version(package) for package in PACKAGES} | {"regkern": regkern.__version__}
+    versions = {package: version(package) for package in PACKAGES} | {"regkern": regkern.__version__}
     return {
         "cpu": cpu_model(),
         "cores": os.cpu_count(),

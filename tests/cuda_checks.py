@@ -99,7 +99,7 @@ def test_sums_and_gradient_of_every_size(dtype, size):
     assert_written(out, reference.gradient(REGULARIZER, x), dtype)
 
 
-@pytest.mark.parametrize(("dtype", "blocks"), [*[(dtype, 2) for dtype in DTYPES], ("float32", 3)])
+@pytest.mark.parametrize(("dtype", "blocks"), [("float16", 2), ("float64", 2), ("float32", 3)])
 def test_sums_of_several_blocks(dtype, blocks):
     x = values(THREADS * lanes_of(DTYPES[dtype]) * UNROLL * blocks + 5, dtype, offset=1)
     first, second = (flat(SUMS, dtype, x, x, blocks, FACTORS) for _ in range(2))
@@ -116,8 +116,10 @@ def test_more_blocks_than_threads_of_the_last_stage():
     np.testing.assert_allclose(result, [0.5 * sums[0] + 2.0 * sums[1], *sums], rtol=1e-13)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("offsets", [(0, 0), (1, 1), (1, 0), (0, 1)])
+ALIGNMENTS = [("float32", (0, 0)), ("float32", (1, 0)), ("float32", (0, 1)), *((dtype, (1, 1)) for dtype in DTYPES)]
+
+
+@pytest.mark.parametrize(("dtype", "offsets"), ALIGNMENTS)
 def test_gradients_and_prox_of_every_alignment(dtype, offsets):
     size = THREADS * lanes_of(DTYPES[dtype]) + 13
     x, out = values(size, dtype, offsets[0]), aligned(size, dtype, offsets[1])
@@ -194,7 +196,7 @@ def test_strided(name):
     assert_written(out, reference.gradient(REGULARIZER, x), dtype)
 
 
-@pytest.mark.parametrize(("n", "d"), [(2, 1), (16, 16), (17, 20)])
+@pytest.mark.parametrize(("n", "d"), [(2, 1), (17, 5)])
 def test_gram_tiles(n, d):
     dtype = list(DTYPES)[n % 4]
     tile = 16  # four elements for each of 64 threads

@@ -120,3 +120,25 @@ def test_arrays_of_libraries_that_are_not_known():
     assert_near(gradient, reference.gradient(REGULARIZER, host), 1e-15)
     assert REGULARIZER.grad(x, out=out, accumulate=True) is out
     assert_near(out.x, 1 + reference.gradient(REGULARIZER, host), 1e-15)
+
+
+def test_arrays_of_jax_outside_of_its_transformations(monkeypatch):
+    """JAX's arrays of the host stand for those of a device: no stand-in of DLPack is one."""
+    jax = pytest.importorskip("jax")
+    from regkern.arrays import jax as jax_adapter
+    from regkern.arrays import jax_cuda
+
+    monkeypatch.setattr(jax_adapter, "_device", lambda: jax_cuda)
+    monkeypatch.setattr(jax_cuda, "takes", lambda x: not isinstance(x, jax.core.Tracer))
+    monkeypatch.setattr(jax_cuda, "to_cupy", lambda x: on_device(np.array(x)))
+    monkeypatch.setattr(jax_cuda, "from_cupy", lambda x: jax.numpy.asarray(read(x)))
+    host = np.arange(-6, 6, dtype=np.float32).reshape(3, 4)
+    x = jax.numpy.asarray(host)
+    value, gradient = REGULARIZER.value_and_grad(x)
+    np.testing.assert_allclose(value, reference.value(REGULARIZER, host), rtol=1e-6)
+    for found in (gradient, REGULARIZER.grad(x), jax.grad(REGULARIZER)(x)):
+        np.testing.assert_allclose(found, reference.gradient(REGULARIZER, host), rtol=1e-6)
+    np.testing.assert_allclose(REGULARIZER.prox(x, STEP), reference.prox(REGULARIZER, host, STEP), rtol=1e-6)
+    assert isinstance(REGULARIZER(x), jax.Array)
+    with pytest.raises(TypeError, match="dtype"):
+        REGULARIZER(x.astype(int))

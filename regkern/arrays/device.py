@@ -18,6 +18,7 @@ from regkern.dtypes import DType
 from regkern.kernels.cuda.elementwise import (
     NULL,
     RESULTS,
+    Body,
     count_blocks,
     flat_kernel,
     lanes_of,
@@ -214,24 +215,49 @@ class DeviceAdapter(Adapter):
         """
         source = self.view(x)
         target = source if out is x else self.view(out)
-        dtype = source.dtype
-        steps = walk(source.shape, source.strides, target.strides, dtype.itemsize)
-        result_type = result_type or dtype.result
-        if steps.dims:
-            body = strided_kernel(operation, formula, dtype, steps.dims, result_type=result_type)
-        else:
-            body = flat_kernel(operation, formula, dtype, result_type=result_type)
-        blocks = count_blocks(steps.sizes[0], 1 if steps.dims else lanes_of(dtype))
+        result_type = result_type or source.dtype.result
+        start, out_start, body, sizes, blocks = _prepared(
+            operation, formula, source.dtype, source.shape, source.strides, target.strides, result_type
+        )
         partial = self.empty(x, (2 * blocks,), "float64") if operation.sums and blocks > 1 else None
         result = self.empty(x, (RESULTS,), result_type) if operation.sums else None
         partial_address = NULL if partial is None else self.address(partial)
         result_address = NULL if result is None else self.address(result)
-        addresses = source.address + steps.start, target.address + steps.out_start
+        addresses = source.address + start, target.address + out_start
         place = self.place(x)
-        launch(place, body, blocks, (*addresses, *steps.sizes, a, b, scale, partial_address, result_address))
+        launch(place, body, blocks, (*addresses, *sizes, a, b, scale, partial_address, result_address))
         if partial is not None:
             launch(place, last_stage(result_type), 1, (partial_address, blocks, a, b, result_address))
         return result
+
+
+class _Prepared(NamedTuple):
+    """What is launched for arrays of one layout: bytes to the first elements of x and of out, a kernel, its sizes."""
+
+    start: int
+    out_start: int
+    body: Body
+    sizes: tuple[int, ...]
+    blocks: int
+
+
+@lru_cache(maxsize=4096)  # one look-up for all that does not depend on where the arrays are
+def _prepared(
+    operation: Operation,
+    formula: Formula,
+    dtype: DType,
+    shape: tuple[int, ...],
+    x: Strides,
+    out: Strides,
+    result_type: str,
+) -> _Prepared:
+    steps = walk(shape, x, out, dtype.itemsize)
+    if steps.dims:
+        body = strided_kernel(operation, formula, dtype, steps.dims, result_type=result_type)
+    else:
+        body = flat_kernel(operation, formula, dtype, result_type=result_type)
+    blocks = count_blocks(steps.sizes[0], 1 if steps.dims else lanes_of(dtype))
+    return _Prepared(steps.start, steps.out_start, body, steps.sizes, blocks)
 
 
 class Walk(NamedTuple):

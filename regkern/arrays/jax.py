@@ -1,13 +1,15 @@
 """JAX arrays and tracers: the CPU kernels inside XLA's programs, JAX's own operations elsewhere.
 
-All goes through one primitive, for eager arrays as under any transformation of JAX. What it becomes is chosen when a
-program is lowered: on one CPU device, and on each device's own piece under `shard_map`, a call of a kernel; on another
-platform, in a program that XLA partitions over several devices, and in exports, JAX's own operations.
+Arrays on a CUDA device that no transformation of JAX has a part in are read by the CUDA kernels. All else goes through
+one primitive, for eager arrays as under any transformation. What it becomes is chosen when a program is lowered: on one
+CPU device, and on each device's own piece under `shard_map`, a call of a kernel; on another platform, in a program that
+XLA partitions over several devices, and in exports, JAX's own operations.
 """
 
 import functools
 import math
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -330,6 +332,8 @@ class JaxAdapter(Adapter):
         return issubclass(array_type, jax.Array | jax.core.Tracer)
 
     def penalty(self, formula: Formula, a: float, b: float, x: Any) -> Any:
+        if _on_device(x):
+            return _device().penalty(formula, a, b, x)
         return _call(_checked(x), _words(a, b), kind=VALUE, penalty=_Elementwise(formula))[0]
 
     def sums(self, formula: Formula, x: Any) -> tuple[Any, Any]:
@@ -340,18 +344,26 @@ class JaxAdapter(Adapter):
         return _call(_checked(x), _words(0.0, 0.0), kind=PARTIAL, penalty=_Elementwise(formula))[0]
 
     def value_and_grad(self, formula: Formula, a: float, b: float, x: Any) -> tuple[Any, Any]:
+        if _on_device(x):
+            return _device().value_and_grad(formula, a, b, x)
         return tuple(_call(_checked(x), _words(a, b), kind=VALUE_AND_GRADIENT, penalty=_Elementwise(formula)))
 
     def grad(self, formula: Formula, a: float, b: float, x: Any, out: Any, accumulate: bool) -> Any:
         _refuse(out, accumulate)
+        if _on_device(x):
+            return _device().grad(formula, a, b, x)
         one = np.ones((), _result_type(_checked(x)))
         return _call(x, _words(a, b), one, kind=GRADIENT, penalty=_Elementwise(formula))[0]
 
     def prox(self, formula: Formula, a: float, b: float, x: Any, out: Any) -> Any:
         _refuse(out, False)
+        if _on_device(x):
+            return _device().prox(formula, a, b, x)
         return _call(_checked(x), _words(a, b), kind=PROX, penalty=_Elementwise(formula))[0]
 
     def orthogonal(self, factor: float, x: Any, *, columns: bool, flatten: bool) -> Any:
+        if _on_device(x):
+            return _device().orthogonal(factor, x, columns=columns, flatten=flatten)
         matrices = _matrices(_checked(x), flatten)
         (values,) = _call(
             matrices, _words(factor, 0.0), kind=VALUE, penalty=_Orthogonal(columns), batch=matrices.ndim - 2
@@ -359,6 +371,8 @@ class JaxAdapter(Adapter):
         return values.sum()
 
     def orthogonal_value_and_grad(self, factor: float, x: Any, *, columns: bool, flatten: bool) -> tuple[Any, Any]:
+        if _on_device(x):
+            return _device().orthogonal_value_and_grad(factor, x, columns=columns, flatten=flatten)
         matrices = _matrices(_checked(x), flatten)
         values, gradients = _call(
             matrices,
@@ -374,6 +388,30 @@ class JaxAdapter(Adapter):
     ) -> Any:
         _refuse(out, accumulate)
         return self.orthogonal_value_and_grad(factor, x, columns=columns, flatten=flatten)[1]
+
+
+@functools.cache
+def _device() -> Any:
+    """Return what evaluates arrays on CUDA devices; None where there is no device, or where a package is missing."""
+    if jax.default_backend() != "gpu" or "rocm" in jax.devices()[0].client.platform_version.lower():
+        return None
+    try:
+        from regkern.arrays import jax_cuda
+    except ImportError as error:
+        warnings.warn(
+            f"regkern: expected CuPy and numba-cuda for an array of JAX on a CUDA device; got {error}; install them by "
+            "pip install 'regkern[cuda13]'. Until then, JAX's own operations are used.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+    return jax_cuda
+
+
+def _on_device(x: Any) -> bool:
+    """Whether the CUDA kernels can read an array now: not in a transformation of JAX."""
+    device = _device()
+    return device is not None and device.takes(_checked(x))
 
 
 def _checked(x: Any) -> Any:
