@@ -129,3 +129,10 @@ def test_only_a_config_that_names_it_calls_what_is_registered():
     assert CALLED == []
     rk.deserialize({"class_name": "Known", "config": {"strength": 2.0}, "registered_name": "Strangers>Known"})
     assert CALLED == [2.0]
+
+
+@pytest.mark.parametrize("name", ["eval", "print", "open", "__import__"])
+def test_functions_of_python_are_not_known(name):
+    for config in (name, {"class_name": "function", "config": name, "module": "builtins"}):
+        with pytest.raises(ValueError, match="Could not interpret"):
+            rk.deserialize(config)
