@@ -125,9 +125,10 @@ def test_ctrl_c_before_the_launch_lock_is_guarded():
 from regkern.kernels.cpu import elementwise, launch
 from regkern.dtypes import FLOAT32
 from regkern.kernels.formulas import SQUARE
+from regkern.kernels.operations import SUMS
 rk.L2(1.0)(x)
 launch._launching.acquire()  # as an interrupt right after it would leave it
-kernel = elementwise.kernels(elementwise.SUMS, SQUARE, FLOAT32).flat
+kernel = elementwise.kernels(SUMS, SQUARE, FLOAT32).flat
 kernel.serial = None
 print(rk.L2(1.0)(x) > 0)
 """
