@@ -82,6 +82,33 @@ thread.join()
     assert run(code, REGKERN_CACHE_DIR=str(tmp_path)) == "0\n"
 
 
+def test_forks_while_another_thread_is_inside_llvm():
+    """As any thread may be that collects garbage: LLVM's objects are freed under llvmlite's lock."""
+    code = (
+        FORK
+        + """
+import signal, threading, time
+from llvmlite import binding
+rk.L2(1.0)(x)
+inside = threading.Event()
+def slow():
+    if not inside.is_set():
+        inside.set()
+        time.sleep(1.0)
+def penalty():
+    signal.alarm(60)  # ends a child that waits forever
+    return float(rk.L2(1.0)(np.ones(3)))
+binding.ffi.register_lock_callback(slow, lambda: None)
+thread = threading.Thread(target=binding.get_default_triple)
+thread.start()
+inside.wait()
+print(child(penalty, 3.0))
+thread.join()
+"""
+    )
+    assert run(code) == "0\n"
+
+
 def test_children_of_children():
     code = (
         FORK

@@ -4,7 +4,7 @@ import logging as logging  # first: its lock for forks must be taken after ours,
 import os
 import sys
 import threading
-from contextlib import suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from pathlib import Path
 
 # After so many seconds, a fork goes ahead of whoever is still loading.
@@ -37,18 +37,31 @@ forked = _inherited()
 # midst of that would wait forever for locks of Python's, Numba's and LLVM's.
 loading = threading.RLock()
 
+# What is held while a process forks, beside that.
+_held = ExitStack()
+
 
 def _before_fork() -> None:
     loading.acquire(timeout=_PATIENCE)
+    _held.enter_context(_llvm())
+
+
+def _llvm() -> AbstractContextManager[object]:
+    """Return llvmlite's lock: any thread may collect garbage, and LLVM's objects among it, at any time."""
+    llvm = sys.modules.get("llvmlite.binding.ffi")
+    lock: AbstractContextManager[object] = getattr(getattr(llvm, "lib", None), "_lock", nullcontext())
+    return lock
 
 
 def _after_fork_in_parent() -> None:
+    _held.close()
     with suppress(RuntimeError):  # where patience has ended
         loading.release()
 
 
 def _after_fork_in_child() -> None:
     global forked, loading
+    _held.close()
     forked = True
     loading = threading.RLock()
 
