@@ -230,3 +230,26 @@ def test_what_does_not_fit_many_tensors_is_refused_before_a_launch(place, named)
     with pytest.raises(RuntimeError, match=r"kernel5.*bind the penalty again"):
         bound.value()
     assert not place.driver.streams
+
+
+def test_short_memory_makes_panels_smaller(monkeypatch):
+    """A device that has none for panels of four rows, and then none at all."""
+    for name, rows in (("PANELS_FROM", 2), ("PANEL", 4), ("SMALLEST_PANEL", 2)):
+        monkeypatch.setattr(device_gram, name, rows)
+    empty = type(KERNELS).empty
+
+    def short(self, x, shape, type_name):
+        if len(shape) == 2 and most < shape[0] < len(x):
+            raise torch.OutOfMemoryError
+        return empty(self, x, shape, type_name)
+
+    monkeypatch.setattr(type(KERNELS), "empty", short)
+    regularizer, x, most = rk.OrthogonalRegularizer(0.3), tensor("float64", (5, 2)), 2
+    value, gradient = regularizer.value_and_grad(x)
+    assert_near(regularizer(x), reference.orthogonal(regularizer, wide(x)), x)
+    assert_near(value, reference.orthogonal(regularizer, wide(x)), x)
+    assert_near(gradient, reference.orthogonal_gradient(regularizer, wide(x)), x)
+    most, out = 0, torch.ones_like(x)
+    with pytest.raises(MemoryError, match=r"^x: expected memory on the device for panels of 2 rows; got too little"):
+        regularizer.grad(x, out=out, accumulate=True)
+    assert (out == 1).all()

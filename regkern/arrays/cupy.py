@@ -18,6 +18,8 @@ require("cupy", cupy.__version__, (13, 6))
 class CupyAdapter(DeviceAdapter):
     """Reads and makes `cupy.ndarray`."""
 
+    out_of_memory = cupy.cuda.memory.OutOfMemoryError
+
     def owns(self, array_type: type) -> bool:
         return issubclass(array_type, cupy.ndarray)
 

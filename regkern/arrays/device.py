@@ -44,7 +44,12 @@ class DeviceAdapter(Adapter):
 
     Nothing waits for a device: results are 0-d arrays of the library, in the device's memory. Memory for sums comes
     from the library, whose allocator knows what its streams still use.
+
+    Attributes:
+        out_of_memory: what the library raises where a device has too little memory.
     """
+
+    out_of_memory: type[Exception]
 
     @abstractmethod
     def view(self, x: Any) -> DeviceArray:

@@ -7,7 +7,7 @@ own settings do not allow less. Kernels make the unit rows and fold a panel to a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from regkern.arrays.layout import Strides
@@ -27,9 +27,11 @@ from regkern.kernels.cuda.launch import launch
 if TYPE_CHECKING:
     from regkern.arrays.device import DeviceAdapter
 
-# Rows from which the library's product is used, and rows of a panel. Neither was measured.
+# Rows from which the library's product is used; rows of a panel, and of the smallest where a device's memory is short.
+# None was measured.
 PANELS_FROM = 1024
 PANEL = 1024
+SMALLEST_PANEL = 64
 
 
 class Matrices(NamedTuple):
@@ -54,15 +56,9 @@ class Matrices(NamedTuple):
 
 def mean_cosine(adapter: DeviceAdapter, factor: float, x: Any, matrices: Matrices) -> Any:
     """Return factor times the mean |cosine| over pairs of rows, added over matrices: a 0-d array on the device."""
-    n, count = matrices.n, len(matrices.addresses) if matrices.pairs else 0
-    if n < PANELS_FROM:
-        sums = _Sums(adapter, x, count * count_tiles(n) ** 2)
-        _add_tiles(adapter, x, matrices, sums, count)
-    else:
-        panels = -(-n // PANEL)
-        sums = _Sums(adapter, x, count * sum(_fold_blocks(n, i * PANEL) * (panels - i) for i in range(panels)))
-        _add_panels(adapter, x, matrices, sums, count)
-    return sums.result(matrices, factor)
+    count = len(matrices.addresses) if matrices.pairs else 0
+    add = _add_tiles if matrices.n < PANELS_FROM else _add_panels
+    return add(adapter, x, matrices, count).result(matrices, factor)
 
 
 def mean_cosine_gradient(
@@ -87,17 +83,19 @@ def mean_cosine_gradient(
         accumulate: whether the gradient is added to what is there.
     """
     dtype, n, d, place, work = matrices.dtype, matrices.n, matrices.d, adapter.place(x), working_type(matrices.dtype)
-    starts = range(0, n, PANEL)
-    sums = _Sums(adapter, x, len(matrices.addresses) * sum(_fold_blocks(n, start) for start in starts))
-    unit, inverse = adapter.empty(x, (n, d), work), adapter.empty(x, (n,), "float64")
-    rows = min(n, PANEL)
-    cosines, product = adapter.empty(x, (rows, n), work), adapter.empty(x, (rows, d), work)
+
+    def allocate(rows: int) -> tuple[Any, ...]:
+        whole = adapter.empty(x, (n, d), work), adapter.empty(x, (n,), "float64")
+        return *whole, adapter.empty(x, (rows, n), work), adapter.empty(x, (rows, d), work)
+
+    panel, (unit, inverse, cosines, product) = _allocate(adapter, n, allocate)
+    stretches = list(_stretches(n, 0, panel))
+    sums = _Sums(adapter, x, len(matrices.addresses) * sum(_fold_blocks(height) for _, height in stretches))
     mean_factor = factor / matrices.pairs
     for matrix in range(len(matrices.addresses)):
         _launch_unit_rows(adapter, x, matrices, matrix, 0, n, unit, inverse)
-        for start in starts:
-            part = slice(start, min(start + PANEL, n))
-            height = part.stop - start
+        for start, height in stretches:
+            part = slice(start, start + height)
             adapter.product(unit[part], unit.T, cosines[:height])
             _fold(adapter, x, matrices, cosines, (height, n), (start, 0), sums, signs=True)
             adapter.product(cosines[:height], unit, product[:height])
@@ -106,6 +104,25 @@ def mean_cosine_gradient(
             arguments = (*addresses, d, mean_factor, scale, outs.row(matrix, start), *strides)
             launch(place, project(dtype, accumulate), height, arguments)
     return sums.result(matrices, factor)
+
+
+def _allocate(adapter: DeviceAdapter, n: int, allocate: Callable[[int], tuple[Any, ...]]) -> tuple[int, Any]:
+    """Return the rows of a panel, and what is allocated for them: fewer rows where the device's memory is short.
+
+    Raises:
+        MemoryError: it is too short for the smallest panel.
+    """
+    rows = min(n, PANEL)
+    while True:
+        try:
+            return rows, allocate(rows)
+        except adapter.out_of_memory as error:
+            if rows <= SMALLEST_PANEL:
+                raise MemoryError(
+                    f"x: expected memory on the device for panels of {rows} rows; got too little of it; free some, or "
+                    "evaluate blocks of rows."
+                ) from error
+            rows = max(rows // 2, SMALLEST_PANEL)
 
 
 class _Sums:
@@ -131,42 +148,55 @@ class _Sums:
         return result[0]
 
 
-def _add_tiles(adapter: DeviceAdapter, x: Any, matrices: Matrices, sums: _Sums, count: int) -> None:
+def _add_tiles(adapter: DeviceAdapter, x: Any, matrices: Matrices, count: int) -> _Sums:
     place, dtype, n, d = adapter.place(x), matrices.dtype, matrices.n, matrices.d
     inverse = adapter.empty(x, (n,), "float64")
     sizes, inverse_address = (d, matrices.row_stride, matrices.depth_stride), adapter.address(inverse)
     blocks = count_tiles(n) ** 2
+    sums = _Sums(adapter, x, count * blocks)
     for matrix in range(count):
         address = matrices.addresses[matrix]
         launch(place, inverse_norms(dtype), n, (address, *sizes, inverse_address))
         arguments = (address, n, *sizes, inverse_address, sums.take(blocks))
         launch(place, tile_sums(dtype), blocks, arguments)
+    return sums
 
 
-def _add_panels(adapter: DeviceAdapter, x: Any, matrices: Matrices, sums: _Sums, count: int) -> None:
+def _add_panels(adapter: DeviceAdapter, x: Any, matrices: Matrices, count: int) -> _Sums:
     """Go over the upper triangle in square panels, for which the unit rows of two stretches are made at a time."""
-    d, work = matrices.d, working_type(matrices.dtype)
-    left, right = adapter.empty(x, (PANEL, d), work), adapter.empty(x, (PANEL, d), work)
-    inverse, cosines = adapter.empty(x, (PANEL,), "float64"), adapter.empty(x, (PANEL * PANEL,), work)
+    n, d, work = matrices.n, matrices.d, working_type(matrices.dtype)
+
+    def allocate(rows: int) -> tuple[Any, ...]:
+        stretch = rows, d
+        return (
+            *(adapter.empty(x, stretch, work), adapter.empty(x, stretch, work)),
+            *(adapter.empty(x, (rows,), "float64"), adapter.empty(x, (rows * rows,), work)),
+        )
+
+    panel, (left, right, inverse, cosines) = _allocate(adapter, n, allocate)
+    pairs = [(one, other) for one in _stretches(n, 0, panel) for other in _stretches(n, one[0], panel)]
+    sums = _Sums(adapter, x, count * sum(_fold_blocks(height) for (_, height), _ in pairs))
     for matrix in range(count):
-        for first, height in _stretches(matrices.n, 0):
-            _launch_unit_rows(adapter, x, matrices, matrix, first, height, left, inverse)
-            for second, width in _stretches(matrices.n, first):
-                if second > first:
-                    _launch_unit_rows(adapter, x, matrices, matrix, second, width, right, inverse)
-                other = right if second > first else left
-                panel = cosines[: height * width].reshape(height, width)
-                adapter.product(left[:height], other[:width].T, panel)
-                _fold(adapter, x, matrices, panel, (height, width), (first, second), sums, signs=False)
+        for (first, height), (second, width) in pairs:
+            if first == second:
+                _launch_unit_rows(adapter, x, matrices, matrix, first, height, left, inverse)
+                other = left
+            else:
+                _launch_unit_rows(adapter, x, matrices, matrix, second, width, right, inverse)
+                other = right
+            cosine_panel = cosines[: height * width].reshape(height, width)
+            adapter.product(left[:height], other[:width].T, cosine_panel)
+            _fold(adapter, x, matrices, cosine_panel, (height, width), (first, second), sums, signs=False)
+    return sums
 
 
-def _stretches(n: int, start: int) -> Iterator[tuple[int, int]]:
+def _stretches(n: int, start: int, panel: int) -> Iterator[tuple[int, int]]:
     """Yield the first row of each panel from `start` on, and how many rows it has."""
-    return ((first, min(PANEL, n - first)) for first in range(start, n, PANEL))
+    return ((first, min(panel, n - first)) for first in range(start, n, panel))
 
 
-def _fold_blocks(n: int, first: int) -> int:
-    return min(MAX_BLOCKS, PANEL, n - first)
+def _fold_blocks(height: int) -> int:
+    return min(MAX_BLOCKS, height)
 
 
 def _launch_unit_rows(
@@ -188,7 +218,7 @@ def _fold(
     *,
     signs: bool,
 ) -> None:
-    blocks = _fold_blocks(matrices.n, first[0])
+    blocks = _fold_blocks(shape[0])
     arguments = (adapter.address(cosines), *shape, *first, sums.take(blocks))
     launch(adapter.place(x), fold_cosines(matrices.dtype, signs), blocks, arguments)
 

@@ -19,6 +19,7 @@ class Kernels(Tensors, DeviceAdapter):
     """Reads and makes plain tensors on CUDA devices, and leaves nothing in autograd's graph."""
 
     recorded: Any
+    out_of_memory = torch.OutOfMemoryError
 
     def view(self, x: Tensor) -> DeviceArray:
         return DeviceArray(x.data_ptr(), dtypes[x.dtype], tuple(x.shape), byte_strides(x))
