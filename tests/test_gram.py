@@ -104,10 +104,19 @@ def test_unaligned_input(dtype):
 
 # What LLVM says of CPUs with other registers than this one's.
 CPUS = {"AVX2": {"fma": True, "f16c": True}, "NEON": {"neon": True}, "SSE2 and others": {}}
+# The tiles differ by the size of floats, conversions of 16-bit ones by the CPU.
+OFTEN = {("AVX2", "float32"), ("AVX2", "float64"), ("AVX2", "float16"), ("NEON", "float32")}
+OFTEN |= {("SSE2 and others", "float16"), ("SSE2 and others", "bfloat16")}
 
 
-@pytest.mark.parametrize("cpu", CPUS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("cpu", "dtype"),
+    [
+        pytest.param(cpu, dtype, marks=() if (cpu, dtype) in OFTEN else pytest.mark.slow)
+        for cpu in CPUS
+        for dtype in DTYPES
+    ],
+)
 def test_the_tiles_of_other_cpus(dtype, cpu):
     """Their registers are emulated here: the results count, not the speed."""
     for n, d in [(3, 5), (25, 17), (97, 40), (60, 1030)]:

@@ -17,7 +17,7 @@ from regkern.report import evaluate
 from regkern.rules import parse_rules
 from regkern.weights import open_weights
 warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 on fork with threads
-SECONDS = float(sys.argv[1]) if len(sys.argv) > 1 else 20.0
+SECONDS = float(sys.argv[1]) if len(sys.argv) > 1 else 10.0
 x = x[:300_003]
 arrays = {"a": x[:70_001], "b": x[:90_000].reshape(300, 300).astype(np.float64), "c": x[::3], "d": x[:7]}
 penalty = rk.Penalty({"c": None, "*": rk.L1L2(0.1, 0.2)})

@@ -247,7 +247,7 @@ def test_more_than_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "_SMALL", 1 << 62)
     path = tmp_path / "x.h5"
     with h5py.File(path, "w") as file:
-        file.create_dataset("w", (1 << 58,), np.float64, chunks=(1 << 50,))
+        file.create_dataset("w", (1 << 58,), np.float64)
     with open_weights(path) as (tensor,), pytest.raises(WeightsError) as caught:
         tensor.load()
     assert_one_sentence(caught.value, str(path), "too little memory")
