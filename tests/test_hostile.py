@@ -27,7 +27,7 @@ from regkern.weights import WeightsError, open_weights
 from tests import hostile
 from tests.processes import PATIENCE
 
-EXAMPLES = int(os.environ.get("REGKERN_FUZZ_EXAMPLES", "300"))
+EXAMPLES = int(os.environ.get("REGKERN_FUZZ_EXAMPLES", "150"))
 
 # Each input is on disk before it is read: where the process dies, that is the one.
 SHARE = """
