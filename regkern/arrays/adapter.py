@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from regkern.kernels.formulas import Formula
+from regkern.kernels.operations import ADD_GRADIENT, GRADIENT, PROX, Operation
 
 if TYPE_CHECKING:
     from regkern.arrays.device import DeviceAdapter
@@ -110,6 +111,47 @@ class Adapter(ABC):
     def over_batch(self, penalty: Any, x: Any) -> Any:
         """Return a penalty divided by the length of x's first axis; 0 where a length that is open yet becomes 0."""
         return penalty / x.shape[0]
+
+
+class KernelAdapter(Adapter):
+    """What adapters share that run kernels over their arrays' memory, wherever it is."""
+
+    @abstractmethod
+    def empty_like(self, x: Any) -> Any:
+        """Return a new array with x's shape, dtype and order of axes."""
+
+    @abstractmethod
+    def flatten_leading(self, x: Any, *, copy: bool) -> Any:
+        """Return x as a matrix with its last axis as columns: a view; where strides allow none, a copy or an error."""
+
+    @abstractmethod
+    def check_out(self, x: Any, out: Any) -> None:
+        """Raise TypeError or ValueError unless `out` can take an element-wise result of x."""
+
+    @abstractmethod
+    def run(self, operation: Operation, formula: Formula, a: float, b: float, x: Any, out: Any) -> Any:
+        """Run one operation from x to out, which is x where nothing is written, and return what it sums."""
+
+    def wrote(self, out: Any) -> None:
+        """Tell the library that a kernel has written to an array, where it wants to know."""
+        return None
+
+    def grad(self, formula: Formula, a: float, b: float, x: Any, out: Any, accumulate: bool) -> Any:
+        return self._map(ADD_GRADIENT if accumulate else GRADIENT, formula, a, b, x, out)
+
+    def prox(self, formula: Formula, a: float, b: float, x: Any, out: Any) -> Any:
+        return self._map(PROX, formula, a, b, x, out)
+
+    def _map(self, operation: Operation, formula: Formula, a: float, b: float, x: Any, out: Any) -> Any:
+        if out is None:
+            out = self.empty_like(x)
+        else:
+            self.check_out(x, out)
+        self.run(operation, formula, a, b, x, out)
+        return out
+
+    def _flat(self, x: Any, flatten: bool, *, copy: bool = True) -> Any:
+        return self.flatten_leading(x, copy=copy) if flatten and len(x.shape) > 2 else x
 
 
 class ChoosingAdapter(Adapter):

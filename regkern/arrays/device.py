@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from regkern.arrays.adapter import Adapter
+from regkern.arrays.adapter import KernelAdapter
 from regkern.arrays.device_gram import Matrices, matrices_of, mean_cosine, mean_cosine_gradient
 from regkern.arrays.layout import Strides, check_alike, check_memory, loops
 from regkern.dtypes import DType
@@ -27,7 +27,7 @@ from regkern.kernels.cuda.elementwise import (
 )
 from regkern.kernels.cuda.launch import Place, launch
 from regkern.kernels.formulas import ZERO, Formula
-from regkern.kernels.operations import ADD_GRADIENT, GRADIENT, PROX, SUMS, SUMS_AND_GRADIENT, Operation
+from regkern.kernels.operations import ADD_GRADIENT, GRADIENT, SUMS, SUMS_AND_GRADIENT, Operation
 
 
 class DeviceArray(NamedTuple):
@@ -39,7 +39,7 @@ class DeviceArray(NamedTuple):
     strides: Strides
 
 
-class DeviceAdapter(Adapter):
+class DeviceAdapter(KernelAdapter):
     """Evaluates penalties by the CUDA kernels, on the stream that the library works on.
 
     Nothing waits for a device: results are 0-d arrays of the library, in the device's memory. Memory for sums comes
@@ -79,10 +79,6 @@ class DeviceAdapter(Adapter):
         """Return x's address."""
         return self.view(x).address
 
-    def wrote(self, out: Any) -> None:
-        """Tell the library that a kernel has written to an array, where it wants to know."""
-        return None
-
     def on_device(self, x: Any) -> tuple[DeviceAdapter, int] | None:
         view = self.view(x)
         steps = walk(view.shape, view.strides, view.strides, view.dtype.itemsize)
@@ -90,20 +86,8 @@ class DeviceAdapter(Adapter):
         return (self, self.place(x).device) if first else None
 
     @abstractmethod
-    def empty_like(self, x: Any) -> Any:
-        """Return a new array with x's shape, dtype and order of axes."""
-
-    @abstractmethod
-    def flatten_leading(self, x: Any, *, copy: bool) -> Any:
-        """Return x as a matrix with its last axis as columns: a view; where strides allow none, a copy or an error."""
-
-    @abstractmethod
     def product(self, left: Any, right: Any, out: Any) -> None:
         """Write the product of two matrices that `empty` has made to out."""
-
-    @abstractmethod
-    def check_out(self, x: Any, out: Any) -> None:
-        """Raise TypeError or ValueError unless `out` can take an element-wise result of x."""
 
     def check_target(self, x: Any, out: Any, maker: str) -> None:
         """Raise unless an array of the library has x's shape, dtype and device, and memory that can be written.
@@ -123,32 +107,26 @@ class DeviceAdapter(Adapter):
         check_memory(shape, dtype.itemsize, (address, strides), (target.address, target.strides))
 
     def penalty(self, formula: Formula, a: float, b: float, x: Any) -> Any:
-        return self._run(SUMS, formula, a, b, x, x)[0]
+        return self.run(SUMS, formula, a, b, x, x)[0]
 
     def sums(self, formula: Formula, x: Any) -> tuple[Any, Any]:
-        result = self._run(SUMS, formula, 0.0, 0.0, x, x)
+        result = self.run(SUMS, formula, 0.0, 0.0, x, x)
         return result[1], result[2]
 
     def partial(self, formula: Formula, x: Any) -> Any:
-        return self._run(SUMS, formula, 0.0, 0.0, x, x, result_type="float64")[1:]
+        return self.run(SUMS, formula, 0.0, 0.0, x, x, result_type="float64")[1:]
 
     def value_and_grad(self, formula: Formula, a: float, b: float, x: Any) -> tuple[Any, Any]:
         out = self.empty_like(x)
-        return self._run(SUMS_AND_GRADIENT, formula, a, b, x, out)[0], out
-
-    def grad(self, formula: Formula, a: float, b: float, x: Any, out: Any, accumulate: bool) -> Any:
-        return self._map(ADD_GRADIENT if accumulate else GRADIENT, formula, a, b, x, out)
+        return self.run(SUMS_AND_GRADIENT, formula, a, b, x, out)[0], out
 
     def write_scaled(
         self, formula: Formula, a: float, b: float, x: Any, out: Any, scale: Any, *, accumulate: bool
     ) -> Any:
         """Write the gradient times a 0-d array of the result's type to out, or add it, and return out."""
         operation = ADD_GRADIENT if accumulate else GRADIENT
-        self._run(operation, formula, a, b, x, out, self.address(scale))
+        self.run(operation, formula, a, b, x, out, self.address(scale))
         return out
-
-    def prox(self, formula: Formula, a: float, b: float, x: Any, out: Any) -> Any:
-        return self._map(PROX, formula, a, b, x, out)
 
     def orthogonal(self, factor: float, x: Any, *, columns: bool, flatten: bool) -> Any:
         flat = self._flat(x, flatten)
@@ -183,26 +161,15 @@ class DeviceAdapter(Adapter):
         flat, target = self._flat(x, flatten), self._flat(out, flatten, copy=False)
         matrices, outs = self._matrices(flat, columns), self._matrices(target, columns)
         if matrices.pairs == 0 or not matrices.addresses:
-            self._run(ADD_GRADIENT if accumulate else GRADIENT, ZERO, 0.0, 0.0, x, out)
+            self.run(ADD_GRADIENT if accumulate else GRADIENT, ZERO, 0.0, 0.0, x, out)
             return mean_cosine(self, factor, x, matrices)
         return mean_cosine_gradient(self, factor, x, matrices, outs, scale=scale, accumulate=accumulate)
-
-    def _flat(self, x: Any, flatten: bool, *, copy: bool = True) -> Any:
-        return self.flatten_leading(x, copy=copy) if flatten and len(x.shape) > 2 else x
 
     def _matrices(self, x: Any, columns: bool) -> Matrices:
         address, dtype, shape, strides = self.view(x)
         return matrices_of(address, dtype, shape, strides, columns)
 
-    def _map(self, operation: Operation, formula: Formula, a: float, b: float, x: Any, out: Any) -> Any:
-        if out is None:
-            out = self.empty_like(x)
-        else:
-            self.check_out(x, out)
-        self._run(operation, formula, a, b, x, out)
-        return out
-
-    def _run(
+    def run(
         self,
         operation: Operation,
         formula: Formula,

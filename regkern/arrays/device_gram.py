@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from regkern.arrays.layout import Strides
+from regkern.arrays.layout import Strides, locate_matrices
 from regkern.dtypes import DType
 from regkern.kernels.cuda.elementwise import MAX_BLOCKS, NULL, RESULTS, last_stage
 from regkern.kernels.cuda.gram import (
@@ -229,11 +229,5 @@ def matrices_of(address: int, dtype: DType, shape: tuple[int, ...], strides: Str
         raise ValueError(
             f"x: expected strides that are multiples of {dtype.itemsize} bytes; got {strides}; pass a copy."
         )
-    *batch, n, d = shape
-    *batch_strides, row_stride, depth_stride = strides
-    addresses = [address]
-    for length, stride in zip(batch, batch_strides, strict=True):
-        addresses = [each + i * stride for each in addresses for i in range(length)]
-    if columns:
-        n, d, row_stride, depth_stride = d, n, depth_stride, row_stride
+    addresses, (n, d), (row_stride, depth_stride) = locate_matrices(address, shape, strides, columns)
     return Matrices(addresses, dtype, n, d, row_stride // dtype.itemsize, depth_stride // dtype.itemsize)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from regkern.arrays.device import DeviceAdapter, DeviceArray, walk
-from regkern.arrays.plan import Member, Weighted, check_outs, identities
+from regkern.arrays.plan import Member, Plan, Weighted, check_outs, identities, scaled
 from regkern.dtypes import FLOAT32, FLOAT64, DType
 from regkern.kernels.cuda.elementwise import NULL, RESULTS, last_stage
 from regkern.kernels.cuda.launch import Place, launch
@@ -17,15 +17,15 @@ from regkern.kernels.formulas import Formula
 from regkern.kernels.operations import ADD_GRADIENT, PROX, SUMS, SUMS_AND_GRADIENT, Operation
 
 
-class DevicePlan:
+class DevicePlan(Plan):
     """Arrays of one library on one device, each contiguous, looked up once; `HostPlan` says what its methods do.
 
     Nothing waits for the device: values are 0-d arrays on it. The plan does not keep the arrays alive.
     """
 
     def __init__(self, members: Sequence[Member]) -> None:
-        self._names, adapters, arrays, self._penalties = zip(*members, strict=True)
-        self._adapter: DeviceAdapter = adapters[0]
+        self._names, self._adapters, arrays, self._penalties = zip(*members, strict=True)
+        self._adapter: DeviceAdapter = self._adapters[0]
         self._identities, self._views = identities(arrays), self._look(arrays)
         self._home = self._adapter.empty(arrays[0], (0,), "float64")  # says where memory is to be made
         self._groups: tuple[Sequence[Formula], list[_Group]] | None = None
@@ -38,14 +38,9 @@ class DevicePlan:
         """Whether these are the plan's arrays, where they were."""
         return identities(arrays) == self._identities and self._look(arrays) == self._views
 
-    def check(self, arrays: Sequence[Any]) -> None:
-        """Raise RuntimeError unless the arrays, the same ones, are where they were."""
-        for name, before, now in zip(self._names, self._views, self._look(arrays), strict=True):
-            if before != now:
-                raise RuntimeError(
-                    f"{name}: expected memory that stays as it was; got an array that was resized, reshaped or given "
-                    "other memory; bind the penalty again."
-                )
+    def first_moved(self, arrays: Sequence[Any]) -> int:
+        pairs = enumerate(zip(self._views, self._look(arrays), strict=True))
+        return next((i for i, (before, now) in pairs if before != now), -1)
 
     def scalar(self, value: Any) -> Any:
         """Return a sum over arrays, which is a 0-d array already."""
@@ -79,27 +74,23 @@ class DevicePlan:
             TypeError, ValueError: an out cannot take it; nothing was written.
         """
         views = self._checked(arrays, outs)
-        self._run(ADD_GRADIENT, [(formula, a * scale, b * scale) for formula, a, b in penalties], views)
+        self._run(ADD_GRADIENT, scaled(penalties, scale), views)
         self._wrote(outs)
 
     def prox(self, penalties: Sequence[Weighted], arrays: Sequence[Any], step: float) -> None:
         """Replace each array by its proximal operator's result."""
         self._checked(arrays, arrays)
-        self._run(PROX, [(formula, a * step, b * step) for formula, a, b in penalties], self._views)
+        self._run(PROX, scaled(penalties, step), self._views)
         self._wrote(arrays)
 
     def _look(self, arrays: Sequence[Any]) -> list[DeviceArray]:
         return [self._adapter.view(x) for x in arrays]
 
-    def _wrote(self, outs: Sequence[Any]) -> None:
-        for out in outs:
-            self._adapter.wrote(out)
-
     def _checked(self, arrays: Sequence[Any], outs: Sequence[Any]) -> list[DeviceArray]:
         """Return where the outs are, once they are known to fit: those of the last call are."""
         places = identities(outs), self._look(outs) if self._grads else []
         if self._grads != places:
-            check_outs(self._names, [self._adapter] * len(outs), arrays, outs)
+            check_outs(self._names, self._adapters, arrays, outs)
             for name, view, out in zip(self._names, self._views, self._look(outs), strict=True):
                 if walk(view.shape, view.strides, out.strides, view.dtype.itemsize).dims:
                     raise ValueError(

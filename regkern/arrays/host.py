@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from regkern.arrays.adapter import Adapter
-from regkern.arrays.layout import Strides, check_alike, check_memory, loops
+from regkern.arrays.adapter import KernelAdapter
+from regkern.arrays.layout import Strides, check_alike, check_memory, locate_matrices, loops
 from regkern.dtypes import DType
 from regkern.kernels.cpu import gram
 from regkern.kernels.cpu.elementwise import kernels
 from regkern.kernels.formulas import Formula
-from regkern.kernels.operations import ADD_GRADIENT, GRADIENT, PROX, SUMS, SUMS_AND_GRADIENT, Operation
+from regkern.kernels.operations import SUMS, SUMS_AND_GRADIENT, Operation
 
 
-class HostAdapter(Adapter):
+class HostAdapter(KernelAdapter):
     """Evaluates penalties by the CPU kernels. A library says how its arrays are recognised, read and made."""
 
     @abstractmethod
@@ -40,18 +40,6 @@ class HostAdapter(Adapter):
     def scalar(self, value: float, dtype: DType) -> Any:
         """Return a 0-d scalar of the library, in the dtype's result type."""
 
-    @abstractmethod
-    def empty_like(self, x: Any) -> Any:
-        """Return a new array with x's shape, dtype and order of axes."""
-
-    @abstractmethod
-    def flatten_leading(self, x: Any, *, copy: bool) -> Any:
-        """Return x as a matrix with its last axis as columns: a view; where strides allow none, a copy or an error."""
-
-    @abstractmethod
-    def check_out(self, x: Any, out: Any) -> None:
-        """Raise TypeError or ValueError unless `out` can take an element-wise result of x."""
-
     def watch(self, arrays: Sequence[Any], *, written: bool) -> Callable[[Sequence[Any]], int]:
         """Return a function that is given the same arrays again: the index of the first that lies elsewhere, or -1.
 
@@ -67,10 +55,6 @@ class HostAdapter(Adapter):
             return next((i for i, (old, new) in enumerate(zip(before, places(arrays), strict=True)) if old != new), -1)
 
         return first_moved
-
-    def wrote(self, out: Any) -> None:
-        """Tell the library that a kernel has written to an array, where it wants to know."""
-        return None
 
     def on_host(self, x: Any) -> tuple[HostAdapter, Any] | None:
         return self, x
@@ -92,10 +76,10 @@ class HostAdapter(Adapter):
         check_memory(x.shape, dtype.itemsize, (address, self.strides(x)), (self.memory(out)[0], self.strides(out)))
 
     def partial(self, formula: Formula, x: Any) -> Any:
-        return np.array(self._run(SUMS, formula, 0.0, 0.0, x, x))
+        return np.array(self.run(SUMS, formula, 0.0, 0.0, x, x))
 
     def sums(self, formula: Formula, x: Any) -> tuple[Any, Any]:
-        sum0, sum1 = self._run(SUMS, formula, 0.0, 0.0, x, x)
+        sum0, sum1 = self.run(SUMS, formula, 0.0, 0.0, x, x)
         dtype = self.memory(x)[2]
         return self.scalar(sum0, dtype), self.scalar(sum1, dtype)
 
@@ -106,19 +90,13 @@ class HostAdapter(Adapter):
             run = kernel.serial if size < kernel.parallel_from else kernel.parallel
             sum0, sum1 = run(address, address, size, 0.0, 0.0)
         else:
-            sum0, sum1 = self._run(SUMS, formula, 0.0, 0.0, x, x)
+            sum0, sum1 = self.run(SUMS, formula, 0.0, 0.0, x, x)
         return self.scalar(a * sum0 + b * sum1, dtype)
 
     def value_and_grad(self, formula: Formula, a: float, b: float, x: Any) -> tuple[Any, Any]:
         out = self.empty_like(x)
-        sum0, sum1 = self._run(SUMS_AND_GRADIENT, formula, a, b, x, out)
+        sum0, sum1 = self.run(SUMS_AND_GRADIENT, formula, a, b, x, out)
         return self.scalar(a * sum0 + b * sum1, self.memory(x)[2]), out
-
-    def grad(self, formula: Formula, a: float, b: float, x: Any, out: Any, accumulate: bool) -> Any:
-        return self._map(ADD_GRADIENT if accumulate else GRADIENT, formula, a, b, x, out)
-
-    def prox(self, formula: Formula, a: float, b: float, x: Any, out: Any) -> Any:
-        return self._map(PROX, formula, a, b, x, out)
 
     def orthogonal(self, factor: float, x: Any, *, columns: bool, flatten: bool) -> Any:
         flat = self._flat(x, flatten)  # may be a copy, which must live as long as its address is used
@@ -156,9 +134,6 @@ class HostAdapter(Adapter):
         self._gram_gradient(factor, self._flat(x, flatten), target, columns, accumulate=accumulate)
         return out
 
-    def _flat(self, x: Any, flatten: bool, *, copy: bool = True) -> Any:
-        return self.flatten_leading(x, copy=copy) if flatten and len(x.shape) > 2 else x
-
     def _gram_gradient(
         self, factor: float, x: Any, out: Any, columns: bool, *, accumulate: bool
     ) -> tuple[float, DType]:
@@ -173,25 +148,9 @@ class HostAdapter(Adapter):
     def _matrices(self, x: Any, columns: bool) -> tuple[DType, list[int], tuple[int, int], tuple[int, int]]:
         """Return x's dtype, the addresses of its matrices, and their lengths and strides: of rows, then of depth."""
         address, _, dtype, _ = self.memory(x)
-        *batch, n, d = x.shape
-        *batch_strides, row_stride, depth_stride = self.strides(x)
-        addresses = [
-            address + sum(i * stride for i, stride in zip(index, batch_strides, strict=True))
-            for index in np.ndindex(*batch)
-        ]
-        if columns:
-            return dtype, addresses, (d, n), (depth_stride, row_stride)
-        return dtype, addresses, (n, d), (row_stride, depth_stride)
+        return dtype, *locate_matrices(address, x.shape, self.strides(x), columns)
 
-    def _map(self, operation: Operation, formula: Formula, a: float, b: float, x: Any, out: Any) -> Any:
-        if out is None:
-            out = self.empty_like(x)
-        else:
-            self.check_out(x, out)
-        self._run(operation, formula, a, b, x, out)
-        return out
-
-    def _run(self, operation: Operation, formula: Formula, a: float, b: float, x: Any, out: Any) -> tuple[float, float]:
+    def run(self, operation: Operation, formula: Formula, a: float, b: float, x: Any, out: Any) -> tuple[float, float]:
         """Run one operation from x to out, which is x where nothing is written, and return the formula's two sums."""
         address, size, dtype, contiguous = self.memory(x)
         out_address = address if out is x else self.memory(out)[0]

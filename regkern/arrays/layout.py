@@ -54,6 +54,26 @@ def loops(shape: tuple[int, ...], x: Strides, out: Strides) -> tuple[int, int, i
     return x_start, out_start, repeats, layout
 
 
+def locate_matrices(
+    address: int, shape: tuple[int, ...], strides: Strides, columns: bool
+) -> tuple[list[int], tuple[int, int], tuple[int, int]]:
+    """Look at the last two axes of an array as the rows, or columns, that are compared, and at the others as a batch.
+
+    Returns:
+        The addresses of the matrices; how many vectors each has and of how many elements; the strides between vectors
+        and between their elements, in bytes.
+    """
+    *batch, n, d = shape
+    *batch_strides, row_stride, depth_stride = strides
+    addresses = [
+        address + sum(i * stride for i, stride in zip(index, batch_strides, strict=True))
+        for index in np.ndindex(*batch)
+    ]
+    if columns:
+        return addresses, (d, n), (depth_stride, row_stride)
+    return addresses, (n, d), (row_stride, depth_stride)
+
+
 def check_alike(x: Any, out: Any, maker: str) -> None:
     """Raise ValueError or TypeError unless out has x's shape and dtype, as arrays of one library have them."""
     if out.shape != x.shape:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -87,7 +88,36 @@ def check_outs(names: Sequence[str], adapters: Sequence[Any], arrays: Sequence[A
         raise ValueError("out: expected memory of its own for each array; got the same memory twice; pass copies.")
 
 
-class HostPlan:
+def scaled(penalties: Sequence[Weighted], scale: float) -> list[Weighted]:
+    """Return penalties times a scale."""
+    return [(formula, a * scale, b * scale) for formula, a, b in penalties]
+
+
+class Plan(ABC):
+    """What plans share, wherever their arrays are."""
+
+    _names: Sequence[str]
+    _adapters: Sequence[Any]
+
+    @abstractmethod
+    def first_moved(self, arrays: Sequence[Any]) -> int:
+        """Return the index of the first of the plan's arrays that lies elsewhere or otherwise now, or -1."""
+
+    def check(self, arrays: Sequence[Any]) -> None:
+        """Raise RuntimeError unless the arrays, the same ones, are where they were."""
+        moved = self.first_moved(arrays)
+        if moved >= 0:
+            raise RuntimeError(
+                f"{self._names[moved]}: expected memory that stays as it was; got an array that was resized, reshaped "
+                "or given other memory; bind the penalty again."
+            )
+
+    def _wrote(self, outs: Sequence[Any]) -> None:
+        for adapter, out in zip(self._adapters, outs, strict=True):
+            adapter.wrote(out)
+
+
+class HostPlan(Plan):
     """Arrays in the host's memory, looked up once: as long as they stay there, each evaluation is one launch.
 
     Array i has the penalty ``penalties[members[i].penalty]``, a formula and its factors, which may differ from one
@@ -108,7 +138,7 @@ class HostPlan:
 
     def over(self, arrays: Sequence[Any]) -> HostPlan:
         """Return the plan for these arrays: this one, if they lie where its own were."""
-        if self._arrays.first_moved(arrays) < 0:
+        if self.first_moved(arrays) < 0:
             return self
         return HostPlan(list(map(Member, self._names, self._adapters, arrays, self._penalties)))
 
@@ -116,14 +146,8 @@ class HostPlan:
         """Return each array's penalty."""
         return [penalties[i] for i in self._penalties]
 
-    def check(self, arrays: Sequence[Any]) -> None:
-        """Raise RuntimeError unless the arrays, the same ones, are where they were."""
-        moved = self._arrays.first_moved(arrays)
-        if moved >= 0:
-            raise RuntimeError(
-                f"{self._names[moved]}: expected memory that stays as it was; got an array that was resized, reshaped "
-                "or given other memory; bind the penalty again."
-            )
+    def first_moved(self, arrays: Sequence[Any]) -> int:
+        return self._arrays.first_moved(arrays)
 
     def scalar(self, value: float) -> Any:
         """Return a sum over arrays as a 0-d scalar of the first one's library: float64 if any of them is float64."""
@@ -159,8 +183,7 @@ class HostPlan:
         if grads is None or not grads.are(outs):
             check_outs(self._names, self._adapters, arrays, outs)
             grads = self._grads = Places(self._adapters, outs, written=True)
-        scaled = [(formula, a * scale, b * scale) for formula, a, b in penalties]
-        self._run(ADD_GRADIENT, scaled, grads.places)
+        self._run(ADD_GRADIENT, scaled(penalties, scale), grads.places)
         self._wrote(outs)
 
     def prox(self, penalties: Sequence[Weighted], arrays: Sequence[Any], step: float) -> None:
@@ -170,13 +193,8 @@ class HostPlan:
             ValueError: an array cannot be written to; nothing was written.
         """
         check_outs(self._names, self._adapters, arrays, arrays)
-        stepped = [(formula, a * step, b * step) for formula, a, b in penalties]
-        self._run(PROX, stepped)
+        self._run(PROX, scaled(penalties, step))
         self._wrote(arrays)
-
-    def _wrote(self, outs: Sequence[Any]) -> None:
-        for adapter, out in zip(self._adapters, outs, strict=True):
-            adapter.wrote(out)
 
     def _run(
         self, operation: Operation, penalties: Sequence[Weighted], outs: Sequence[Place] | None = None

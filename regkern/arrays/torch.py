@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from regkern.arrays.adapter import Adapter, require
+from regkern.arrays.adapter import Adapter, KernelAdapter, require
 from regkern.arrays.host import HostAdapter
 from regkern.arrays.layout import Strides
 from regkern.arrays.operations import OperationsAdapter
 from regkern.arrays.pages import ask_for_large_pages
-from regkern.arrays.plan import HostPlan, Weighted
+from regkern.arrays.plan import HostPlan, Weighted, scaled
 from regkern.dtypes import DTYPES, DType
 from regkern.kernels.formulas import FORMULAS, Formula
 
@@ -78,7 +78,7 @@ def _is_plain(x: Tensor, plain: frozenset[int] = _PLAIN) -> bool:
     )
 
 
-class Tensors(Adapter):
+class Tensors(KernelAdapter):
     """What kernels for tensors share, in the host's memory and on devices."""
 
     def owns(self, array_type: type) -> bool:
@@ -96,10 +96,10 @@ class Tensors(Adapter):
             ) from None
 
     def grad(self, formula: Formula, a: float, b: float, x: Tensor, out: Any, accumulate: bool) -> Tensor:
-        return self._written(super().grad(formula, a, b, x, out, accumulate), out)  # type: ignore[safe-super]
+        return self._written(super().grad(formula, a, b, x, out, accumulate), out)
 
     def prox(self, formula: Formula, a: float, b: float, x: Tensor, out: Any) -> Tensor:
-        return self._written(super().prox(formula, a, b, x, out), out)  # type: ignore[safe-super]
+        return self._written(super().prox(formula, a, b, x, out), out)
 
     def orthogonal_grad(
         self, factor: float, x: Tensor, out: Any, *, columns: bool, flatten: bool, accumulate: bool
@@ -253,9 +253,8 @@ class Penalties(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         if _can_use(KERNELS, upstream, *tensors):
-            scale = upstream.item()
-            scaled = [(formula, a * scale, b * scale) for formula, a, b in ctx.penalties]
-            _, gradients = ctx.plan.over(tensors).value_and_grad(scaled, tensors)
+            penalties = scaled(ctx.penalties, upstream.item())
+            _, gradients = ctx.plan.over(tensors).value_and_grad(penalties, tensors)
         else:
             gradients = [
                 _by_operations(
