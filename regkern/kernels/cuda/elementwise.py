@@ -393,35 +393,22 @@ def _make_add_lanes(add_element):
 
 
 def _make_update_lanes(update, lanes: int):
-    """Make ``update(lanes, old, a, b) -> lanes``. Numba takes no comprehension for a tuple, hence one for each size."""
+    """Make ``update(lanes, old, a, b) -> lanes``: Numba builds a tuple of so many by joining those of its halves."""
+    if lanes == 1:
+
+        @device
+        def one(x, old, a, b):
+            return (update(x[0], old[0], a, b),)
+
+        return one
+    half = lanes // 2
+    update_half = _make_update_lanes(update, half)
 
     @device
-    def update2(x, old, a, b):
-        return update(x[0], old[0], a, b), update(x[1], old[1], a, b)
+    def both(x, old, a, b):
+        return update_half(x[:half], old[:half], a, b) + update_half(x[half:], old[half:], a, b)
 
-    @device
-    def update4(x, old, a, b):
-        return (
-            update(x[0], old[0], a, b),
-            update(x[1], old[1], a, b),
-            update(x[2], old[2], a, b),
-            update(x[3], old[3], a, b),
-        )
-
-    @device
-    def update8(x, old, a, b):
-        return (
-            update(x[0], old[0], a, b),
-            update(x[1], old[1], a, b),
-            update(x[2], old[2], a, b),
-            update(x[3], old[3], a, b),
-            update(x[4], old[4], a, b),
-            update(x[5], old[5], a, b),
-            update(x[6], old[6], a, b),
-            update(x[7], old[7], a, b),
-        )
-
-    return {2: update2, 4: update4, 8: update8}[lanes]
+    return both
 
 
 def _make_start(accumulator: Accumulator):
