@@ -17,7 +17,6 @@ from regkern.arrays.layout import Strides, check_alike, check_memory, loops
 from regkern.dtypes import DType
 from regkern.kernels.cuda.elementwise import (
     NULL,
-    RESULTS,
     Body,
     count_blocks,
     flat_kernel,
@@ -107,18 +106,18 @@ class DeviceAdapter(KernelAdapter):
         check_memory(shape, dtype.itemsize, (address, strides), (target.address, target.strides))
 
     def penalty(self, formula: Formula, a: float, b: float, x: Any) -> Any:
-        return self.run(SUMS, formula, a, b, x, x)[0]
+        return self.run(SUMS, formula, a, b, x, x)
 
     def sums(self, formula: Formula, x: Any) -> tuple[Any, Any]:
-        result = self.run(SUMS, formula, 0.0, 0.0, x, x)
-        return result[1], result[2]
+        sums = self.run(SUMS, formula, 0.0, 0.0, x, x, both_sums=True)
+        return sums[0], sums[1]
 
     def partial(self, formula: Formula, x: Any) -> Any:
-        return self.run(SUMS, formula, 0.0, 0.0, x, x, result_type="float64")[1:]
+        return self.run(SUMS, formula, 0.0, 0.0, x, x, both_sums=True, result_type="float64")
 
     def value_and_grad(self, formula: Formula, a: float, b: float, x: Any) -> tuple[Any, Any]:
         out = self.empty_like(x)
-        return self.run(SUMS_AND_GRADIENT, formula, a, b, x, out)[0], out
+        return self.run(SUMS_AND_GRADIENT, formula, a, b, x, out), out
 
     def write_scaled(
         self, formula: Formula, a: float, b: float, x: Any, out: Any, scale: Any, *, accumulate: bool
@@ -178,12 +177,14 @@ class DeviceAdapter(KernelAdapter):
         x: Any,
         out: Any,
         scale: int = NULL,
+        *,
+        both_sums: bool = False,
         result_type: str | None = None,
     ) -> Any:
         """Launch one operation from x to out, which is x where nothing is written.
 
         Returns:
-            The penalty and the formula's two sums, an array on the device, where the operation sums.
+            Where the operation sums, the penalty, a 0-d array on the device, or the formula's two sums.
         """
         source = self.view(x)
         target = source if out is x else self.view(out)
@@ -192,14 +193,15 @@ class DeviceAdapter(KernelAdapter):
             operation, formula, source.dtype, source.shape, source.strides, target.strides, result_type
         )
         partial = self.empty(x, (2 * blocks,), "float64") if operation.sums and blocks > 1 else None
-        result = self.empty(x, (RESULTS,), result_type) if operation.sums else None
+        result = self.empty(x, (2,) if both_sums else (), result_type) if operation.sums else None
         partial_address = NULL if partial is None else self.address(partial)
         result_address = NULL if result is None else self.address(result)
+        results = (NULL, result_address) if both_sums else (result_address, NULL)
         addresses = source.address + start, target.address + out_start
         place = self.place(x)
-        launch(place, body, blocks, (*addresses, *sizes, a, b, scale, partial_address, result_address))
+        launch(place, body, blocks, (*addresses, *sizes, a, b, scale, partial_address, *results))
         if partial is not None:
-            launch(place, last_stage(result_type), 1, (partial_address, blocks, a, b, result_address))
+            launch(place, last_stage(result_type), 1, (partial_address, blocks, a, b, *results))
         return result
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from regkern.arrays.layout import Strides, locate_matrices
 from regkern.dtypes import DType
-from regkern.kernels.cuda.elementwise import MAX_BLOCKS, NULL, RESULTS, last_stage
+from regkern.kernels.cuda.elementwise import MAX_BLOCKS, NULL, last_stage
 from regkern.kernels.cuda.gram import (
     count_tiles,
     fold_cosines,
@@ -140,11 +140,11 @@ class _Sums:
     def result(self, matrices: Matrices, factor: float) -> Any:
         """Add all sums, and return the penalty."""
         adapter, x, result_type = self._adapter, self._x, matrices.dtype.result
-        result = adapter.empty(x, (RESULTS,), result_type)
+        result = adapter.empty(x, (), result_type)
         mean_factor = factor / max(1, matrices.pairs)
-        arguments = (adapter.address(self._partial), self._blocks, mean_factor, 0.0, adapter.address(result))
+        arguments = (adapter.address(self._partial), self._blocks, mean_factor, 0.0, adapter.address(result), NULL)
         launch(adapter.place(x), last_stage(result_type), 1, arguments)
-        return result[0]
+        return result
 
 
 def _add_tiles(adapter: DeviceAdapter, x: Any, matrices: Matrices, count: int) -> _Sums:

@@ -10,7 +10,7 @@ import numpy as np
 from regkern.arrays.device import DeviceAdapter, DeviceArray, walk
 from regkern.arrays.plan import Member, Plan, Weighted, check_outs, identities, scaled
 from regkern.dtypes import FLOAT32, FLOAT64, DType
-from regkern.kernels.cuda.elementwise import NULL, RESULTS, last_stage
+from regkern.kernels.cuda.elementwise import NULL, last_stage
 from regkern.kernels.cuda.launch import Place, launch
 from regkern.kernels.cuda.many import CHUNK, chunks_kernel, count_chunks, penalty_of_all, penalty_of_each
 from regkern.kernels.formulas import Formula
@@ -146,14 +146,14 @@ class DevicePlan(Plan):
     def _total(self, sums: Sequence[tuple[_Group, Any]], penalties: Sequence[Weighted]) -> Any:
         place, factors = self._place(), self._upload_factors(penalties)
         totals = self._adapter.empty(self._home, (2 * len(sums),), "float64")
-        result = self._adapter.empty(self._home, (RESULTS,), self.dtype.result)
+        result = self._adapter.empty(self._home, (), self.dtype.result)
         for i, (group, partial) in enumerate(sums):
             chunks, *rest = self._addresses(group.chunks, group.arrays, factors, partial)
             total = self._adapter.address(totals) + 16 * i
             launch(place, penalty_of_all(), 1, (chunks, group.chunk_count, *rest, total))
-        arguments = (self._adapter.address(totals), len(sums), 1.0, 0.0, self._adapter.address(result))
+        arguments = (self._adapter.address(totals), len(sums), 1.0, 0.0, self._adapter.address(result), NULL)
         launch(place, last_stage(self.dtype.result), 1, arguments)
-        return result[0]
+        return result
 
 
 class _Group:
