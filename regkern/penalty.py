@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from regkern import reductions
 from regkern.regularizers import ElementwiseRegularizer, OrthogonalRegularizer
@@ -17,9 +15,7 @@ from regkern.text import html_table, number
 
 if TYPE_CHECKING:
     from regkern.arrays.adapter import Adapter
-    from regkern.arrays.device import DeviceAdapter
-    from regkern.arrays.device_plan import DevicePlan
-    from regkern.arrays.plan import HostPlan, Weighted
+    from regkern.arrays.plan import Plan, Weighted
 
 # Tensors whose gradients are recorded from which one launch pays: a plan for each call takes 0.25 ms, a call for each
 # tensor 15 us (measured in PyTorch on two cores of Zen 4).
@@ -30,8 +26,9 @@ class Penalty:
     """``P(model) = sum over tensors of P_name(tensor)``, with a regularizer for each name.
 
     Element-wise penalties of all arrays that lie in the host's memory are computed by one parallel launch, whatever
-    their number, dtypes and layouts, and their gradients by one more where PyTorch's autograd asks for them. Others are
-    called one by one.
+    their number, dtypes and layouts, and their gradients by one more where PyTorch's autograd asks for them; of
+    contiguous arrays on a CUDA device likewise, by a few launches. Others are called one by one. What several devices
+    have is added on the first one's.
 
     Args:
         rules: globs over names and their regularizers, in the order in which they are tried: the first glob that
@@ -269,8 +266,16 @@ class BoundPenalty:
         self._tensors.prox(self._arrays, reductions.step_size(step))
 
 
+class _Planned(NamedTuple):
+    """Tensors that are evaluated together: where they are among all, their plan, and what records its value."""
+
+    indices: list[int]
+    plan: Plan
+    recorder: Adapter | None
+
+
 class _Tensors:
-    """Which tensors are penalised, and how: plans for those in the host's memory, and others that are called.
+    """Which tensors are penalised, and how: plans for those whose memory kernels can read, and others that are called.
 
     Arrays are passed to each evaluation, all that were named; here are only their places among them.
     """
@@ -278,59 +283,54 @@ class _Tensors:
     def __init__(self, penalty: Penalty, named: Mapping[str, Any], *, recorded: bool) -> None:
         self._names, arrays = list(named), list(named.values())
         self._regularizers = penalty._find(self._names)
-        self._others: list[int] = []
         self._distinct: list[Any] = []
+        self._plans: list[_Planned] = []
+        self._others: list[int] = []
         self.reusable = True
-        groups: dict[Adapter | None, list[tuple[int, Any]]] = {}
-        devices: dict[tuple[DeviceAdapter, int], list[tuple[int, Any]]] = {}
+        groups: dict[Any, list[tuple[int, reductions.Reading]]] = {}
+        for i in self._counted(arrays, penalty.count_tied):
+            elementwise = isinstance(self._regularizers[i], ElementwiseRegularizer)
+            reading = reductions.reading(arrays[i], recorded=recorded) if elementwise else None
+            if reading is None:
+                self._others.append(i)
+            else:
+                groups.setdefault((reading.recorder, reading.home), []).append((i, reading))
+            self.reusable = self.reusable and reading is not None and reading.itself
+        for (recorder, _), group in groups.items():
+            indices = [i for i, _ in group]
+            if recorder is None or len(group) >= _RECORDED_TOGETHER:
+                self._plans.append(_Planned(indices, self._plan(group), recorder))
+            else:
+                self._others += indices
+        self._others.sort()
+
+    def _counted(self, arrays: Sequence[Any], count_tied: bool) -> Iterator[int]:
+        """Yield which arrays are penalised: those with the same memory once, unless tied ones are counted."""
         seen = set()
         for i, (name, x, regularizer) in enumerate(zip(self._names, arrays, self._regularizers, strict=True)):
             if regularizer is None:
                 continue
             with _naming(name):
                 place = reductions.place(x)
-            if not penalty.count_tied and place in seen:
-                continue
-            seen.add(place)
-            elementwise = isinstance(regularizer, ElementwiseRegularizer)
-            host = reductions.on_host(x, recorded=recorded) if elementwise else None
-            device = reductions.on_device(x, recorded=recorded) if elementwise and host is None else None
-            if host is None and device is None:
-                self._others.append(i)
-                continue
+            if count_tied or place not in seen:
+                seen.add(place)
+                yield i
+
+    def _plan(self, group: Sequence[tuple[int, reductions.Reading]]) -> Plan:
+        members = []
+        for i, reading in group:
+            regularizer = self._regularizers[i]
             if regularizer not in self._distinct:
                 self._distinct.append(regularizer)
-            if device is not None:
-                member = (name, device[0], x, self._distinct.index(regularizer))
-                devices.setdefault(device, []).append((i, member))
-                continue
-            assert host is not None
-            recorder, adapter, array = host
-            self.reusable = self.reusable and array is x and reductions.reads_itself(x)
-            groups.setdefault(recorder, []).append((i, (name, adapter, array, self._distinct.index(regularizer))))
-        for recorder in [each for each in groups if each is not None and len(groups[each]) < _RECORDED_TOGETHER]:
-            self._others += [i for i, _ in groups.pop(recorder)]
-        self._others.sort()
-        self.reusable = self.reusable and not self._others and not devices
-        plans = {recorder: reductions.plan([member for _, member in group]) for recorder, group in groups.items()}
-        host_plan = plans.pop(None, None)
-        self._plans: list[tuple[HostPlan | DevicePlan, list[int]]] = []
-        if host_plan is not None:
-            self._plans.append((host_plan, [i for i, _ in groups[None]]))
-        for group in devices.values():
-            self._plans.append((reductions.device_plan([member for _, member in group]), [i for i, _ in group]))
-        self._recorded = [
-            (recorder, plan, [i for i, _ in groups[recorder]])
-            for recorder, plan in plans.items()
-            if recorder is not None
-        ]
+            members.append((self._names[i], reading.adapter, reading.array, self._distinct.index(regularizer)))
+        return reductions.plan(members)
 
     def fits(self, named: Mapping[str, Any]) -> bool:
         """Whether these are the same tensors under the same names, where they were."""
         if self._names != list(named):
             return False
         arrays = list(named.values())
-        return all(plan.fits(_taken(arrays, indices)) for plan, indices in self._plans)
+        return all(plan.fits(_taken(arrays, indices)) for indices, plan, _ in self._plans)
 
     def regularizer(self, name: str) -> Any:
         """Return a tensor's regularizer."""
@@ -338,48 +338,57 @@ class _Tensors:
 
     def check(self, arrays: Sequence[Any]) -> None:
         """Raise RuntimeError unless the arrays are where they were."""
-        for plan, indices in self._plans:
+        for indices, plan, _ in self._plans:
             plan.check(_taken(arrays, indices))
 
     def value(self, arrays: Sequence[Any]) -> Any:
-        values = [plan.scalar(plan.value(self._penalties())) for plan, _ in self._plans]
-        for recorder, plan, indices in self._recorded:
-            values.append(recorder.record(plan, self._penalties(), [arrays[i] for i in indices]))
-        values += [self._call(i, "__call__", arrays[i]) for i in self._others]
+        values = []
+        for indices, plan, recorder in self._plans:
+            taken = _taken(arrays, indices)
+            value = recorder.record(plan, self._penalties(), taken) if recorder else plan.value(self._penalties())
+            values.append((taken[0], value))
+        values += [(arrays[i], self._call(i, "__call__", arrays[i])) for i in self._others]
         return _total(values)
 
     def values(self, arrays: Sequence[Any]) -> dict[str, Any]:
-        called = self._others + [i for _, _, indices in self._recorded for i in indices]
-        found = {i: self._call(i, "__call__", arrays[i]) for i in called}
-        for plan, indices in self._plans:
-            found |= zip(indices, plan.values(self._penalties()), strict=True)
+        found: dict[int, Any] = {}
+        for indices, plan, recorder in self._plans:
+            if recorder is None:
+                found |= zip(indices, plan.values(self._penalties()), strict=True)
+            else:
+                found |= {i: self._call(i, "__call__", arrays[i]) for i in indices}
+        found |= {i: self._call(i, "__call__", arrays[i]) for i in self._others}
         return {self._names[i]: found[i] for i in sorted(found)}
 
     def value_and_grad(self, arrays: Sequence[Any]) -> tuple[Any, dict[str, Any]]:
         self._need("value_and_grad")
         values: list[Any] = []
         grads: dict[int, Any] = {}
-        for plan, indices in self._plans:
-            value, outs = plan.value_and_grad(self._penalties(), _taken(arrays, indices))
-            values.append(plan.scalar(value))
+        for indices, plan, _ in self._plans:
+            taken = _taken(arrays, indices)
+            value, outs = plan.value_and_grad(self._penalties(), taken)
+            values.append((taken[0], value))
             grads |= zip(indices, outs, strict=True)
         for i in self._others:
             value, grads[i] = self._call(i, "value_and_grad", arrays[i])
-            values.append(value)
+            values.append((arrays[i], value))
         return _total(values), {self._names[i]: grads[i] for i in sorted(grads)}
 
     def add_grad(self, arrays: Sequence[Any], grads: Mapping[str, Any], scale: float) -> None:
         self._need("grad")
-        evaluated = [i for _, indices in self._plans for i in indices] + self._others
+        evaluated = [i for planned in self._plans for i in planned.indices] + self._others
         missing = [self._names[i] for i in evaluated if self._names[i] not in grads]
         if missing:
             raise ValueError(f"grads: expected an array for each penalised tensor; got none for {', '.join(missing)}.")
         for i in self._others:
             with _naming(self._names[i]):
                 reductions.check_out(arrays[i], grads[self._names[i]])
-        for plan, indices in self._plans:
-            outs = [grads[self._names[i]] for i in indices]
-            plan.add_grad(self._penalties(), _taken(arrays, indices), outs, scale)
+        targets = [
+            plan.targets(_taken(arrays, indices), [grads[self._names[i]] for i in indices])
+            for indices, plan, _ in self._plans
+        ]
+        for planned, target in zip(self._plans, targets, strict=True):
+            planned.plan.add_grad(self._penalties(), target, scale)
         for i in self._others:
             self._call(i, "grad", arrays[i], out=grads[self._names[i]], scale=scale, accumulate=True)
 
@@ -392,8 +401,10 @@ class _Tensors:
                 )
             with _naming(self._names[i]):
                 reductions.check_out(arrays[i], arrays[i])
-        for plan, indices in self._plans:
-            plan.prox(self._penalties(), _taken(arrays, indices), step)
+        own = [_taken(arrays, planned.indices) for planned in self._plans]
+        targets = [planned.plan.targets(each, each) for planned, each in zip(self._plans, own, strict=True)]
+        for planned, target in zip(self._plans, targets, strict=True):
+            planned.plan.prox(self._penalties(), target, step)
         for i in self._others:
             self._call(i, "prox", arrays[i], step, out=arrays[i])
 
@@ -419,16 +430,21 @@ def _taken(arrays: Sequence[Any], indices: Sequence[int]) -> Sequence[Any]:
     return [arrays[i] for i in indices]
 
 
-def _total(values: Sequence[Any]) -> Any:
-    """Add scalars of libraries that can be added; 0.0 for none."""
+def _total(values: Sequence[tuple[Any, Any]]) -> Any:
+    """Add scalars, each beside an array that it belongs to, on the first one's device; 0.0 for none."""
+    if not values:
+        return 0.0
+    total = values[0][1]
     try:
-        return functools.reduce(operator.add, values) if values else 0.0
+        for x, value in values[1:]:
+            total = total + reductions.beside(x, value, total)
     except (TypeError, RuntimeError) as error:
-        kinds = ", ".join(dict.fromkeys(type(value).__module__.partition(".")[0] for value in values))
+        kinds = ", ".join(dict.fromkeys(type(value).__module__.partition(".")[0] for _, value in values))
         raise TypeError(
             f"named: expected arrays whose penalties can be added; got those of {kinds}, which cannot ({error}); "
             "call per_tensor, or give each library a Penalty of its own."
         ) from error
+    return total
 
 
 @contextmanager

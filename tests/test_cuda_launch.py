@@ -19,7 +19,8 @@ from regkern.kernels.operations import GRADIENT, SUMS
 if importlib.util.find_spec("numba_cuda") is None:
     pytest.skip("numba-cuda is not installed: pip install 'regkern[cuda13]'", allow_module_level=True)
 
-from regkern.arrays.device import DeviceAdapter, DeviceArray
+from regkern.arrays.device import DeviceAdapter
+from regkern.arrays.layout import View
 from regkern.arrays.numpy import dtype_of
 from regkern.kernels.cuda import launch
 from regkern.kernels.cuda.compile import parameters
@@ -60,7 +61,7 @@ class Arrays(DeviceAdapter):
         return array_type is np.ndarray
 
     def view(self, x):
-        return DeviceArray(x.__array_interface__["data"][0], dtype_of(x.dtype), x.shape, x.strides)
+        return View(x.__array_interface__["data"][0], dtype_of(x.dtype), x.shape, x.strides)
 
     def place(self, x):
         return Place(self.recorder, self.device, 7)

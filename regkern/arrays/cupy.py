@@ -7,7 +7,8 @@ from typing import Any
 import cupy
 
 from regkern.arrays.adapter import require
-from regkern.arrays.device import DeviceAdapter, DeviceArray
+from regkern.arrays.device import DeviceAdapter
+from regkern.arrays.layout import View
 from regkern.arrays.numpy import dtype_of
 from regkern.kernels.cuda.driver import driver
 from regkern.kernels.cuda.launch import Place
@@ -23,8 +24,8 @@ class CupyAdapter(DeviceAdapter):
     def owns(self, array_type: type) -> bool:
         return issubclass(array_type, cupy.ndarray)
 
-    def view(self, x: Any) -> DeviceArray:
-        return DeviceArray(x.data.ptr, dtype_of(x.dtype), x.shape, x.strides)
+    def view(self, x: Any) -> View:
+        return View(x.data.ptr, dtype_of(x.dtype), x.shape, x.strides)
 
     def place(self, x: Any) -> Place:
         device = x.data.device_id
@@ -35,6 +36,9 @@ class CupyAdapter(DeviceAdapter):
 
     def address(self, array: Any) -> int:
         return int(array.data.ptr)
+
+    def beside(self, value: Any, other: Any) -> Any:
+        return _on(other.data.device_id, cupy.asarray, value) if isinstance(other, cupy.ndarray) else value
 
     def upload(self, x: Any, table: Any) -> Any:
         return _on(x.data.device_id, cupy.asarray, table)

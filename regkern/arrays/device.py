@@ -6,6 +6,7 @@ Importing this brings Numba's CUDA target, which only arrays on a device need.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Hashable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -13,7 +14,9 @@ import numpy as np
 
 from regkern.arrays.adapter import KernelAdapter
 from regkern.arrays.device_gram import Matrices, matrices_of, mean_cosine, mean_cosine_gradient
-from regkern.arrays.layout import Strides, check_alike, check_memory, loops
+from regkern.arrays.device_plan import DevicePlan
+from regkern.arrays.layout import Strides, check_alike, check_memory, walk
+from regkern.arrays.plan import Member, Plan
 from regkern.dtypes import DType
 from regkern.kernels.cuda.elementwise import (
     NULL,
@@ -29,15 +32,6 @@ from regkern.kernels.formulas import ZERO, Formula
 from regkern.kernels.operations import ADD_GRADIENT, GRADIENT, SUMS, SUMS_AND_GRADIENT, Operation
 
 
-class DeviceArray(NamedTuple):
-    """An array in a device's memory: where its first element is, its dtype, its shape and its strides in bytes."""
-
-    address: int
-    dtype: DType
-    shape: tuple[int, ...]
-    strides: Strides
-
-
 class DeviceAdapter(KernelAdapter):
     """Evaluates penalties by the CUDA kernels, on the stream that the library works on.
 
@@ -49,14 +43,6 @@ class DeviceAdapter(KernelAdapter):
     """
 
     out_of_memory: type[Exception]
-
-    @abstractmethod
-    def view(self, x: Any) -> DeviceArray:
-        """Return where x lies.
-
-        Raises:
-            TypeError: the dtype is not supported.
-        """
 
     @abstractmethod
     def place(self, x: Any) -> Place:
@@ -74,15 +60,17 @@ class DeviceAdapter(KernelAdapter):
     def upload(self, x: Any, table: np.ndarray[Any, Any]) -> Any:
         """Return a copy on x's device of an array of NumPy's with one dimension."""
 
-    def start(self, x: Any) -> int:
-        """Return x's address."""
-        return self.view(x).address
-
-    def on_device(self, x: Any) -> tuple[DeviceAdapter, int] | None:
+    def reader(self, x: Any) -> tuple[DeviceAdapter, Any] | None:
         view = self.view(x)
         steps = walk(view.shape, view.strides, view.strides, view.dtype.itemsize)
-        first = steps.start == 0 and steps.dims == 0  # in memory, as in the array
-        return (self, self.place(x).device) if first else None
+        contiguous = steps.start == 0 and steps.dims == 0  # in memory, as in the array
+        return (self, x) if contiguous else None
+
+    def home(self, x: Any) -> Hashable:
+        return self, self.place(x).device, self.view(x).dtype.result
+
+    def plan(self, members: Sequence[Member]) -> Plan:
+        return DevicePlan(members)
 
     @abstractmethod
     def product(self, left: Any, right: Any, out: Any) -> None:
@@ -232,33 +220,3 @@ def _prepared(
         body = flat_kernel(operation, formula, dtype, result_type=result_type)
     blocks = count_blocks(steps.sizes[0], 1 if steps.dims else lanes_of(dtype))
     return _Prepared(steps.start, steps.out_start, body, steps.sizes, blocks)
-
-
-class Walk(NamedTuple):
-    """How a kernel walks an array: bytes to the first elements of x and of out; its sizes; 0 dimensions where flat."""
-
-    start: int
-    out_start: int
-    dims: int
-    sizes: tuple[int, ...]
-
-
-@lru_cache(maxsize=1024)
-def walk(shape: tuple[int, ...], x: Strides, out: Strides, itemsize: int) -> Walk:
-    """Look at the memory of x and out, of one shape, each by its strides in bytes.
-
-    Raises:
-        ValueError: a stride is no multiple of the item size.
-    """
-    if 0 in shape:
-        return Walk(0, 0, 0, (0,))
-    start, out_start, repeats, layout = loops(shape, x, out)
-    if (layout[1:] % itemsize).any():
-        raise ValueError(f"x: expected strides that are multiples of {itemsize} bytes; got {x}; pass a copy.")
-    layout = np.vstack([layout[:1], layout[1:] // itemsize])
-    if repeats > 1:  # one more dimension, in which no step is taken
-        layout = np.hstack([[[repeats], [0], [0]], layout])
-    n = int(layout[0].prod())
-    if n == 1 or (layout.shape[1] == 1 and (layout[1:] == 1).all()):
-        return Walk(start, out_start, 0, (n,))
-    return Walk(start, out_start, layout.shape[1], (n, *layout.ravel().tolist()))
