@@ -7,7 +7,7 @@ import operator
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from regkern import reductions
 from regkern.regularizers import ElementwiseRegularizer, OrthogonalRegularizer
@@ -269,6 +269,27 @@ class BoundPenalty:
         self._tensors.prox(self._arrays, reductions.step_size(step))
 
 
+class _Shared(NamedTuple):
+    """What tensors share that one launch evaluates: what records their gradients, and the device they are on."""
+
+    recorder: Adapter | None
+    device: tuple[DeviceAdapter, int] | None
+
+
+# What a plan knows of a tensor: name, adapter, the array that the adapter reads, which of the penalties it has.
+_Member = tuple[str, Any, Any, int]
+
+
+def _planned(x: Any, recorded: bool) -> tuple[_Shared, Any, Any] | None:
+    """Return which launch can evaluate an array, and the adapter that reads it there, as what; None where none can."""
+    if (host := reductions.on_host(x, recorded=recorded)) is not None:
+        recorder, adapter, array = host
+        return _Shared(recorder, None), adapter, array
+    if (device := reductions.on_device(x, recorded=recorded)) is not None:
+        return _Shared(None, device), device[0], x
+    return None
+
+
 class _Tensors:
     """Which tensors are penalised, and how: plans for those in the host's memory, and others that are called.
 
@@ -278,52 +299,55 @@ class _Tensors:
     def __init__(self, penalty: Penalty, named: Mapping[str, Any], *, recorded: bool) -> None:
         self._names, arrays = list(named), list(named.values())
         self._regularizers = penalty._find(self._names)
-        self._others: list[int] = []
         self._distinct: list[Any] = []
-        self.reusable = True
-        groups: dict[Adapter | None, list[tuple[int, Any]]] = {}
-        devices: dict[tuple[DeviceAdapter, int], list[tuple[int, Any]]] = {}
-        seen = set()
+        penalised = self._penalised(arrays, penalty.count_tied)
+        groups = self._groups(arrays, penalised, recorded)
+        self._plans: list[tuple[HostPlan | DevicePlan, list[int]]] = []
+        self._recorded: list[tuple[Adapter, HostPlan, list[int]]] = []
+        for (recorder, device), group in groups.items():
+            indices, members = list(group), list(group.values())
+            if device is not None:
+                self._plans.append((reductions.device_plan(members), indices))
+            elif recorder is None:
+                self._plans.append((reductions.plan(members), indices))
+            else:
+                self._recorded.append((recorder, reductions.plan(members), indices))
+        planned = set().union(*groups.values())
+        self._others = [i for i in penalised if i not in planned]
+        self.reusable = not self._others and all(reductions.reads_itself(arrays[i]) for i in penalised)
+
+    def _penalised(self, arrays: Sequence[Any], count_tied: bool) -> list[int]:
+        """Return the indices of tensors that have a regularizer: of those in one place, the first alone or all."""
+        found, places = [], set()
         for i, (name, x, regularizer) in enumerate(zip(self._names, arrays, self._regularizers, strict=True)):
             if regularizer is None:
                 continue
             with _naming(name):
                 place = reductions.place(x)
-            if not penalty.count_tied and place in seen:
-                continue
-            seen.add(place)
-            elementwise = isinstance(regularizer, ElementwiseRegularizer)
-            host = reductions.on_host(x, recorded=recorded) if elementwise else None
-            device = reductions.on_device(x, recorded=recorded) if elementwise and host is None else None
-            if host is None and device is None:
-                self._others.append(i)
-                continue
-            if regularizer not in self._distinct:
-                self._distinct.append(regularizer)
-            if device is not None:
-                member = (name, device[0], x, self._distinct.index(regularizer))
-                devices.setdefault(device, []).append((i, member))
-                continue
-            assert host is not None
-            recorder, adapter, array = host
-            self.reusable = self.reusable and array is x and reductions.reads_itself(x)
-            groups.setdefault(recorder, []).append((i, (name, adapter, array, self._distinct.index(regularizer))))
-        for recorder in [each for each in groups if each is not None and len(groups[each]) < _RECORDED_TOGETHER]:
-            self._others += [i for i, _ in groups.pop(recorder)]
-        self._others.sort()
-        self.reusable = self.reusable and not self._others and not devices
-        plans = {recorder: reductions.plan([member for _, member in group]) for recorder, group in groups.items()}
-        host_plan = plans.pop(None, None)
-        self._plans: list[tuple[HostPlan | DevicePlan, list[int]]] = []
-        if host_plan is not None:
-            self._plans.append((host_plan, [i for i, _ in groups[None]]))
-        for group in devices.values():
-            self._plans.append((reductions.device_plan([member for _, member in group]), [i for i, _ in group]))
-        self._recorded = [
-            (recorder, plan, [i for i, _ in groups[recorder]])
-            for recorder, plan in plans.items()
-            if recorder is not None
-        ]
+            if count_tied or place not in places:
+                places.add(place)
+                found.append(i)
+        return found
+
+    def _groups(
+        self, arrays: Sequence[Any], penalised: Sequence[int], recorded: bool
+    ) -> dict[_Shared, dict[int, _Member]]:
+        """Return the tensors that one launch each will evaluate, by their indices, as members of its plan."""
+        groups: dict[_Shared, dict[int, _Member]] = {}
+        for i in penalised:
+            regularizer = self._regularizers[i]
+            found = _planned(arrays[i], recorded) if isinstance(regularizer, ElementwiseRegularizer) else None
+            if found is not None:
+                shared, adapter, array = found
+                if regularizer not in self._distinct:
+                    self._distinct.append(regularizer)
+                member = (self._names[i], adapter, array, self._distinct.index(regularizer))
+                groups.setdefault(shared, {})[i] = member
+        return {
+            shared: group
+            for shared, group in groups.items()
+            if shared.recorder is None or len(group) >= _RECORDED_TOGETHER
+        }
 
     def fits(self, named: Mapping[str, Any]) -> bool:
         """Whether these are the same tensors under the same names, where they were."""

@@ -274,9 +274,9 @@ def on_device(x: Any, *, recorded: bool) -> tuple[DeviceAdapter, int] | None:
 
 
 def reads_itself(x: Any) -> bool:
-    """Whether an array's own adapter is the one that reads it, at all times: no library records its gradient."""
+    """Whether an array's own adapter reads it as it is, at all times: no library records its gradient."""
     host = ADAPTERS[type(x)].on_host(x)
-    return host is not None and host[0] is ADAPTERS[type(x)]
+    return host is not None and host[0] is ADAPTERS[type(x)] and host[1] is x
 
 
 def place(x: Any) -> Any:
