@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import importlib
 import json
+import pkgutil
 import random
 import subprocess
 import sys
@@ -17,7 +18,10 @@ import warnings
 from pathlib import Path
 from types import FunctionType
 
-INSTRUMENTED = ["regkern.weights", "zipfile", "numpy.lib._format_impl", "torch._weights_only_unpickler"]
+import regkern.weights
+
+READERS = [f"regkern.weights.{module.name}" for module in pkgutil.iter_modules(regkern.weights.__path__)]
+INSTRUMENTED = [*READERS, "zipfile", "numpy.lib._format_impl", "torch._weights_only_unpickler"]
 
 
 def main() -> int:

@@ -21,7 +21,6 @@ import torch
 from click.testing import CliRunner
 from safetensors.numpy import save_file
 
-from regkern import weights
 from regkern.cli import cli
 from regkern.weights import WeightsError, open_weights
 from tests import hostile
@@ -217,7 +216,7 @@ def test_hostile_files(tmp_path, file):
 
 @pytest.mark.parametrize("suffix", [".npz", ".h5"])
 def test_a_bomb_is_read_in_pieces_alone(tmp_path, monkeypatch, suffix):
-    monkeypatch.setattr(weights, "_SMALL", 1 << 16)
+    monkeypatch.setattr("regkern.weights.limits._SMALL", 1 << 16)
     path = tmp_path / f"x{suffix}"
     x = np.zeros((1000, 1000), np.float32)
     if suffix == ".npz":

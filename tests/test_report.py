@@ -23,7 +23,6 @@ from safetensors.numpy import load_file, save_file
 
 import regkern as rk
 from regkern import report as report_module
-from regkern import weights
 from regkern.cli import _progress, cli
 from regkern.report import evaluate
 from regkern.rules import RuleError, parse_rule, parse_rules
@@ -540,7 +539,7 @@ def test_orthogonal_rules_with_leading_axes(tmp_path):
 def test_pieces_give_the_bits_of_the_whole(tmp_path, monkeypatch, rule, order):
     x = np.asarray(np.random.default_rng(0).standard_normal((301, 333)), order=order)
     np.save(tmp_path / "x.npy", x)
-    monkeypatch.setattr(weights, "PIECE", 1 << 13)
+    monkeypatch.setattr("regkern.weights.pieces.PIECE", 1 << 13)
     (row,) = evaluate_file(tmp_path / "x.npy", rule)
     assert row.penalty == parse_rule(rule)[1](x)
     assert [row.abs_sum, row.square_sum] == [float(total) for total in rk.reductions.abs_square_sums(x)]
@@ -665,7 +664,7 @@ def test_too_little_memory_costs_one_line(tmp_path):
 
 def test_progress_counts_all_bytes(mixed, monkeypatch):
     path, tensors = mixed
-    monkeypatch.setattr(weights, "PIECE", 16)
+    monkeypatch.setattr("regkern.weights.pieces.PIECE", 16)
     counted = dict.fromkeys(tensors, 0)
 
     def done(tensor, nbytes):

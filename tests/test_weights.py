@@ -18,8 +18,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from regkern import weights
-from regkern.weights import WeightsError, open_weights
+from regkern.weights import WeightsError, flat_pieces, open_weights
 
 TENSORS = {
     "half": np.linspace(-1, 1, 6).astype(np.float16).reshape(2, 3),
@@ -191,7 +190,7 @@ def test_h5_layouts(tmp_path):
     ],
 )
 def test_pieces_follow_in_memory(tmp_path, monkeypatch, file, write):
-    monkeypatch.setattr(weights, "PIECE", 4)
+    monkeypatch.setattr("regkern.weights.pieces.PIECE", 4)
     tensors = {name: x for name, x in TENSORS.items() if name in FLOATS and (name, file) != ("brain", "x.npz")}
     tensors["columns first"] = np.asfortranarray(TENSORS["single"]) if file == "x.npz" else TENSORS["single"]
     write(tmp_path / file, tensors)
@@ -206,8 +205,8 @@ def test_pieces_follow_in_memory(tmp_path, monkeypatch, file, write):
 
 @pytest.mark.parametrize("x", [TENSORS["single"].T, TENSORS["single"][:, ::2]], ids=["Fortran", "gaps"])
 def test_pieces_of_other_layouts(monkeypatch, x):
-    monkeypatch.setattr(weights, "PIECE", 4)
-    pieces = list(weights.flat_pieces(x))
+    monkeypatch.setattr("regkern.weights.pieces.PIECE", 4)
+    pieces = list(flat_pieces(x))
     assert all(np.may_share_memory(piece, x) for piece in pieces)
     np.testing.assert_array_equal(np.sort(np.concatenate([piece.ravel() for piece in pieces])), np.sort(x.ravel()))
 
@@ -219,7 +218,7 @@ def test_pieces_of_other_layouts(monkeypatch, x):
 )
 def test_pieces_of_chunks(tmp_path, monkeypatch, shape, chunks, size):
     """Each element comes once, and as few chunks are in memory at a time as can be."""
-    monkeypatch.setattr(weights, "PIECE", size)
+    monkeypatch.setattr("regkern.weights.pieces.PIECE", size)
     x = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
     with h5py.File(tmp_path / "x.h5", "w") as file:
         if chunks is None:  # without elements written, it has no storage that could be mapped
@@ -244,7 +243,7 @@ def test_a_file_is_mapped_once(tmp_path):
 
 
 def test_more_than_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(weights, "_SMALL", 1 << 62)
+    monkeypatch.setattr("regkern.weights.limits._SMALL", 1 << 62)
     path = tmp_path / "x.h5"
     with h5py.File(path, "w") as file:
         file.create_dataset("w", (1 << 58,), np.float64)
@@ -432,7 +431,7 @@ def test_links_to_other_files(tmp_path):
 @pytest.mark.parametrize("write", [write_npz, write_compressed_npz])
 def test_checksum_of_pieces(tmp_path, monkeypatch, write):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(weights, "PIECE", 100)
+    monkeypatch.setattr("regkern.weights.pieces.PIECE", 100)
     data = saved(write)
     middle = ELEMENTS if write is write_npz else data[len(data) // 2 :][:8]
     (tmp_path / "x.npz").write_bytes(corrupted(data, middle))
