@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from numpy.lib.stride_tricks import as_strided
 
 import regkern as rk
 from tests import reference
@@ -54,6 +55,20 @@ def test_the_sum_over_all_dtypes_and_layouts(named, evaluate):
     penalty = evaluate(rk.Penalty(RULES), named)
     assert type(penalty) is np.float64
     np.testing.assert_allclose(penalty, expected, rtol=1e-12)
+
+
+def test_an_empty_tensor_has_no_part_in_its_neighbours():
+    others = np.full(24, np.nan)
+    shapes = {"flat": (0,), "rows": (0, 3), "columns": (3, 0), "inner": (3, 0, 4)}
+    named = {name: np.ndarray(shape, buffer=others) for name, shape in shapes.items()}
+    named |= {f"{name}, no strides": as_strided(others, shape, (0,) * len(shape)) for name, shape in shapes.items()}
+    penalty = rk.Penalty({"*": rk.L1L2(0.5, 0.5)})
+    value, gradients = penalty.bind(named).value_and_grad()
+    assert value == penalty(named) == 0
+    assert {name: x.shape for name, x in gradients.items()} == {name: x.shape for name, x in named.items()}
+    found = penalty.per_tensor({"before": np.ones(1)} | named | {"after": others})
+    assert [found.pop("before"), np.isnan(found.pop("after"))] == [1, True]
+    assert set(found.values()) == {0}
 
 
 def test_each_tensor_has_the_bits_that_it_has_alone(named):

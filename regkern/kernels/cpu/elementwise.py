@@ -167,6 +167,8 @@ def chunk_size(n):
 def combine(partial, first, last):
     """Add rows first to last of an (m, 2) array pairwise, in place: the error grows with log(last - first)."""
     m = last - first
+    if m == 0:
+        return 0.0, 0.0
     while m > 1:
         half = (m + 1) // 2
         for i in range(m // 2):
@@ -267,8 +269,10 @@ def cut(rows, length):
 @njit
 def count_chunks(layout, dims):
     """Count the chunks of a layout: as many as in a flat array, or more where rows do not fill them."""
-    rows = count_rows(layout, dims)
-    _, pieces, rows_per_chunk = cut(rows, layout[dims - 1])
+    rows, length = count_rows(layout, dims), layout[dims - 1]
+    if rows * length == 0:
+        return 0
+    _, pieces, rows_per_chunk = cut(rows, length)
     return (rows + rows_per_chunk - 1) // rows_per_chunk * pieces
 
 

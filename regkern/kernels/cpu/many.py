@@ -65,7 +65,7 @@ class Table:
         number_chunks()(rows)
         chunks = np.diff(rows[:, _FIRST])
         sizes = np.array([layout[0].prod() for layout in layouts])
-        cost = sizes * np.array([entry.itemsize for entry in entries]) / chunks + CHUNK_COST
+        cost = sizes * np.array([entry.itemsize for entry in entries]) / np.maximum(chunks, 1) + CHUNK_COST
         self._array_of = np.repeat(np.arange(len(entries)), chunks)
         self._parts = _equal_parts(np.repeat(cost, chunks))
         self._run = kernel().for_size(int(sizes.sum()))
@@ -92,7 +92,7 @@ class Table:
 def _equal_parts(cost: Any) -> Any:
     """Return the bounds of at most PARTS stretches of chunks with about the same cost."""
     ends = np.cumsum(cost)
-    bounds = np.searchsorted(ends, ends[-1] * np.arange(1, PARTS) / PARTS)
+    bounds = np.searchsorted(ends, cost.sum() * np.arange(1, PARTS) / PARTS)
     return np.unique(np.concatenate([[0], bounds, [len(cost)]]))
 
 
