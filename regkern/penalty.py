@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,9 +15,7 @@ from regkern.text import html_table, number
 
 if TYPE_CHECKING:
     from regkern.arrays.adapter import Adapter
-    from regkern.arrays.device import DeviceAdapter
-    from regkern.arrays.device_plan import DevicePlan
-    from regkern.arrays.plan import HostPlan, Weighted
+    from regkern.arrays.plan import Plan, Weighted
 
 # Tensors whose gradients are recorded from which one launch pays: a plan for each call takes 0.25 ms, a call for each
 # tensor 15 us (measured in PyTorch on two cores of Zen 4).
@@ -30,8 +26,9 @@ class Penalty:
     """``P(model) = sum over tensors of P_name(tensor)``, with a regularizer for each name.
 
     Element-wise penalties of all arrays that lie in the host's memory are computed by one parallel launch, whatever
-    their number, dtypes and layouts, and their gradients by one more where PyTorch's autograd asks for them. Others are
-    called one by one.
+    their number, dtypes and layouts, and their gradients by one more where PyTorch's autograd asks for them; of
+    contiguous arrays on a CUDA device likewise, by a few launches. Others are called one by one. What several devices
+    have is added on the first one's.
 
     Args:
         rules: globs over names and their regularizers, in the order in which they are tried: the first glob that
@@ -269,29 +266,16 @@ class BoundPenalty:
         self._tensors.prox(self._arrays, reductions.step_size(step))
 
 
-class _Shared(NamedTuple):
-    """What tensors share that one launch evaluates: what records their gradients, and the device they are on."""
+class _Planned(NamedTuple):
+    """Tensors that are evaluated together: where they are among all, their plan, and what records its value."""
 
+    indices: list[int]
+    plan: Plan
     recorder: Adapter | None
-    device: tuple[DeviceAdapter, int] | None
-
-
-# What a plan knows of a tensor: name, adapter, the array that the adapter reads, which of the penalties it has.
-_Member = tuple[str, Any, Any, int]
-
-
-def _planned(x: Any, recorded: bool) -> tuple[_Shared, Any, Any] | None:
-    """Return which launch can evaluate an array, and the adapter that reads it there, as what; None where none can."""
-    if (host := reductions.on_host(x, recorded=recorded)) is not None:
-        recorder, adapter, array = host
-        return _Shared(recorder, None), adapter, array
-    if (device := reductions.on_device(x, recorded=recorded)) is not None:
-        return _Shared(None, device), device[0], x
-    return None
 
 
 class _Tensors:
-    """Which tensors are penalised, and how: plans for those in the host's memory, and others that are called.
+    """Which tensors are penalised, and how: plans for those whose memory kernels can read, and others that are called.
 
     Arrays are passed to each evaluation, all that were named; here are only their places among them.
     """
@@ -300,61 +284,53 @@ class _Tensors:
         self._names, arrays = list(named), list(named.values())
         self._regularizers = penalty._find(self._names)
         self._distinct: list[Any] = []
-        penalised = self._penalised(arrays, penalty.count_tied)
-        groups = self._groups(arrays, penalised, recorded)
-        self._plans: list[tuple[HostPlan | DevicePlan, list[int]]] = []
-        self._recorded: list[tuple[Adapter, HostPlan, list[int]]] = []
-        for (recorder, device), group in groups.items():
-            indices, members = list(group), list(group.values())
-            if device is not None:
-                self._plans.append((reductions.device_plan(members), indices))
-            elif recorder is None:
-                self._plans.append((reductions.plan(members), indices))
+        self._plans: list[_Planned] = []
+        self._others: list[int] = []
+        self.reusable = True
+        groups: dict[Any, list[tuple[int, reductions.Reading]]] = {}
+        for i in self._counted(arrays, penalty.count_tied):
+            elementwise = isinstance(self._regularizers[i], ElementwiseRegularizer)
+            reading = reductions.reading(arrays[i], recorded=recorded) if elementwise else None
+            if reading is None:
+                self._others.append(i)
             else:
-                self._recorded.append((recorder, reductions.plan(members), indices))
-        planned = set().union(*groups.values())
-        self._others = [i for i in penalised if i not in planned]
-        self.reusable = not self._others and all(reductions.reads_itself(arrays[i]) for i in penalised)
+                groups.setdefault((reading.recorder, reading.home), []).append((i, reading))
+            self.reusable = self.reusable and reading is not None and reading.itself
+        for (recorder, _), group in groups.items():
+            indices = [i for i, _ in group]
+            if recorder is None or len(group) >= _RECORDED_TOGETHER:
+                self._plans.append(_Planned(indices, self._plan(group), recorder))
+            else:
+                self._others += indices
+        self._others.sort()
 
-    def _penalised(self, arrays: Sequence[Any], count_tied: bool) -> list[int]:
-        """Return the indices of tensors that have a regularizer: of those in one place, the first alone or all."""
-        found, places = [], set()
+    def _counted(self, arrays: Sequence[Any], count_tied: bool) -> Iterator[int]:
+        """Yield which arrays are penalised: those with the same memory once, unless tied ones are counted."""
+        seen = set()
         for i, (name, x, regularizer) in enumerate(zip(self._names, arrays, self._regularizers, strict=True)):
             if regularizer is None:
                 continue
             with _naming(name):
                 place = reductions.place(x)
-            if count_tied or place not in places:
-                places.add(place)
-                found.append(i)
-        return found
+            if count_tied or place not in seen:
+                seen.add(place)
+                yield i
 
-    def _groups(
-        self, arrays: Sequence[Any], penalised: Sequence[int], recorded: bool
-    ) -> dict[_Shared, dict[int, _Member]]:
-        """Return the tensors that one launch each will evaluate, by their indices, as members of its plan."""
-        groups: dict[_Shared, dict[int, _Member]] = {}
-        for i in penalised:
+    def _plan(self, group: Sequence[tuple[int, reductions.Reading]]) -> Plan:
+        members = []
+        for i, reading in group:
             regularizer = self._regularizers[i]
-            found = _planned(arrays[i], recorded) if isinstance(regularizer, ElementwiseRegularizer) else None
-            if found is not None:
-                shared, adapter, array = found
-                if regularizer not in self._distinct:
-                    self._distinct.append(regularizer)
-                member = (self._names[i], adapter, array, self._distinct.index(regularizer))
-                groups.setdefault(shared, {})[i] = member
-        return {
-            shared: group
-            for shared, group in groups.items()
-            if shared.recorder is None or len(group) >= _RECORDED_TOGETHER
-        }
+            if regularizer not in self._distinct:
+                self._distinct.append(regularizer)
+            members.append((self._names[i], reading.adapter, reading.array, self._distinct.index(regularizer)))
+        return reductions.plan(members)
 
     def fits(self, named: Mapping[str, Any]) -> bool:
         """Whether these are the same tensors under the same names, where they were."""
         if self._names != list(named):
             return False
         arrays = list(named.values())
-        return all(plan.fits(_taken(arrays, indices)) for plan, indices in self._plans)
+        return all(plan.fits(_taken(arrays, indices)) for indices, plan, _ in self._plans)
 
     def regularizer(self, name: str) -> Any:
         """Return a tensor's regularizer."""
@@ -362,48 +338,57 @@ class _Tensors:
 
     def check(self, arrays: Sequence[Any]) -> None:
         """Raise RuntimeError unless the arrays are where they were."""
-        for plan, indices in self._plans:
+        for indices, plan, _ in self._plans:
             plan.check(_taken(arrays, indices))
 
     def value(self, arrays: Sequence[Any]) -> Any:
-        values = [plan.scalar(plan.value(self._penalties())) for plan, _ in self._plans]
-        for recorder, plan, indices in self._recorded:
-            values.append(recorder.record(plan, self._penalties(), [arrays[i] for i in indices]))
-        values += [self._call(i, "__call__", arrays[i]) for i in self._others]
+        values = []
+        for indices, plan, recorder in self._plans:
+            taken = _taken(arrays, indices)
+            value = recorder.record(plan, self._penalties(), taken) if recorder else plan.value(self._penalties())
+            values.append((taken[0], value))
+        values += [(arrays[i], self._call(i, "__call__", arrays[i])) for i in self._others]
         return _total(values)
 
     def values(self, arrays: Sequence[Any]) -> dict[str, Any]:
-        called = self._others + [i for _, _, indices in self._recorded for i in indices]
-        found = {i: self._call(i, "__call__", arrays[i]) for i in called}
-        for plan, indices in self._plans:
-            found |= zip(indices, plan.values(self._penalties()), strict=True)
+        found: dict[int, Any] = {}
+        for indices, plan, recorder in self._plans:
+            if recorder is None:
+                found |= zip(indices, plan.values(self._penalties()), strict=True)
+            else:
+                found |= {i: self._call(i, "__call__", arrays[i]) for i in indices}
+        found |= {i: self._call(i, "__call__", arrays[i]) for i in self._others}
         return {self._names[i]: found[i] for i in sorted(found)}
 
     def value_and_grad(self, arrays: Sequence[Any]) -> tuple[Any, dict[str, Any]]:
         self._need("value_and_grad")
         values: list[Any] = []
         grads: dict[int, Any] = {}
-        for plan, indices in self._plans:
-            value, outs = plan.value_and_grad(self._penalties(), _taken(arrays, indices))
-            values.append(plan.scalar(value))
+        for indices, plan, _ in self._plans:
+            taken = _taken(arrays, indices)
+            value, outs = plan.value_and_grad(self._penalties(), taken)
+            values.append((taken[0], value))
             grads |= zip(indices, outs, strict=True)
         for i in self._others:
             value, grads[i] = self._call(i, "value_and_grad", arrays[i])
-            values.append(value)
+            values.append((arrays[i], value))
         return _total(values), {self._names[i]: grads[i] for i in sorted(grads)}
 
     def add_grad(self, arrays: Sequence[Any], grads: Mapping[str, Any], scale: float) -> None:
         self._need("grad")
-        evaluated = [i for _, indices in self._plans for i in indices] + self._others
+        evaluated = [i for planned in self._plans for i in planned.indices] + self._others
         missing = [self._names[i] for i in evaluated if self._names[i] not in grads]
         if missing:
             raise ValueError(f"grads: expected an array for each penalised tensor; got none for {', '.join(missing)}.")
         for i in self._others:
             with _naming(self._names[i]):
                 reductions.check_out(arrays[i], grads[self._names[i]])
-        for plan, indices in self._plans:
-            outs = [grads[self._names[i]] for i in indices]
-            plan.add_grad(self._penalties(), _taken(arrays, indices), outs, scale)
+        targets = [
+            plan.targets(_taken(arrays, indices), [grads[self._names[i]] for i in indices])
+            for indices, plan, _ in self._plans
+        ]
+        for planned, target in zip(self._plans, targets, strict=True):
+            planned.plan.add_grad(self._penalties(), target, scale)
         for i in self._others:
             self._call(i, "grad", arrays[i], out=grads[self._names[i]], scale=scale, accumulate=True)
 
@@ -416,8 +401,10 @@ class _Tensors:
                 )
             with _naming(self._names[i]):
                 reductions.check_out(arrays[i], arrays[i])
-        for plan, indices in self._plans:
-            plan.prox(self._penalties(), _taken(arrays, indices), step)
+        own = [_taken(arrays, planned.indices) for planned in self._plans]
+        targets = [planned.plan.targets(each, each) for planned, each in zip(self._plans, own, strict=True)]
+        for planned, target in zip(self._plans, targets, strict=True):
+            planned.plan.prox(self._penalties(), target, step)
         for i in self._others:
             self._call(i, "prox", arrays[i], step, out=arrays[i])
 
@@ -443,16 +430,21 @@ def _taken(arrays: Sequence[Any], indices: Sequence[int]) -> Sequence[Any]:
     return [arrays[i] for i in indices]
 
 
-def _total(values: Sequence[Any]) -> Any:
-    """Add scalars of libraries that can be added; 0.0 for none."""
+def _total(values: Sequence[tuple[Any, Any]]) -> Any:
+    """Add scalars, each beside an array that it belongs to, on the first one's device; 0.0 for none."""
+    if not values:
+        return 0.0
+    total = values[0][1]
     try:
-        return functools.reduce(operator.add, values) if values else 0.0
+        for x, value in values[1:]:
+            total = total + reductions.beside(x, value, total)
     except (TypeError, RuntimeError) as error:
-        kinds = ", ".join(dict.fromkeys(type(value).__module__.partition(".")[0] for value in values))
+        kinds = ", ".join(dict.fromkeys(type(value).__module__.partition(".")[0] for _, value in values))
         raise TypeError(
             f"named: expected arrays whose penalties can be added; got those of {kinds}, which cannot ({error}); "
             "call per_tensor, or give each library a Penalty of its own."
         ) from error
+    return total
 
 
 @contextmanager

@@ -8,8 +8,8 @@ scalars of the array's library, float64 for float64 and float32 for the rest. Na
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -21,11 +21,8 @@ from regkern.kernels.formulas import Formula
 from regkern.numbers import real
 
 if TYPE_CHECKING:
-    from regkern.arrays.adapter import Adapter
-    from regkern.arrays.device import DeviceAdapter
-    from regkern.arrays.device_plan import DevicePlan
-    from regkern.arrays.host import HostAdapter
-    from regkern.arrays.plan import HostPlan
+    from regkern.arrays.adapter import Adapter, KernelAdapter
+    from regkern.arrays.plan import Plan
 
 __all__ = ["abs_square_sums", "abs_sum", "gram_offdiagonal_mean", "square_sum"]
 
@@ -248,35 +245,45 @@ def step_size(step: Any) -> float:
     return number
 
 
-def on_host(x: Any, *, recorded: bool) -> tuple[Adapter | None, HostAdapter, Any] | None:
-    """Return the adapter that can read an array's memory, and what it reads; None where none can.
+class Reading(NamedTuple):
+    """How kernels read an array as part of a plan.
+
+    Attributes:
+        recorder: the adapter that must record what they compute, for its library's differentiation; None for nothing.
+        adapter: the adapter that reads the array's memory.
+        array: the array as that adapter takes it.
+        home: what arrays of one plan have in common.
+        itself: whether that is so as long as the array is where it is: no other adapter decides anew at each call.
+    """
+
+    recorder: Adapter | None
+    adapter: KernelAdapter
+    array: Any
+    home: Hashable
+    itself: bool
+
+
+def reading(x: Any, *, recorded: bool) -> Reading | None:
+    """Return how kernels read an array's memory; None where they cannot.
 
     Args:
         x: an array.
-        recorded: respect a gradient that its library is recording: the first of what is returned is the adapter that
-            must record then what kernels compute from x, or None where nothing is recorded.
+        recorded: respect a gradient that its library is recording.
     """
-    adapter = ADAPTERS[type(x)]
-    tracked = recorded and adapter.tracks(x)
-    host = adapter.on_host(x) if adapter.records_plans or not tracked else None
-    return None if host is None else (adapter if tracked else None, *host)
+    own = ADAPTERS[type(x)]
+    tracked = recorded and own.tracks(x)
+    read = None if tracked and not own.records_plans else own.reader(x)
+    if read is None:
+        return None
+    adapter, array = read
+    return Reading(own if tracked else None, adapter, array, adapter.home(array), array is x and adapter is own)
 
 
-def on_device(x: Any, *, recorded: bool) -> tuple[DeviceAdapter, int] | None:
-    """Return the adapter that can read an array's memory on a CUDA device, and the device; None where none can.
+def plan(members: Sequence[tuple[str, KernelAdapter, Any, int]]) -> Plan:
+    """Look many arrays of one home up for joint evaluations: name, adapter, array, and which penalty each has."""
+    from regkern.arrays.plan import Member  # brings Numba, which only evaluations need
 
-    Args:
-        x: an array.
-        recorded: respect a gradient that its library is recording: kernels that would bypass it cannot read x then.
-    """
-    adapter = ADAPTERS[type(x)]
-    return None if recorded and adapter.tracks(x) else adapter.on_device(x)
-
-
-def reads_itself(x: Any) -> bool:
-    """Whether an array's own adapter reads it as it is, at all times: no library records its gradient."""
-    host = ADAPTERS[type(x)].on_host(x)
-    return host is not None and host[0] is ADAPTERS[type(x)] and host[1] is x
+    return members[0][1].plan([Member(*member) for member in members])
 
 
 def place(x: Any) -> Any:
@@ -285,34 +292,21 @@ def place(x: Any) -> Any:
     Raises:
         TypeError: x is no array of a supported library and dtype.
     """
-    host = ADAPTERS[type(x)].on_host(x)
-    if host is None:
-        return id(x)
-    adapter, array = host
-    address, size, dtype, _ = adapter.memory(array)
-    return (address, dtype, tuple(array.shape), adapter.strides(array)) if size else id(x)
+    read = ADAPTERS[type(x)].reader(x)
+    view = None if read is None else read[0].view(read[1])
+    return id(x) if view is None or 0 in view.shape else view
+
+
+def beside(x: Any, value: Any, other: Any) -> Any:
+    """Return a penalty of x on the device of another penalty, to which it is to be added."""
+    return ADAPTERS[type(x)].beside(value, other)
 
 
 def check_out(x: Any, out: Any) -> None:
-    """Raise TypeError or ValueError unless `out` can take a gradient of x, where x lies in the host's memory."""
-    host = ADAPTERS[type(x)].on_host(x)
-    if host is not None:
-        host[0].check_out(host[1], out)
-
-
-def plan(members: Sequence[tuple[str, HostAdapter, Any, int]]) -> HostPlan:
-    """Look many arrays up for evaluations in one launch: name, adapter, array, and which penalty each has."""
-    from regkern.arrays.plan import HostPlan, Member  # brings Numba, which only evaluations need
-
-    return HostPlan([Member(*member) for member in members])
-
-
-def device_plan(members: Sequence[tuple[str, DeviceAdapter, Any, int]]) -> DevicePlan:
-    """Look up many arrays on one CUDA device likewise, all of one adapter."""
-    from regkern.arrays.device_plan import DevicePlan
-    from regkern.arrays.plan import Member
-
-    return DevicePlan([Member(*member) for member in members])
+    """Raise TypeError or ValueError unless `out` can take a gradient of x, where kernels read x's memory."""
+    read = ADAPTERS[type(x)].reader(x)
+    if read is not None:
+        read[0].check_out(read[1], out)
 
 
 def over_batch(penalty: Any, x: Any) -> Any:

@@ -13,7 +13,6 @@ from regkern.kernels.cuda.compile import NULL, SIMULATED, Memory, simulate
 from regkern.kernels.cuda.elementwise import (
     COMPENSATED,
     IN_FLOAT64,
-    RESULTS,
     UNROLL,
     flat_kernel,
     lanes_of,
@@ -39,12 +38,18 @@ def memory(x, dtype):
 
 def run(body, dtype, blocks, x, out, *sizes, factors):
     """Run both stages and return the penalty and the two sums."""
-    partial, result = np.full(2 * blocks, np.nan), np.full(RESULTS, np.nan, DTYPES[dtype].result)
-    simulate(body.body, blocks, THREADS, (x, out, *sizes, *factors, NULL, Memory(partial), Memory(result)))
+    partial, result = np.full(2 * blocks, np.nan), np.full(3, np.nan, DTYPES[dtype].result)
+    arguments = (x, out, *sizes, *factors, NULL, Memory(partial), *places(result))
+    simulate(body.body, blocks, THREADS, arguments)
     if blocks > 1:
         last = last_stage(DTYPES[dtype].result)
-        simulate(last.body, 1, THREADS, (Memory(partial), blocks, *factors, Memory(result)))
+        simulate(last.body, 1, THREADS, (Memory(partial), blocks, *factors, *places(result)))
     return result
+
+
+def places(result):
+    """Return pointers for the penalty, the first of three numbers, and for the two sums, which follow it."""
+    return Memory(result), Memory(result, 1)
 
 
 def flat(operation, dtype, x, out, blocks, factors, formula=ABS_SQUARE, accumulator=None):
@@ -109,9 +114,9 @@ def test_sums_of_several_blocks(dtype, blocks):
 
 def test_more_blocks_than_threads_of_the_last_stage():
     partial = np.random.default_rng(0).standard_normal(2 * (3 * THREADS + 7))
-    result = np.zeros(RESULTS)
+    result = np.zeros(3)
     body = last_stage("float64").body
-    simulate(body, 1, THREADS, (Memory(partial), len(partial) // 2, 0.5, 2.0, Memory(result)))
+    simulate(body, 1, THREADS, (Memory(partial), len(partial) // 2, 0.5, 2.0, *places(result)))
     sums = partial[::2].sum(), partial[1::2].sum()
     np.testing.assert_allclose(result, [0.5 * sums[0] + 2.0 * sums[1], *sums], rtol=1e-13)
 
@@ -150,7 +155,7 @@ def test_nan_and_infinity_pass(dtype, special, accumulator):
     x[57] = special
     out = np.zeros_like(x)
     result = flat(SUMS_AND_GRADIENT, dtype, x, out, 1, FACTORS, accumulator=accumulator)
-    np.testing.assert_array_equal(result, np.full(RESULTS, abs(special), result.dtype))
+    np.testing.assert_array_equal(result, np.full(3, abs(special), result.dtype))
     assert_written(out[:57], reference.gradient(REGULARIZER, x[:57]), dtype)
     np.testing.assert_array_equal(np.float64(out[57]), np.float64(x[57]))
     np.testing.assert_array_equal(flat(SUMS, dtype, x, x, 1, (0.0, 0.0), COUNTS)[2], 1)
@@ -203,12 +208,12 @@ def test_gram_tiles(n, d):
     x = values(n * d, dtype).reshape(n, d)
     x[n // 2] = 0
     inverse, partial = np.full(n, np.nan), np.full(2 * count_tiles(n, tile) ** 2, np.nan)
-    result = np.zeros(RESULTS)
+    result = np.zeros(3)
     source = memory(x.ravel(), dtype)
     simulate(inverse_norms(DTYPES[dtype]).body, n, THREADS, (source, d, d, 1, Memory(inverse)))
     arguments = (source, n, d, d, 1, Memory(inverse), Memory(partial))
     simulate(tile_sums(DTYPES[dtype], tile).body, len(partial) // 2, THREADS, arguments)
     last = last_stage("float64")
     pairs = n * (n - 1) / 2
-    simulate(last.body, 1, THREADS, (Memory(partial), len(partial) // 2, 1 / pairs, 0.0, Memory(result)))
+    simulate(last.body, 1, THREADS, (Memory(partial), len(partial) // 2, 1 / pairs, 0.0, Memory(result), NULL))
     np.testing.assert_allclose(result[0], reference.mean_abs_cosine(x), rtol=1e-6)

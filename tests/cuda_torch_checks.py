@@ -9,6 +9,7 @@ from regkern.arrays import device_gram, device_plan
 from regkern.arrays import torch as host
 from regkern.arrays.torch_cuda import KERNELS
 from regkern.kernels.cuda import gram, many
+from regkern.kernels.cuda.launch import Place
 from tests import reference
 from tests.cases import REGULARIZERS
 from tests.cuda_simulator import install
@@ -188,8 +189,8 @@ def test_many_tensors_are_few_launches(place, named):
     bound = rk.Penalty(RULES).bind(named)
     place.driver.streams.clear()
     value = bound.value()
-    # Chunks and their sum for each of two groups, what adds those, and the tensor that is strided, alone.
-    assert len(place.driver.streams) == 2 * 2 + 1 + 1
+    # Chunks, their sum, and its rounding for each of two types of results; and the tensor that is strided, alone.
+    assert len(place.driver.streams) == 2 * 3 + 1
     expected = {name: reference.value(rule, x) for name, (rule, x) in penalties(named).items()}
     np.testing.assert_allclose(value.item(), sum(expected.values()), rtol=1e-6)
     found = bound.per_tensor()
@@ -213,6 +214,39 @@ def test_gradients_and_prox_of_many_tensors(named):
         assert_near(grads[name], 0.5 + 2 * gradient, named[name])
         assert_near(named[name], stepped[name], named[name])
     assert torch.all(grads["kernel1"] == 0.5)
+
+
+def test_recorded_tensors_are_few_launches_forward_and_backward(place, monkeypatch):
+    tensors = {str(i): tensor("float32", (i % 5 + 1,), seed=i).requires_grad_() for i in range(20)}
+    tensors |= {f"half{i}": tensor("bfloat16", (3,), seed=i).requires_grad_() for i in range(2)}
+    value = rk.Penalty({"*": REGULARIZER})(tensors)
+    assert len(place.driver.streams) == 2 * 2 + 1
+    place.driver.streams.clear()
+    monkeypatch.setattr(torch.Tensor, "item", lambda x: pytest.fail("the host waited for the device"))
+    (value * 3).backward()
+    assert len(place.driver.streams) == 2
+    monkeypatch.undo()
+    np.testing.assert_allclose(
+        value.item(), sum(reference.value(REGULARIZER, wide(x)) for x in tensors.values()), rtol=1e-6
+    )
+    for x in tensors.values():
+        assert_near(x.grad, 3 * reference.gradient(REGULARIZER, wide(x)), x)
+
+
+def test_the_same_memory_counts_once(named):
+    x = named["kernel90"]
+    assert list(rk.Penalty({"*": REGULARIZER}).per_tensor({"x": x, "tied": x.view(9, 10).view(-1)})) == ["x"]
+
+
+def test_each_device_has_its_own_launches(place, monkeypatch):
+    first, second = tensor("float32", (20,)), tensor("float32", (30,), seed=1)
+    other = Place(place.driver, 1, 8)
+    monkeypatch.setattr(type(KERNELS), "place", lambda self, x: other if x.data_ptr() == second.data_ptr() else place)
+    value = rk.Penalty({"*": REGULARIZER})({"first": first, "second": second})
+    assert len(place.driver.streams) == 2 * 3
+    np.testing.assert_allclose(
+        value.item(), sum(reference.value(REGULARIZER, wide(x)) for x in (first, second)), rtol=1e-6
+    )
 
 
 def test_what_does_not_fit_many_tensors_is_refused_before_a_launch(place, named):

@@ -40,6 +40,23 @@ def test_processes_that_start_cold_at_once(tmp_path, count):
     assert kernel.suffix == ".kernel"
 
 
+def test_a_writer_whom_another_one_overtakes(tmp_path):
+    """Each has a temporary file of its own."""
+    code = f"""
+import subprocess, sys
+from pathlib import Path
+write = Path.write_bytes
+def overtaken(self, data):
+    write(self, data)
+    Path.write_bytes = write
+    print(subprocess.check_output([sys.executable, "-c", {HEAD + CODE!r}], text=True), end="")
+Path.write_bytes = overtaken
+"""
+    assert run(code + CODE, REGKERN_CACHE_DIR=str(tmp_path)) == 2 * ANSWER
+    (kernel,) = tmp_path.iterdir()
+    assert kernel.suffix == ".kernel"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="how root is made to obey")
 def test_a_folder_that_is_read_only_later(tmp_path):
     """Warm: nothing is compiled, so nothing warns. Cold: one warning."""
@@ -181,6 +198,8 @@ def all_of(dtype):
     r, o = rk.L1L2(0.1, 0.2), rk.OrthogonalRegularizer(0.5)
     parts = [r(y), *r.value_and_grad(y), r.prox(y[:, ::-2], 0.1), value, *gradients.values(), o(y), o.grad(y)]
     parts += [o.partial(y, y[:2]), rk.OrthogonalRegularizer(0.5, "columns").grad(y, y.copy(), accumulate=True)]
+    extremes = np.array([np.finfo(dtype).max, np.finfo(dtype).tiny, np.inf, np.nan], dtype)
+    parts += [r(extremes), r(extremes[:2]), r.grad(extremes), r.prox(extremes, 0.1)]
     return parts
 for dtype in (np.float16, np.float64):
     for part in all_of(dtype):

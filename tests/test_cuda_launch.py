@@ -3,6 +3,7 @@
 import ctypes
 import importlib.util
 import os
+import struct
 import subprocess
 import sys
 from ctypes import POINTER, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
@@ -18,7 +19,8 @@ from regkern.kernels.operations import GRADIENT, SUMS
 if importlib.util.find_spec("numba_cuda") is None:
     pytest.skip("numba-cuda is not installed: pip install 'regkern[cuda13]'", allow_module_level=True)
 
-from regkern.arrays.device import DeviceAdapter, DeviceArray
+from regkern.arrays.device import DeviceAdapter
+from regkern.arrays.layout import View
 from regkern.arrays.numpy import dtype_of
 from regkern.kernels.cuda import launch
 from regkern.kernels.cuda.compile import parameters
@@ -59,7 +61,7 @@ class Arrays(DeviceAdapter):
         return array_type is np.ndarray
 
     def view(self, x):
-        return DeviceArray(x.__array_interface__["data"][0], dtype_of(x.dtype), x.shape, x.strides)
+        return View(x.__array_interface__["data"][0], dtype_of(x.dtype), x.shape, x.strides)
 
     def place(self, x):
         return Place(self.recorder, self.device, 7)
@@ -100,7 +102,7 @@ def test_a_small_array_takes_one_launch_on_the_streams_device():
     value = arrays.penalty(ABS_SQUARE, 0.5, 2.0, x)
     assert (value.shape, value.dtype) == ((), np.float32)
     (result,) = arrays.made
-    assert arrays.launched == [(1, 7, 1, (address(x), address(x), 100, 0.5, 2.0, 0, 0, address(result)))]
+    assert arrays.launched == [(1, 7, 1, (address(x), address(x), 100, 0.5, 2.0, 0, 0, address(result), 0))]
 
 
 @pytest.mark.parametrize("blocks", [2, MAX_BLOCKS])
@@ -110,8 +112,8 @@ def test_blocks_are_added_by_a_second_launch(blocks):
     first, second = arrays.launched
     assert first[2] == blocks
     partial, result = map(address, arrays.made)
-    assert first[3][-2:] == (partial, result)
-    assert second == (0, 7, 1, (partial, blocks, 0.5, 2.0, result))
+    assert first[3][-3:] == (partial, result, 0)
+    assert second == (0, 7, 1, (partial, blocks, 0.5, 2.0, result, 0))
 
 
 def test_gradients_take_one_launch():
@@ -119,7 +121,7 @@ def test_gradients_take_one_launch():
     out = arrays.grad(ABS_SQUARE, 0.5, 2.0, x, None, False)
     ((_, _, blocks, arguments),) = arrays.launched
     assert blocks > 1
-    assert arguments == (address(x), address(out), 100_000, 0.5, 2.0, 0, 0, 0)
+    assert arguments == (address(x), address(out), 100_000, 0.5, 2.0, 0, 0, 0, 0)
 
 
 def test_strides_are_counted_in_elements_from_the_first_in_memory():
@@ -195,7 +197,7 @@ class Library:
             ("cuModuleGetFunction", self.find, POINTER(c_void_p), c_void_p, c_char_p),
             ("cuPointerGetAttribute", self.pointer, POINTER(c_int), c_int, c_uint64),
             ("cuGetErrorString", self.text, c_int, POINTER(c_char_p)),
-            ("cuLaunchKernel", self.launch, c_void_p, *[c_uint] * 7, c_void_p, c_void_p, c_void_p),
+            ("cuLaunchKernelEx", self.launch, c_void_p, c_void_p, c_void_p, c_void_p),
         ]:
             function_of_c = ctypes.CFUNCTYPE(c_int, *types)(function)
             pointer = ctypes.cast(function_of_c, c_void_p).value
@@ -246,8 +248,9 @@ class Library:
         text[0] = {101: b"invalid device ordinal", 700: b"an illegal memory access was encountered"}[status]
         return 0
 
-    def launch(self, function, *rest):
-        *sizes, stream, each, extra = rest
+    def launch(self, configuration, function, each, extra):
+        *sizes, _, stream, attributes, count, _ = struct.unpack("7IIQQII", ctypes.string_at(configuration, 56))
+        assert (attributes, count) == (0, 0)
         words = ctypes.cast(extra, POINTER(c_void_p))
         assert (words[0], words[2], words[4], each) == (1, 2, None, None)
         size = ctypes.cast(words[3], POINTER(c_size_t))[0]

@@ -301,7 +301,7 @@ def test_errors_leave_the_cpu_as_it_was(cupy):
 
 
 def test_two_devices():
-    cupy = library("cupy")
+    cupy, torch = library("cupy"), library("torch")
     if cupy.cuda.runtime.getDeviceCount() < 2:
         pytest.skip("one device")
     with cupy.cuda.Device(1):
@@ -309,3 +309,11 @@ def test_two_devices():
     value = rk.L1(1.0)(x)
     assert value.device.id == 1
     assert value.get() == 1000
+    total = rk.Penalty({"*": rk.L1(1.0)})({"here": cupy.ones(10, np.float32), "there": x})
+    assert total.device.id == 0
+    assert total.get() == 1010
+    tensors = {f"w{i}": torch.ones(10, device=f"cuda:{i % 2}", requires_grad=True) for i in range(40)}
+    total = rk.Penalty({"*": rk.L1(1.0)})(tensors)
+    assert (total.get_device(), total.item()) == (0, 400)
+    total.backward()
+    assert all((w.grad == 1).all() and w.grad.device == w.device for w in tensors.values())

@@ -280,6 +280,14 @@ close(rows(x), [o(piece) for piece in np.split(x, 4)])
 pieces = jax.pmap(jax.value_and_grad(r))(x.reshape(4, 100, 300))
 close(pieces[0], [r(piece) for piece in np.split(x, 4)])
 close(pieces[1].reshape(x.shape), r.grad(x))
+
+named = {str(i): jax.device_put(x, device) for i, device in enumerate(jax.devices()[:3])}
+model = rk.Penalty({"2": o, "*": r})
+value, gradients = model.bind(named).value_and_grad()
+assert model(named).devices() == value.devices() == named["0"].devices()
+close(value, 2 * r(x) + o(x))
+close(model(named), value)
+assert all(gradients[name].devices() == y.devices() for name, y in named.items())
 print("right")
 """
 

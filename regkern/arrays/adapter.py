@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from regkern.arrays.layout import View
 from regkern.kernels.formulas import Formula
 from regkern.kernels.operations import ADD_GRADIENT, GRADIENT, PROX, Operation
 
 if TYPE_CHECKING:
-    from regkern.arrays.device import DeviceAdapter
     from regkern.arrays.host import HostAdapter
-    from regkern.arrays.plan import HostPlan, Weighted
+    from regkern.arrays.plan import Member, Plan, Weighted
 
 
 class Adapter(ABC):
@@ -37,15 +37,15 @@ class Adapter(ABC):
         """Return the host adapter that can read x's memory now, and x as that adapter takes it; None where none can."""
         return None
 
-    def on_device(self, x: Any) -> tuple[DeviceAdapter, int] | None:
-        """Return the adapter that can read x's memory now on a CUDA device, if x is contiguous, and the device."""
-        return None
+    def reader(self, x: Any) -> tuple[KernelAdapter, Any] | None:
+        """Return the adapter whose kernels can read x's memory now for a plan, and x as that adapter takes it."""
+        return self.on_host(x)
 
     def tracks(self, x: Any) -> bool:
         """Whether the library would differentiate what is computed from x: kernels must not bypass it then."""
         return False
 
-    def record(self, plan: HostPlan, penalties: Sequence[Weighted], arrays: Sequence[Any]) -> Any:
+    def record(self, plan: Plan, penalties: Sequence[Weighted], arrays: Sequence[Any]) -> Any:
         """Return a plan's value as a scalar that the library can differentiate by the plan's arrays, all tracked."""
         raise NotImplementedError
 
@@ -108,6 +108,10 @@ class Adapter(ABC):
             "call the regularizer itself."
         )
 
+    def beside(self, value: Any, other: Any) -> Any:
+        """Return a 0-d scalar of the library on the device of another scalar, so that they can be added."""
+        return value
+
     def over_batch(self, penalty: Any, x: Any) -> Any:
         """Return a penalty divided by the length of x's first axis; 0 where a length that is open yet becomes 0."""
         return penalty / x.shape[0]
@@ -115,6 +119,35 @@ class Adapter(ABC):
 
 class KernelAdapter(Adapter):
     """What adapters share that run kernels over their arrays' memory, wherever it is."""
+
+    @abstractmethod
+    def view(self, x: Any) -> View:
+        """Return where x's elements are.
+
+        Raises:
+            TypeError: the dtype is not supported.
+        """
+
+    @abstractmethod
+    def home(self, x: Any) -> Hashable:
+        """Return what arrays have in common that can be in one plan."""
+
+    @abstractmethod
+    def plan(self, members: Sequence[Member]) -> Plan:
+        """Look many arrays of x's home up for evaluations in one launch."""
+
+    def watch(self, arrays: Sequence[Any], *, written: bool) -> Callable[[Sequence[Any]], int]:
+        """Return a function that is given the same arrays again: the index of the first that lies elsewhere, or -1.
+
+        Of arrays that are written to, it also notices those that have become read-only, where the library has such.
+        """
+        before = list(map(self.view, arrays))
+
+        def first_moved(arrays: Sequence[Any]) -> int:
+            pairs = enumerate(zip(before, map(self.view, arrays), strict=True))
+            return next((i for i, (old, new) in pairs if old != new), -1)
+
+        return first_moved
 
     @abstractmethod
     def empty_like(self, x: Any) -> Any:

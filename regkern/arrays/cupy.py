@@ -1,13 +1,14 @@
 """CuPy's arrays: the CUDA kernels, on CuPy's current stream."""
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from typing import Any
 
 import cupy
 
 from regkern.arrays.adapter import require
-from regkern.arrays.device import DeviceAdapter, DeviceArray
+from regkern.arrays.device import DeviceAdapter
+from regkern.arrays.layout import View
 from regkern.arrays.numpy import dtype_of
 from regkern.kernels.cuda.driver import driver
 from regkern.kernels.cuda.launch import Place
@@ -23,27 +24,27 @@ class CupyAdapter(DeviceAdapter):
     def owns(self, array_type: type) -> bool:
         return issubclass(array_type, cupy.ndarray)
 
-    def view(self, x: Any) -> DeviceArray:
-        return DeviceArray(x.data.ptr, dtype_of(x.dtype), x.shape, x.strides)
+    def view(self, x: Any) -> View:
+        return View(x.data.ptr, dtype_of(x.dtype), x.shape, x.strides)
 
     def place(self, x: Any) -> Place:
         device = x.data.device_id
         return Place(driver(), device, cupy.cuda.get_current_stream(device).ptr)
 
     def empty(self, x: Any, shape: tuple[int, ...], type_name: str) -> Any:
-        with _on(x.data.device_id):
-            return cupy.empty(shape, type_name)
+        return _on(x.data.device_id, cupy.empty, shape, type_name)
 
     def address(self, array: Any) -> int:
         return int(array.data.ptr)
 
+    def beside(self, value: Any, other: Any) -> Any:
+        return _on(other.data.device_id, cupy.asarray, value) if isinstance(other, cupy.ndarray) else value
+
     def upload(self, x: Any, table: Any) -> Any:
-        with _on(x.data.device_id):
-            return cupy.asarray(table)
+        return _on(x.data.device_id, cupy.asarray, table)
 
     def empty_like(self, x: Any) -> Any:
-        with _on(x.data.device_id):
-            return cupy.empty_like(x)
+        return _on(x.data.device_id, cupy.empty_like, x)
 
     def flatten_leading(self, x: Any, *, copy: bool) -> Any:
         flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
@@ -62,11 +63,12 @@ class CupyAdapter(DeviceAdapter):
         self.check_target(x, out, "cupy.empty_like(x)")
 
 
-def _on(device: int) -> AbstractContextManager[Any]:
-    """Make a device current, which costs more than asking whether it is."""
+def _on(device: int, make: Callable[..., Any], *arguments: Any) -> Any:
+    """Call what makes an array with a device current: to make it so costs more than to ask whether it is."""
     if device == cupy.cuda.device.get_device_id():
-        return nullcontext()
-    return cupy.cuda.Device(device)  # type: ignore[no-any-return]
+        return make(*arguments)
+    with cupy.cuda.Device(device):
+        return make(*arguments)
 
 
 ADAPTER = CupyAdapter()

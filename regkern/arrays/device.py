@@ -6,6 +6,7 @@ Importing this brings Numba's CUDA target, which only arrays on a device need.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Hashable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -13,11 +14,12 @@ import numpy as np
 
 from regkern.arrays.adapter import KernelAdapter
 from regkern.arrays.device_gram import Matrices, matrices_of, mean_cosine, mean_cosine_gradient
-from regkern.arrays.layout import Strides, check_alike, check_memory, loops
+from regkern.arrays.device_plan import DevicePlan
+from regkern.arrays.layout import Strides, check_alike, check_memory, walk
+from regkern.arrays.plan import Member, Plan
 from regkern.dtypes import DType
 from regkern.kernels.cuda.elementwise import (
     NULL,
-    RESULTS,
     Body,
     count_blocks,
     flat_kernel,
@@ -28,15 +30,6 @@ from regkern.kernels.cuda.elementwise import (
 from regkern.kernels.cuda.launch import Place, launch
 from regkern.kernels.formulas import ZERO, Formula
 from regkern.kernels.operations import ADD_GRADIENT, GRADIENT, SUMS, SUMS_AND_GRADIENT, Operation
-
-
-class DeviceArray(NamedTuple):
-    """An array in a device's memory: where its first element is, its dtype, its shape and its strides in bytes."""
-
-    address: int
-    dtype: DType
-    shape: tuple[int, ...]
-    strides: Strides
 
 
 class DeviceAdapter(KernelAdapter):
@@ -50,14 +43,6 @@ class DeviceAdapter(KernelAdapter):
     """
 
     out_of_memory: type[Exception]
-
-    @abstractmethod
-    def view(self, x: Any) -> DeviceArray:
-        """Return where x lies.
-
-        Raises:
-            TypeError: the dtype is not supported.
-        """
 
     @abstractmethod
     def place(self, x: Any) -> Place:
@@ -75,15 +60,17 @@ class DeviceAdapter(KernelAdapter):
     def upload(self, x: Any, table: np.ndarray[Any, Any]) -> Any:
         """Return a copy on x's device of an array of NumPy's with one dimension."""
 
-    def start(self, x: Any) -> int:
-        """Return x's address."""
-        return self.view(x).address
-
-    def on_device(self, x: Any) -> tuple[DeviceAdapter, int] | None:
+    def reader(self, x: Any) -> tuple[DeviceAdapter, Any] | None:
         view = self.view(x)
         steps = walk(view.shape, view.strides, view.strides, view.dtype.itemsize)
-        first = steps.start == 0 and steps.dims == 0  # in memory, as in the array
-        return (self, self.place(x).device) if first else None
+        contiguous = steps.start == 0 and steps.dims == 0  # in memory, as in the array
+        return (self, x) if contiguous else None
+
+    def home(self, x: Any) -> Hashable:
+        return self, self.place(x).device, self.view(x).dtype.result
+
+    def plan(self, members: Sequence[Member]) -> Plan:
+        return DevicePlan(members)
 
     @abstractmethod
     def product(self, left: Any, right: Any, out: Any) -> None:
@@ -107,18 +94,18 @@ class DeviceAdapter(KernelAdapter):
         check_memory(shape, dtype.itemsize, (address, strides), (target.address, target.strides))
 
     def penalty(self, formula: Formula, a: float, b: float, x: Any) -> Any:
-        return self.run(SUMS, formula, a, b, x, x)[0]
+        return self.run(SUMS, formula, a, b, x, x)
 
     def sums(self, formula: Formula, x: Any) -> tuple[Any, Any]:
-        result = self.run(SUMS, formula, 0.0, 0.0, x, x)
-        return result[1], result[2]
+        sums = self.run(SUMS, formula, 0.0, 0.0, x, x, both_sums=True)
+        return sums[0], sums[1]
 
     def partial(self, formula: Formula, x: Any) -> Any:
-        return self.run(SUMS, formula, 0.0, 0.0, x, x, result_type="float64")[1:]
+        return self.run(SUMS, formula, 0.0, 0.0, x, x, both_sums=True, result_type="float64")
 
     def value_and_grad(self, formula: Formula, a: float, b: float, x: Any) -> tuple[Any, Any]:
         out = self.empty_like(x)
-        return self.run(SUMS_AND_GRADIENT, formula, a, b, x, out)[0], out
+        return self.run(SUMS_AND_GRADIENT, formula, a, b, x, out), out
 
     def write_scaled(
         self, formula: Formula, a: float, b: float, x: Any, out: Any, scale: Any, *, accumulate: bool
@@ -178,12 +165,14 @@ class DeviceAdapter(KernelAdapter):
         x: Any,
         out: Any,
         scale: int = NULL,
+        *,
+        both_sums: bool = False,
         result_type: str | None = None,
     ) -> Any:
         """Launch one operation from x to out, which is x where nothing is written.
 
         Returns:
-            The penalty and the formula's two sums, an array on the device, where the operation sums.
+            Where the operation sums, the penalty, a 0-d array on the device, or the formula's two sums.
         """
         source = self.view(x)
         target = source if out is x else self.view(out)
@@ -192,14 +181,15 @@ class DeviceAdapter(KernelAdapter):
             operation, formula, source.dtype, source.shape, source.strides, target.strides, result_type
         )
         partial = self.empty(x, (2 * blocks,), "float64") if operation.sums and blocks > 1 else None
-        result = self.empty(x, (RESULTS,), result_type) if operation.sums else None
+        result = self.empty(x, (2,) if both_sums else (), result_type) if operation.sums else None
         partial_address = NULL if partial is None else self.address(partial)
         result_address = NULL if result is None else self.address(result)
+        results = (NULL, result_address) if both_sums else (result_address, NULL)
         addresses = source.address + start, target.address + out_start
         place = self.place(x)
-        launch(place, body, blocks, (*addresses, *sizes, a, b, scale, partial_address, result_address))
+        launch(place, body, blocks, (*addresses, *sizes, a, b, scale, partial_address, *results))
         if partial is not None:
-            launch(place, last_stage(result_type), 1, (partial_address, blocks, a, b, result_address))
+            launch(place, last_stage(result_type), 1, (partial_address, blocks, a, b, *results))
         return result
 
 
@@ -230,33 +220,3 @@ def _prepared(
         body = flat_kernel(operation, formula, dtype, result_type=result_type)
     blocks = count_blocks(steps.sizes[0], 1 if steps.dims else lanes_of(dtype))
     return _Prepared(steps.start, steps.out_start, body, steps.sizes, blocks)
-
-
-class Walk(NamedTuple):
-    """How a kernel walks an array: bytes to the first elements of x and of out; its sizes; 0 dimensions where flat."""
-
-    start: int
-    out_start: int
-    dims: int
-    sizes: tuple[int, ...]
-
-
-@lru_cache(maxsize=1024)
-def walk(shape: tuple[int, ...], x: Strides, out: Strides, itemsize: int) -> Walk:
-    """Look at the memory of x and out, of one shape, each by its strides in bytes.
-
-    Raises:
-        ValueError: a stride is no multiple of the item size.
-    """
-    if 0 in shape:
-        return Walk(0, 0, 0, (0,))
-    start, out_start, repeats, layout = loops(shape, x, out)
-    if (layout[1:] % itemsize).any():
-        raise ValueError(f"x: expected strides that are multiples of {itemsize} bytes; got {x}; pass a copy.")
-    layout = np.vstack([layout[:1], layout[1:] // itemsize])
-    if repeats > 1:  # one more dimension, in which no step is taken
-        layout = np.hstack([[[repeats], [0], [0]], layout])
-    n = int(layout[0].prod())
-    if n == 1 or (layout.shape[1] == 1 and (layout[1:] == 1).all()):
-        return Walk(start, out_start, 0, (n,))
-    return Walk(start, out_start, layout.shape[1], (n, *layout.ravel().tolist()))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from regkern.arrays.layout import Strides, locate_matrices
 from regkern.dtypes import DType
-from regkern.kernels.cuda.elementwise import MAX_BLOCKS, NULL, RESULTS, last_stage
+from regkern.kernels.cuda.elementwise import MAX_BLOCKS, NULL, last_stage
 from regkern.kernels.cuda.gram import (
     count_tiles,
     fold_cosines,
@@ -20,7 +20,6 @@ from regkern.kernels.cuda.gram import (
     project,
     tile_sums,
     unit_rows,
-    working_type,
 )
 from regkern.kernels.cuda.launch import launch
 
@@ -82,7 +81,7 @@ def mean_cosine_gradient(
         scale: the address of a number on the device by which the gradient is multiplied, or null for 1.
         accumulate: whether the gradient is added to what is there.
     """
-    dtype, n, d, place, work = matrices.dtype, matrices.n, matrices.d, adapter.place(x), working_type(matrices.dtype)
+    dtype, n, d, place, work = matrices.dtype, matrices.n, matrices.d, adapter.place(x), matrices.dtype.result
 
     def allocate(rows: int) -> tuple[Any, ...]:
         whole = adapter.empty(x, (n, d), work), adapter.empty(x, (n,), "float64")
@@ -141,11 +140,11 @@ class _Sums:
     def result(self, matrices: Matrices, factor: float) -> Any:
         """Add all sums, and return the penalty."""
         adapter, x, result_type = self._adapter, self._x, matrices.dtype.result
-        result = adapter.empty(x, (RESULTS,), result_type)
+        result = adapter.empty(x, (), result_type)
         mean_factor = factor / max(1, matrices.pairs)
-        arguments = (adapter.address(self._partial), self._blocks, mean_factor, 0.0, adapter.address(result))
+        arguments = (adapter.address(self._partial), self._blocks, mean_factor, 0.0, adapter.address(result), NULL)
         launch(adapter.place(x), last_stage(result_type), 1, arguments)
-        return result[0]
+        return result
 
 
 def _add_tiles(adapter: DeviceAdapter, x: Any, matrices: Matrices, count: int) -> _Sums:
@@ -164,7 +163,7 @@ def _add_tiles(adapter: DeviceAdapter, x: Any, matrices: Matrices, count: int) -
 
 def _add_panels(adapter: DeviceAdapter, x: Any, matrices: Matrices, count: int) -> _Sums:
     """Go over the upper triangle in square panels, for which the unit rows of two stretches are made at a time."""
-    n, d, work = matrices.n, matrices.d, working_type(matrices.dtype)
+    n, d, work = matrices.n, matrices.d, matrices.dtype.result
 
     def allocate(rows: int) -> tuple[Any, ...]:
         stretch = rows, d

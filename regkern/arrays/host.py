@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
 
 from regkern.arrays.adapter import KernelAdapter
-from regkern.arrays.layout import Strides, check_alike, check_memory, locate_matrices, loops
+from regkern.arrays.layout import Strides, View, check_alike, check_memory, locate_matrices, loops
+from regkern.arrays.plan import HostPlan, Member, Plan
 from regkern.dtypes import DType
 from regkern.kernels.cpu import gram
 from regkern.kernels.cpu.elementwise import kernels
@@ -28,10 +29,6 @@ class HostAdapter(KernelAdapter):
             TypeError: the dtype is not supported.
         """
 
-    def start(self, x: Any) -> int:
-        """Return x's address."""
-        return self.memory(x)[0]
-
     @abstractmethod
     def strides(self, x: Any) -> Strides:
         """Return x's strides in bytes."""
@@ -40,21 +37,15 @@ class HostAdapter(KernelAdapter):
     def scalar(self, value: float, dtype: DType) -> Any:
         """Return a 0-d scalar of the library, in the dtype's result type."""
 
-    def watch(self, arrays: Sequence[Any], *, written: bool) -> Callable[[Sequence[Any]], int]:
-        """Return a function that is given the same arrays again: the index of the first that lies elsewhere, or -1.
+    def view(self, x: Any) -> View:
+        address, _, dtype, _ = self.memory(x)
+        return View(address, dtype, tuple(x.shape), self.strides(x))
 
-        Of arrays that are written to, it also notices those that have become read-only, where the library has such.
-        """
+    def home(self, x: Any) -> Hashable:
+        return "host"
 
-        def places(arrays: Sequence[Any]) -> list[Any]:
-            return [(self.memory(x), tuple(x.shape), self.strides(x)) for x in arrays]
-
-        before = places(arrays)
-
-        def first_moved(arrays: Sequence[Any]) -> int:
-            return next((i for i, (old, new) in enumerate(zip(before, places(arrays), strict=True)) if old != new), -1)
-
-        return first_moved
+    def plan(self, members: Sequence[Member]) -> Plan:
+        return HostPlan(members)
 
     def on_host(self, x: Any) -> tuple[HostAdapter, Any] | None:
         return self, x

@@ -336,6 +336,11 @@ class JaxAdapter(Adapter):
             return _device().penalty(formula, a, b, x)
         return _call(_checked(x), _words(a, b), kind=VALUE, penalty=_Elementwise(formula))[0]
 
+    def beside(self, value: Any, other: Any) -> Any:
+        if isinstance(value, jax.core.Tracer) or isinstance(other, jax.core.Tracer) or not isinstance(other, jax.Array):
+            return value
+        return jax.device_put(value, other.sharding) if value.devices().isdisjoint(other.devices()) else value
+
     def sums(self, formula: Formula, x: Any) -> tuple[Any, Any]:
         sums = self.partial(formula, x).astype(_result_type(x))
         return sums[0], sums[1]

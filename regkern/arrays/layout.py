@@ -2,11 +2,22 @@
 
 from functools import lru_cache
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from regkern.dtypes import DType
+
 Strides = tuple[int, ...]
+
+
+class View(NamedTuple):
+    """Where an array's elements are: the address of the first, their dtype, the shape, and the strides in bytes."""
+
+    address: int
+    dtype: DType
+    shape: tuple[int, ...]
+    strides: Strides
 
 
 @lru_cache(maxsize=1024)  # a program has few layouts and meets each of them often
@@ -52,6 +63,36 @@ def loops(shape: tuple[int, ...], x: Strides, out: Strides) -> tuple[int, int, i
     # A single element is one dimension as well.
     layout = np.array(merged or [(1, 0, 0)], np.int64).T.copy()
     return x_start, out_start, repeats, layout
+
+
+class Walk(NamedTuple):
+    """How a kernel walks an array: bytes to the first elements of x and of out; its sizes; 0 dimensions where flat."""
+
+    start: int
+    out_start: int
+    dims: int
+    sizes: tuple[int, ...]
+
+
+@lru_cache(maxsize=1024)
+def walk(shape: tuple[int, ...], x: Strides, out: Strides, itemsize: int) -> Walk:
+    """Look at the memory of x and out, of one shape, each by its strides in bytes.
+
+    Raises:
+        ValueError: a stride is no multiple of the item size.
+    """
+    if 0 in shape:
+        return Walk(0, 0, 0, (0,))
+    start, out_start, repeats, layout = loops(shape, x, out)
+    if (layout[1:] % itemsize).any():
+        raise ValueError(f"x: expected strides that are multiples of {itemsize} bytes; got {x}; pass a copy.")
+    layout = np.vstack([layout[:1], layout[1:] // itemsize])
+    if repeats > 1:  # one more dimension, in which no step is taken
+        layout = np.hstack([[[repeats], [0], [0]], layout])
+    n = int(layout[0].prod())
+    if n == 1 or (layout.shape[1] == 1 and (layout[1:] == 1).all()):
+        return Walk(start, out_start, 0, (n,))
+    return Walk(start, out_start, layout.shape[1], (n, *layout.ravel().tolist()))
 
 
 def locate_matrices(

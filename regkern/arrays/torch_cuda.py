@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regkern.arrays.device import DeviceAdapter, DeviceArray
+from regkern.arrays.device import DeviceAdapter
+from regkern.arrays.layout import View
 from regkern.arrays.torch import Recording, Tensors, byte_strides, check_tensor, dtypes, kind
 from regkern.kernels.cuda.driver import driver
 from regkern.kernels.cuda.launch import Place
@@ -21,8 +22,8 @@ class Kernels(Tensors, DeviceAdapter):
     recorded: Any
     out_of_memory = torch.OutOfMemoryError
 
-    def view(self, x: Tensor) -> DeviceArray:
-        return DeviceArray(x.data_ptr(), dtypes[x.dtype], tuple(x.shape), byte_strides(x))
+    def view(self, x: Tensor) -> View:
+        return View(x.data_ptr(), dtypes[x.dtype], tuple(x.shape), byte_strides(x))
 
     def place(self, x: Tensor) -> Place:
         device = x.get_device()

@@ -12,7 +12,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -34,17 +34,21 @@ def _keep_openmp_settings() -> Iterator[None]:
     """
     try:
         from numba.np.ufunc import omppool  # type: ignore[attr-defined]
-
-        openmp = ctypes.CDLL(omppool.__file__)  # and what it is linked with
-        threads, levels = openmp.omp_get_max_threads(), openmp.omp_get_max_active_levels()
-    except (ImportError, OSError, AttributeError):  # there is no OpenMP, or not one that says
+    except ImportError:
         yield
         return
+    kept = []
+    # It calls an OpenMP that was loaded for the whole process before, as PyTorch's is, else what it is linked with.
+    for library in (None, omppool.__file__):
+        with suppress(OSError, AttributeError, TypeError):  # there is none, or not one that says
+            openmp = ctypes.CDLL(library)
+            kept.append((openmp, openmp.omp_get_max_threads(), openmp.omp_get_max_active_levels()))
     try:
         yield
     finally:
-        openmp.omp_set_num_threads(threads)
-        openmp.omp_set_max_active_levels(levels)
+        for openmp, threads, levels in kept:
+            openmp.omp_set_num_threads(threads)
+            openmp.omp_set_max_active_levels(levels)
 
 
 @functools.cache

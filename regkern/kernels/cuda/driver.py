@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 _DEVICE_OF_POINTER = 9  # CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 _END, _BUFFER_POINTER, _BUFFER_SIZE = 0, 1, 2  # CU_LAUNCH_PARAM_*
+_LARGEST_PARAMETERS = 4096  # bytes, on every device
 
 
 class Code(NamedTuple):
@@ -48,9 +49,35 @@ class Driver(Protocol):
 
 
 class _Kernel(NamedTuple):
-    function: Any
+    function: int | None
     parameters: struct.Struct
-    size: Any
+
+
+class _Call:
+    """Memory for what a launch tells the driver, which would cost as much as the launch itself to make each time."""
+
+    _CONFIGURATION = struct.Struct("=6I2I3Q")  # CUlaunchConfig: blocks, threads, bytes shared and unused; stream; none
+
+    def __init__(self) -> None:
+        self._configuration = ctypes.create_string_buffer(self._CONFIGURATION.size)
+        self._parameters = ctypes.create_string_buffer(_LARGEST_PARAMETERS)
+        self._size = ctypes.c_size_t()
+        self._extra = (ctypes.c_void_p * 5)(
+            *(_BUFFER_POINTER, ctypes.addressof(self._parameters)),
+            *(_BUFFER_SIZE, ctypes.addressof(self._size)),
+            _END,
+        )
+        self._context = ctypes.c_void_p()
+        self.context = ctypes.addressof(self._context)
+        self.configuration, self.extra = ctypes.addressof(self._configuration), ctypes.addressof(self._extra)
+
+    def pack(self, kernel: _Kernel, stream: int, blocks: int, threads: int, arguments: tuple[int | float, ...]) -> None:
+        self._CONFIGURATION.pack_into(self._configuration, 0, blocks, 1, 1, threads, 1, 1, 0, 0, stream, 0, 0)
+        kernel.parameters.pack_into(self._parameters, 0, *arguments)
+        self._size.value = kernel.parameters.size
+
+    def current_context(self) -> int | None:
+        return self._context.value
 
 
 class LibCuda:
@@ -62,11 +89,11 @@ class LibCuda:
 
     def __init__(self, library: Any) -> None:
         self._library = library
-        self._contexts: dict[int, Any] = {}
+        self._contexts: dict[int, int | None] = {}
         self._lock = threading.Lock()
-        self._launch = library.cuLaunchKernel
-        self._launch.argtypes = [ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * 3]
-        self._current = library.cuCtxGetCurrent
+        self._calls: list[_Call] = []  # of no thread: a launch takes one out, and puts it back
+        self._launch, self._get_current = library.cuLaunchKernelEx, library.cuCtxGetCurrent
+        self._launch.argtypes, self._get_current.argtypes = [ctypes.c_void_p] * 4, [ctypes.c_void_p]
         self._check(library.cuInit(0))
 
     def compute_capability(self, device: int) -> tuple[int, int]:
@@ -93,45 +120,43 @@ class LibCuda:
             self._check(self._library.cuModuleGetFunction(ctypes.byref(function), module, code.entry.encode()))
         finally:
             self._leave()
-        parameters = struct.Struct("=" + code.parameters)
-        return _Kernel(function, parameters, ctypes.c_size_t(parameters.size))
+        return _Kernel(function.value, struct.Struct("=" + code.parameters))
 
     def launch(
         self, device: int, stream: int, kernel: _Kernel, blocks: int, threads: int, arguments: tuple[int | float, ...]
     ) -> None:
         """Launch a kernel on a stream and return at once."""
-        function, parameters, size = kernel
-        packed = ctypes.create_string_buffer(parameters.pack(*arguments), parameters.size)
-        extra = (ctypes.c_void_p * 5)(
-            _BUFFER_POINTER, ctypes.addressof(packed), _BUFFER_SIZE, ctypes.addressof(size), _END
-        )
-        current = ctypes.c_void_p()
-        self._current(ctypes.byref(current))
-        elsewhere = current.value != self._context(device).value
+        try:
+            call = self._calls.pop()
+        except IndexError:
+            call = _Call()
+        call.pack(kernel, stream, blocks, threads, arguments)
+        self._get_current(call.context)
+        elsewhere = call.current_context() != self._context(device)
         if elsewhere:
             self._enter(device)
         try:
-            self._check(self._launch(function, blocks, 1, 1, threads, 1, 1, 0, stream, None, extra))
+            self._check(self._launch(call.configuration, kernel.function, None, call.extra))
         finally:
             if elsewhere:
                 self._leave()
+        self._calls.append(call)
 
     def _handle(self, device: int) -> Any:
         handle = ctypes.c_int()
         self._check(self._library.cuDeviceGet(ctypes.byref(handle), device))
         return handle
 
-    def _context(self, device: int) -> Any:
-        context = self._contexts.get(device)
-        if context is None:
+    def _context(self, device: int) -> int | None:
+        if device not in self._contexts:
             with self._lock:
                 context = ctypes.c_void_p()
                 self._check(self._library.cuDevicePrimaryCtxRetain(ctypes.byref(context), self._handle(device)))
-                self._contexts[device] = context
-        return context
+                self._contexts[device] = context.value
+        return self._contexts[device]
 
     def _enter(self, device: int) -> None:
-        self._check(self._library.cuCtxPushCurrent_v2(self._context(device)))
+        self._check(self._library.cuCtxPushCurrent_v2(ctypes.c_void_p(self._context(device))))
 
     def _leave(self) -> None:
         self._check(self._library.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p())))

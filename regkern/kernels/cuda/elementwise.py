@@ -7,8 +7,8 @@ block adds those. No atomics: the same bits from run to run. An array of one blo
 All kernels of one layout have the same parameters: ``x, out``, pointers to the first elements; ``n``, how many there
 are; the layout, of those that are strided; the factors ``a, b``; ``scale``, by which the factors of what is written are
 multiplied, a number on the device so that nothing waits for it, or null for 1; ``partial``, two float64 for each block;
-``result``, three numbers of the result's type: the penalty, and the formula's two sums. What an operation has no use
-for is not touched and may be any pointer.
+``penalty`` and ``sums``, one and two numbers of the result's type for the penalty and the formula's two sums, or null
+where they are not wanted. What an operation has no use for is not touched and may be any pointer.
 """
 
 import functools
@@ -49,7 +49,6 @@ UNROLL = 4
 MAX_BLOCKS = 8 * 132
 
 WARP = 32
-RESULTS = 3
 NULL = 0  # the address that points nowhere
 _SLOTS = 2 * WARP  # two sums of each warp, of which a block has at most 32
 
@@ -152,16 +151,16 @@ def flat_kernel(
     accumulator: Accumulator | None = None,
     result_type: str | None = None,
 ) -> Body:
-    """Make the kernel of contiguous arrays: ``(x, out, n, a, b, scale, partial, result)``."""
+    """Make the kernel of contiguous arrays: ``(x, out, n, a, b, scale, partial, penalty, sums)``."""
     chosen, result_type = _accumulator(dtype, accumulator), result_type or dtype.result
     loop, finish = make_flat_loop(operation, formula, dtype, chosen), _make_finish(result_type)
-    sums = operation.sums
+    adds = operation.sums
 
-    def kernel(x, out, n, a, b, scale, partial, result):
+    def kernel(x, out, n, a, b, scale, partial, penalty, sums):
         scaled_a, scaled_b = scaled(a, b, scale)
         sum0, sum1 = loop(x, out, n, cuda.grid(1), cuda.gridsize(1), scaled_a, scaled_b)
-        if sums:
-            finish(sum0, sum1, a, b, partial, result)
+        if adds:
+            finish(sum0, sum1, a, b, partial, penalty, sums)
 
     name = _name("flat", operation, formula, dtype, chosen, result_type)
     return Body(name, kernel, _arguments(dtype, result_type, INT64))
@@ -244,7 +243,7 @@ def strided_kernel(
     accumulator: Accumulator | None = None,
     result_type: str | None = None,
 ) -> Body:
-    """Make the kernel of strided arrays: ``(x, out, n, layout, a, b, scale, partial, result)``.
+    """Make the kernel of strided arrays: ``(x, out, n, layout, a, b, scale, partial, penalty, sums)``.
 
     The layout is a tuple of 3 * dims numbers: lengths, strides of x, strides of out, the strides counted in elements;
     the last dimension is the one whose elements neighbouring threads take.
@@ -253,9 +252,9 @@ def strided_kernel(
     add_element, update_element, total = _make_element(operation, formula, dtype, chosen)
     start, add_up, finish = _make_start(chosen), _make_add_up(total), _make_finish(result_type)
     offsets = _make_offsets(dims - 1, dims)
-    sums, writes = operation.sums, operation.writes
+    adds, writes = operation.sums, operation.writes
 
-    def kernel(x, out, n, layout, a, b, scale, partial, result):
+    def kernel(x, out, n, layout, a, b, scale, partial, penalty, sums):
         i, step = cuda.grid(1), cuda.gridsize(1)
         scaled_a, scaled_b = scaled(a, b, scale)
         sums0, sums1, sums2, sums3 = start(), start(), start(), start()
@@ -265,7 +264,7 @@ def strided_kernel(
             at2, to2 = offsets(i + 2 * step, layout)
             at3, to3 = offsets(i + 3 * step, layout)
             x0, x1, x2, x3 = x[at0], x[at1], x[at2], x[at3]
-            if sums:
+            if adds:
                 sums0, sums1 = add_element(sums0, x0), add_element(sums1, x1)
                 sums2, sums3 = add_element(sums2, x2), add_element(sums3, x3)
             if writes:
@@ -276,14 +275,14 @@ def strided_kernel(
             i += 4 * step
         while i < n:
             at0, to0 = offsets(i, layout)
-            if sums:
+            if adds:
                 sums0 = add_element(sums0, x[at0])
             if writes:
                 out[to0] = update_element(x[at0], out[to0], scaled_a, scaled_b)
             i += step
-        if sums:
+        if adds:
             sum0, sum1 = add_up(sums0, sums1, sums2, sums3)
-            finish(sum0, sum1, a, b, partial, result)
+            finish(sum0, sum1, a, b, partial, penalty, sums)
 
     name = _name(f"strided{dims}", operation, formula, dtype, chosen, result_type)
     return Body(name, kernel, _arguments(dtype, result_type, INT64, numbers("int64", 3 * dims)))
@@ -291,10 +290,10 @@ def strided_kernel(
 
 @functools.cache
 def last_stage(result_type: str) -> Body:
-    """Make the kernel of one block that adds the blocks' sums: ``(partial, blocks, a, b, result)``."""
-    narrow = make_narrow_result(result_type)
+    """Make the kernel of one block that adds the blocks' sums: ``(partial, blocks, a, b, penalty, sums)``."""
+    write = _make_write(result_type)
 
-    def kernel(partial, blocks, a, b, result):
+    def kernel(partial, blocks, a, b, penalty, sums):
         sum0 = sum1 = 0.0
         block = cuda.threadIdx.x
         while block < blocks:
@@ -303,10 +302,10 @@ def last_stage(result_type: str) -> Body:
             block += cuda.blockDim.x
         sum0, sum1 = block_sums(sum0, sum1)
         if cuda.threadIdx.x == 0:
-            result[0], result[1], result[2] = narrow(a * sum0 + b * sum1), narrow(sum0), narrow(sum1)
+            write(sum0, sum1, a, b, penalty, sums)
 
-    factors = (FLOAT64_PARAMETER, FLOAT64_PARAMETER)
-    return Body(f"last_stage-{result_type}", kernel, (pointer("float64"), INT64, *factors, pointer(result_type)))
+    factors, results = (FLOAT64_PARAMETER, FLOAT64_PARAMETER), (pointer(result_type), pointer(result_type))
+    return Body(f"last_stage-{result_type}", kernel, (pointer("float64"), INT64, *factors, *results))
 
 
 def _name(
@@ -318,7 +317,8 @@ def _name(
 
 def _arguments(dtype: DType, result_type: str, *layout: Any) -> tuple[Any, ...]:
     elements, factors = pointer(dtype.carrier), (FLOAT64_PARAMETER, FLOAT64_PARAMETER, pointer(dtype.result))
-    return elements, elements, *layout, *factors, pointer("float64"), pointer(result_type)
+    results = pointer(result_type), pointer(result_type)
+    return elements, elements, *layout, *factors, pointer("float64"), *results
 
 
 def make_widen(dtype: DType):
@@ -393,35 +393,22 @@ def _make_add_lanes(add_element):
 
 
 def _make_update_lanes(update, lanes: int):
-    """Make ``update(lanes, old, a, b) -> lanes``. Numba takes no comprehension for a tuple, hence one for each size."""
+    """Make ``update(lanes, old, a, b) -> lanes``: Numba builds a tuple of so many by joining those of its halves."""
+    if lanes == 1:
+
+        @device
+        def one(x, old, a, b):
+            return (update(x[0], old[0], a, b),)
+
+        return one
+    half = lanes // 2
+    update_half = _make_update_lanes(update, half)
 
     @device
-    def update2(x, old, a, b):
-        return update(x[0], old[0], a, b), update(x[1], old[1], a, b)
+    def both(x, old, a, b):
+        return update_half(x[:half], old[:half], a, b) + update_half(x[half:], old[half:], a, b)
 
-    @device
-    def update4(x, old, a, b):
-        return (
-            update(x[0], old[0], a, b),
-            update(x[1], old[1], a, b),
-            update(x[2], old[2], a, b),
-            update(x[3], old[3], a, b),
-        )
-
-    @device
-    def update8(x, old, a, b):
-        return (
-            update(x[0], old[0], a, b),
-            update(x[1], old[1], a, b),
-            update(x[2], old[2], a, b),
-            update(x[3], old[3], a, b),
-            update(x[4], old[4], a, b),
-            update(x[5], old[5], a, b),
-            update(x[6], old[6], a, b),
-            update(x[7], old[7], a, b),
-        )
-
-    return {2: update2, 4: update4, 8: update8}[lanes]
+    return both
 
 
 def _make_start(accumulator: Accumulator):
@@ -503,16 +490,30 @@ def _make_add_up(total):
 
 
 def _make_finish(result_type: str):
-    """Make what ends a kernel that sums: a block's sums to `partial`, of a single block to `result`."""
-    narrow = make_narrow_result(result_type)
+    """Make what ends a kernel that sums: a block's sums to `partial`, of a single block to where they are wanted."""
+    write = _make_write(result_type)
 
     @device
-    def finish(sum0, sum1, a, b, partial, result):
+    def finish(sum0, sum1, a, b, partial, penalty, sums):
         sum0, sum1 = block_sums(sum0, sum1)
         if cuda.threadIdx.x == 0:
             if cuda.gridDim.x == 1:
-                result[0], result[1], result[2] = narrow(a * sum0 + b * sum1), narrow(sum0), narrow(sum1)
+                write(sum0, sum1, a, b, penalty, sums)
             else:
                 partial[2 * cuda.blockIdx.x], partial[2 * cuda.blockIdx.x + 1] = sum0, sum1
 
     return finish
+
+
+def _make_write(result_type: str):
+    """Make what writes the results that are wanted."""
+    narrow = make_narrow_result(result_type)
+
+    @device
+    def write(sum0, sum1, a, b, penalty, sums):
+        if address_of(penalty) != 0:
+            penalty[0] = narrow(a * sum0 + b * sum1)
+        if address_of(sums) != 0:
+            sums[0], sums[1] = narrow(sum0), narrow(sum1)
+
+    return write

@@ -5,16 +5,17 @@ unit rows in shared memory and keeps only the sum of its magnitudes; memory beyo
 and 16 for each tile. `unit_rows`, `fold_cosines` and `project` are what is left to do where a library's own product of
 matrices computes the cosines, a panel at a time; the gradient goes this way alone.
 
-Dot products are added in float32 (float64 for float64), as on the CPU; norms and sums in float64.
+Unit rows and cosines have the type of a result, and dot products are added in it: float32, float64 for float64, as on
+the CPU. Norms and sums are in float64.
 """
 
 import functools
 import math
 
-from regkern.dtypes import FLOAT64, DType
+from regkern.dtypes import DType
 from regkern.kernels.cuda.compile import FLOAT64 as FLOAT64_PARAMETER
-from regkern.kernels.cuda.compile import INT64, cuda, device, float_type, pointer, to_float32, to_float64
-from regkern.kernels.cuda.elementwise import Body, block_sums, make_narrow, make_widen, scaled
+from regkern.kernels.cuda.compile import INT64, cuda, device, float_type, pointer, to_float64
+from regkern.kernels.cuda.elementwise import Body, block_sums, make_narrow, make_narrow_result, make_widen, scaled
 
 # Rows and columns of a tile; a thread has four of its elements. A block has TILE * TILE // 4 threads.
 TILE = 32
@@ -27,25 +28,48 @@ def count_tiles(n: int, tile: int = TILE) -> int:
     return -(-n // tile)
 
 
+@device
+def _block_total(value):
+    """Return the sum over a block's threads, in all of them."""
+    shared = cuda.shared.array(1, FLOAT64_PARAMETER)
+    total, _ = block_sums(value, 0.0)
+    if cuda.threadIdx.x == 0:
+        shared[0] = total
+    cuda.syncthreads()
+    return shared[0]
+
+
+def _make_inverse_norm(dtype: DType):
+    """Make ``inverse_norm(x, row, d, row_stride, depth_stride)``, for all threads of a block; 0 for a zero row."""
+    widen = make_widen(dtype)
+
+    @device
+    def inverse_norm(x, row, d, row_stride, depth_stride):
+        squares = 0.0
+        k = cuda.threadIdx.x
+        while k < d:
+            v = to_float64(widen(x[row * row_stride + k * depth_stride]))
+            squares += v * v
+            k += cuda.blockDim.x
+        squares = _block_total(squares)
+        return 0.0 if squares == 0.0 else 1.0 / math.sqrt(squares)
+
+    return inverse_norm
+
+
 @functools.cache
 def inverse_norms(dtype: DType) -> Body:
     """Make the kernel of one block for each row: ``(x, d, row_stride, depth_stride, inverse)``.
 
     Strides are counted in elements; `inverse` takes a float64 for each row, 0 for a zero row.
     """
-    widen = make_widen(dtype)
+    inverse_norm = _make_inverse_norm(dtype)
 
     def kernel(x, d, row_stride, depth_stride, inverse):
         row = cuda.blockIdx.x
-        total = 0.0
-        k = cuda.threadIdx.x
-        while k < d:
-            v = to_float64(widen(x[row * row_stride + k * depth_stride]))
-            total += v * v
-            k += cuda.blockDim.x
-        total, _ = block_sums(total, 0.0)
+        factor = inverse_norm(x, row, d, row_stride, depth_stride)
         if cuda.threadIdx.x == 0:
-            inverse[row] = 0.0 if total == 0.0 else 1.0 / math.sqrt(total)
+            inverse[row] = factor
 
     arguments = (pointer(dtype.carrier), INT64, INT64, INT64, pointer("float64"))
     return Body(f"inverse_norms-{dtype.name}", kernel, arguments)
@@ -60,8 +84,8 @@ def tile_sums(dtype: DType, tile: int = TILE) -> Body:
     """
     threads = tile * tile // PER_THREAD
     rows_apart, slots = tile // PER_THREAD, tile * DEPTH
-    widen, narrow = make_widen(dtype), _make_narrow(dtype)
-    shared_type = float_type(working_type(dtype))
+    widen, narrow = make_widen(dtype), make_narrow_result(dtype.result)
+    shared_type = float_type(dtype.result)
 
     def kernel(x, n, d, row_stride, depth_stride, inverse, partial):
         left = cuda.shared.array(slots, shared_type)
@@ -110,44 +134,17 @@ def tile_sums(dtype: DType, tile: int = TILE) -> Body:
     return Body(f"tile_sums-{dtype.name}", kernel, arguments, threads)
 
 
-@device
-def _block_total(value):
-    """Return the sum over a block's threads, in all of them."""
-    shared = cuda.shared.array(1, FLOAT64_PARAMETER)
-    total, _ = block_sums(value, 0.0)
-    if cuda.threadIdx.x == 0:
-        shared[0] = total
-    cuda.syncthreads()
-    return shared[0]
-
-
-def working_type(dtype: DType) -> str:
-    """Return the type of unit rows and of cosines."""
-    return "float64" if dtype is FLOAT64 else "float32"
-
-
-def _make_narrow(dtype: DType):
-    return to_float64 if dtype is FLOAT64 else to_float32
-
-
 @functools.cache
 def unit_rows(dtype: DType) -> Body:
     """Make the kernel of one block for each row: ``(x, d, row_stride, depth_stride, unit, inverse)``.
 
     It writes the rows, divided by their norms, one after the other, and the inverse norms, 0 for a zero row.
     """
-    widen, narrow = make_widen(dtype), _make_narrow(dtype)
+    widen, narrow, inverse_norm = make_widen(dtype), make_narrow_result(dtype.result), _make_inverse_norm(dtype)
 
     def kernel(x, d, row_stride, depth_stride, unit, inverse):
         row = cuda.blockIdx.x
-        squares = 0.0
-        k = cuda.threadIdx.x
-        while k < d:
-            v = to_float64(widen(x[row * row_stride + k * depth_stride]))
-            squares += v * v
-            k += cuda.blockDim.x
-        squares = _block_total(squares)
-        factor = 0.0 if squares == 0.0 else 1.0 / math.sqrt(squares)
+        factor = inverse_norm(x, row, d, row_stride, depth_stride)
         if cuda.threadIdx.x == 0:
             inverse[row] = factor
         k = cuda.threadIdx.x
@@ -155,7 +152,7 @@ def unit_rows(dtype: DType) -> Body:
             unit[row * d + k] = narrow(to_float64(widen(x[row * row_stride + k * depth_stride])) * factor)
             k += cuda.blockDim.x
 
-    arguments = (pointer(dtype.carrier), INT64, INT64, INT64, pointer(working_type(dtype)), pointer("float64"))
+    arguments = (pointer(dtype.carrier), INT64, INT64, INT64, pointer(dtype.result), pointer("float64"))
     return Body(f"unit_rows-{dtype.name}", kernel, arguments)
 
 
@@ -166,7 +163,7 @@ def fold_cosines(dtype: DType, signs: bool) -> Body:
     Each block writes to `partial` the sum of |cosine| over the pairs i < j among its rows, and 0. Where signs are
     wanted, each cosine is replaced by its sign, that of a row with itself by 0.
     """
-    narrow = _make_narrow(dtype)
+    narrow = make_narrow_result(dtype.result)
 
     def kernel(cosines, rows, columns, first_row, first_column, partial):
         total = 0.0
@@ -190,7 +187,7 @@ def fold_cosines(dtype: DType, signs: bool) -> Body:
 
     name = "signs" if signs else "sums"
     sizes = (INT64, INT64, INT64, INT64)
-    return Body(f"fold_cosines_{name}-{dtype.name}", kernel, (pointer(working_type(dtype)), *sizes, pointer("float64")))
+    return Body(f"fold_cosines_{name}-{dtype.name}", kernel, (pointer(dtype.result), *sizes, pointer("float64")))
 
 
 @functools.cache
@@ -222,7 +219,7 @@ def project(dtype: DType, accumulate: bool) -> Body:
             out[at] = narrow(gradient)
             k += cuda.blockDim.x
 
-    work = pointer(working_type(dtype))
+    work = pointer(dtype.result)
     scalars = (INT64, FLOAT64_PARAMETER, pointer(dtype.result))
     arguments = (work, work, pointer("float64"), *scalars, pointer(dtype.carrier), INT64, INT64)
     return Body(f"project{'_and_add' * accumulate}-{dtype.name}", kernel, arguments)
