@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.peers import _jax
+from bench.peers.jax import jax_with_float64
 from regkern import reductions
 
 BLOCK = 1 << 20  # values at a time as Python floats
@@ -54,7 +54,7 @@ def _torch(x: np.ndarray) -> dict[str, Any]:
 
 
 def _jitted(x: np.ndarray) -> dict[str, Any]:
-    jax = _jax()
+    jax = jax_with_float64()
     numpy = jax.numpy
     array = numpy.asarray(x)
     return {

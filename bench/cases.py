@@ -53,7 +53,7 @@ class Case:
     """One thing that regkern and its peers compute.
 
     Attributes:
-        kind: which function of `peers.py`: value, value_and_grad, accumulate, prox, gram, gram_columns, gram_and_grad;
+        kind: which functions of `peers/`: value, value_and_grad, accumulate, prox, gram, gram_columns, gram_and_grad;
             jax_value_and_grad and jax_gram_and_grad are those of a jitted JAX program, jax_autodiff is differentiated
             there by JAX; torch_backward and torch_gram_backward are a forward and a backward pass in PyTorch,
             tensorflow_tape the same under TensorFlow's gradient tape, tensorflow_graph in a `tf.function`. Of

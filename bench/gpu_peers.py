@@ -5,34 +5,30 @@ A peer that is missing, or that fails, is left out.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
 import regkern as rk
 from bench.cases import L1, L2
+from bench.formulas import (
+    backward,
+    jax_orthogonal,
+    jax_penalty,
+    penalty,
+    torch_orthogonal,
+    torch_penalty,
+    value_and_gradient,
+)
 from bench.gpu_cases import GpuCase
+from bench.peers.registry import Call, Registry
+from bench.peers.regkern import ORTHOGONAL, REGULARIZER
 
-Call = Callable[[], Any]
-_PEERS: dict[tuple[str, str], Callable[[GpuCase], Call]] = {}
-REGULARIZER = rk.L1L2(L1, L2)
-ORTHOGONAL = rk.OrthogonalRegularizer(0.01)
-
-
-def peer(kind: str, name: str):
-    """Register a function as the peer of this name for a kind of case."""
-
-    def register(prepare: Callable[[GpuCase], Call]) -> Callable[[GpuCase], Call]:
-        _PEERS[kind, name] = prepare
-        return prepare
-
-    return register
+peer = Registry()
 
 
 def prepare(name: str, case: GpuCase) -> Call:
     """Make the call that a peer is timed by."""
-    return _PEERS[case.kind, name](case)
+    return peer.prepare(case.kind, name, case)
 
 
 # Arrays
@@ -167,7 +163,7 @@ def cupy_value(case):
     import cupy
 
     x = cupy_array(case)
-    return lambda: L1 * cupy.abs(x).sum() + L2 * cupy.square(x).sum()
+    return functools.partial(penalty, cupy, x)
 
 
 @peer("value", "cupy ReductionKernel")
@@ -186,7 +182,7 @@ def cupy_value_and_grad(case):
     import cupy
 
     x = cupy_array(case)
-    return lambda: (L1 * cupy.abs(x).sum() + L2 * cupy.square(x).sum(), L1 * cupy.sign(x) + 2 * L2 * x)
+    return functools.partial(value_and_gradient, cupy, x)
 
 
 @peer("many", "cupy")
@@ -194,20 +190,16 @@ def cupy_many(case):
     import cupy
 
     arrays = [cupy.from_dlpack(x) for x in many_tensors(case)]
-    return lambda: sum(L1 * cupy.abs(x).sum() + L2 * cupy.square(x).sum() for x in arrays)
+    return lambda: sum(penalty(cupy, x) for x in arrays)
 
 
 # torch
 
 
-def _torch_penalty(x):
-    return L1 * x.abs().sum() + L2 * x.square().sum()
-
-
 @peer("value", "torch")
 @peer("launch", "torch")
 def torch_value(case):
-    return functools.partial(_torch_penalty, torch_array(case))
+    return functools.partial(torch_penalty, torch_array(case))
 
 
 @peer("value", "torch.compile")
@@ -219,7 +211,7 @@ def _compiled():
     import torch
 
     torch._dynamo.reset()  # of a function with several versions, it would come to run the last ones uncompiled
-    return torch.compile(_torch_penalty, dynamic=False)
+    return torch.compile(torch_penalty, dynamic=False)
 
 
 @peer("value", "torch._foreach_norm")
@@ -244,7 +236,7 @@ def _norms(tensors):
 
 @peer("value_and_grad", "torch")
 def torch_value_and_grad(case):
-    return _backward(_torch_penalty, case)
+    return _backward(torch_penalty, case)
 
 
 @peer("value_and_grad", "torch.compile")
@@ -257,62 +249,31 @@ peer("torch_backward", "torch.compile")(torch_compiled_value_and_grad)
 
 
 def _backward(penalty, case):
-    x = torch_array(case).requires_grad_()
-
-    def call():
-        x.grad = None
-        penalty(x).backward()
-        return x.grad
-
-    return call
+    return backward(penalty, [torch_array(case)])
 
 
 @peer("many", "torch")
 def torch_many(case):
     tensors = many_tensors(case)
-    return lambda: sum(_torch_penalty(x) for x in tensors)
+    return lambda: sum(torch_penalty(x) for x in tensors)
 
 
 @peer("many_and_grad", "torch")
 def torch_many_and_grad(case):
-    tensors = [x.requires_grad_() for x in many_tensors(case)]
-
-    def call():
-        for x in tensors:
-            x.grad = None
-        sum(_torch_penalty(x) for x in tensors).backward()
-
-    return call
-
-
-def _torch_orthogonal(x):
-    """Keras's formula."""
-    import torch
-
-    unit = torch.nn.functional.normalize(x, dim=1)
-    product = unit @ unit.T
-    size = x.shape[0]
-    off_diagonal = product * (1 - torch.eye(size, dtype=x.dtype, device=x.device))
-    return 0.01 * 0.5 * off_diagonal.abs().sum() / (size * (size - 1) / 2)
+    return backward(torch_penalty, many_tensors(case))
 
 
 @peer("gram", "torch")
 def torch_gram(case):
-    return functools.partial(_torch_orthogonal, torch_array(case))
+    return functools.partial(torch_orthogonal, torch_array(case))
 
 
 @peer("gram_and_grad", "torch")
 def torch_gram_and_grad(case):
-    return _backward(_torch_orthogonal, case)
+    return _backward(torch_orthogonal, case)
 
 
 # JAX
-
-
-def _jax_penalty(x):
-    import jax.numpy as jnp
-
-    return L1 * jnp.abs(x).sum() + L2 * jnp.square(x).sum()
 
 
 @peer("value", "jax")
@@ -320,36 +281,25 @@ def _jax_penalty(x):
 def jax_value(case):
     import jax
 
-    return functools.partial(jax.jit(_jax_penalty), jax_array(case))
+    return functools.partial(jax.jit(jax_penalty), jax_array(case))
 
 
 @peer("value_and_grad", "jax")
 def jax_value_and_grad(case):
     import jax
 
-    return functools.partial(jax.jit(jax.value_and_grad(_jax_penalty)), jax_array(case))
-
-
-def _jax_orthogonal(x):
-    """Keras's formula."""
-    import jax.numpy as jnp
-
-    unit = x / jnp.linalg.norm(x, axis=1, keepdims=True)
-    product = jnp.matmul(unit, unit.T, precision="highest")  # float32 as float32, as the others have it
-    size = x.shape[0]
-    off_diagonal = product * (1 - jnp.eye(size, dtype=x.dtype))
-    return 0.01 * 0.5 * jnp.abs(off_diagonal).sum() / (size * (size - 1) / 2)
+    return functools.partial(jax.jit(jax.value_and_grad(jax_penalty)), jax_array(case))
 
 
 @peer("gram", "jax")
 def jax_gram(case):
     import jax
 
-    return functools.partial(jax.jit(_jax_orthogonal), jax_array(case))
+    return functools.partial(jax.jit(jax_orthogonal), jax_array(case))
 
 
 @peer("gram_and_grad", "jax")
 def jax_gram_and_grad(case):
     import jax
 
-    return functools.partial(jax.jit(jax.value_and_grad(_jax_orthogonal)), jax_array(case))
+    return functools.partial(jax.jit(jax.value_and_grad(jax_orthogonal)), jax_array(case))

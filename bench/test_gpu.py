@@ -9,7 +9,7 @@ from bench.gpu_cases import GPU_CASES, GpuCase
 
 def test_every_case_has_its_peers():
     assert len({case.name for case in GPU_CASES}) == len(GPU_CASES)
-    assert all((case.kind, name) in gpu_peers._PEERS for case in GPU_CASES for name in ("regkern", *case.peers))
+    assert all((case.kind, name) in gpu_peers.peer for case in GPU_CASES for name in ("regkern", *case.peers))
 
 
 def test_a_peer_that_fails_hides_no_other(monkeypatch):
