@@ -22,6 +22,16 @@ def child(function, expected):
 
 
 @pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("before", ["everything(x)", "None", THEIRS + "theirs(x)"])
+def test_a_child_computes(layer, before):
+    code = f"""{FORK}
+{before}
+print(child(lambda: everything(x) == everything(x), True), len(everything(x)) > 0)
+"""
+    assert run(code, NUMBA_THREADING_LAYER=layer) == "0 True\n"
+
+
+@pytest.mark.parametrize("layer", LAYERS)
 def test_a_child_that_is_the_first_to_import_regkern(layer):
     """Its parent's OpenMP threads are not there: GNU OpenMP would end the process."""
     head = (
@@ -121,7 +131,7 @@ print(child(lambda: child(lambda: everything(x) == expected, True), 0))
 
 
 # The processes that spawn and forkserver start import the program's main module, so it is a file.
-MULTIPROCESSING = """
+POOLS = """
 if __name__ == "__main__":
     import multiprocessing, sys, warnings
     from concurrent.futures import ProcessPoolExecutor
@@ -132,34 +142,40 @@ if __name__ == "__main__":
         results = pool.map(everything, [x] * 4) + list(executor.map(everything, [x] * 4))
     print({result == expected for result in results})
 """
-
-
-@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
-def test_multiprocessing(tmp_path, method):
-    script = tmp_path / "program.py"
-    script.write_text(HEAD + MULTIPROCESSING)
-    command = [sys.executable, str(script), method]
-    assert subprocess.check_output(command, text=True, timeout=PATIENCE) == "{True}\n"
-
-
-@pytest.mark.parametrize("layer", LAYERS)
-def test_workers_of_a_torch_data_loader(layer):
-    pytest.importorskip("torch")
-    code = """
-import torch, warnings
-warnings.simplefilter("ignore")
+DATA_LOADER = """
+import sys, torch, warnings
 y = torch.from_numpy(x)
-regularizer = rk.L1L2(0.1, 0.2)
-expected = float(regularizer(y))
 class Data(torch.utils.data.Dataset):
     def __len__(self):
         return 8
     def __getitem__(self, i):
-        return float(regularizer(y)) == expected and float(regularizer(x)) == expected
-loader = torch.utils.data.DataLoader(Data(), batch_size=2, num_workers=2, multiprocessing_context="fork")
-print(torch.cat(list(loader)).tolist() == [True] * 8)
+        return [float(rk.L1L2(0.1, 0.2)(each)) for each in (x, y)]
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    expected = Data()[0]
+    loader = torch.utils.data.DataLoader(Data(), num_workers=2, multiprocessing_context=sys.argv[1])
+    print({[float(value) for value in values] == expected for values in loader})
 """
-    assert run(code, NUMBA_THREADING_LAYER=layer) == "True\n"
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_multiprocessing(tmp_path, method):
+    assert run_file(tmp_path, POOLS, method) == "{True}\n"
+
+
+@pytest.mark.parametrize(
+    ("method", "layer"), [("forkserver", "omp"), ("spawn", "omp"), *(("fork", each) for each in LAYERS)]
+)
+def test_workers_of_a_torch_data_loader(tmp_path, method, layer):
+    pytest.importorskip("torch")
+    assert run_file(tmp_path, DATA_LOADER, method, NUMBA_THREADING_LAYER=layer) == "{True}\n"
+
+
+def run_file(folder, code, method, **environment):
+    script = folder / "program.py"
+    script.write_text(HEAD + code)
+    command = [sys.executable, str(script), method]
+    return subprocess.check_output(command, text=True, timeout=PATIENCE, env=os.environ | environment)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="GNU OpenMP")

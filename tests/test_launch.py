@@ -1,4 +1,4 @@
-"""Threads, forks and the kernel cache, in fresh processes: the same bits, and no process ends."""
+"""Threads and the kernel cache, in fresh processes: the same bits, and no process ends."""
 
 import os
 import re
@@ -35,21 +35,6 @@ with ThreadPoolExecutor(8) as pool:
     print(all(result == expected for result in pool.map(everything, [x] * 40)))
 """
     assert run(code, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2") == "True\n"
-
-
-@pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("before", ["everything(x)", "None", THEIRS + "theirs(x)"])
-def test_a_forked_child_computes(layer, before):
-    code = f"""
-{before}
-import os, sys, warnings
-warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 on fork with threads
-child = os.fork()
-if child == 0:
-    os._exit(everything(x) != everything(x))
-print(os.waitpid(child, 0)[1], len(everything(x)) > 0)
-"""
-    assert run(code, NUMBA_THREADING_LAYER=layer) == "0 True\n"
 
 
 @pytest.mark.parametrize("layer", LAYERS)
