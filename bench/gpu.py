@@ -22,7 +22,7 @@ from bench.gpu_cases import GPU_CASES, GpuCase
 ROUNDS = 7
 SAMPLE = 0.03  # seconds that one sample takes, about
 QUEUE = 200  # calls that the host queues at most before it waits: launches block when a stream's queue is full
-PACKAGES = ("numba", "numba-cuda", "cuda-bindings", "cupy-cuda13x", "torch", "jax", "numpy")
+PACKAGES = ("numba", "numba-cuda", "cuda-bindings", "cupy-cuda13x", "cuda-cccl", "torch", "jax", "numpy")
 Results = dict[str, Any]
 
 

@@ -177,6 +177,22 @@ def cupy_reduction_kernels(case):
     return lambda: L1 * first(x) + L2 * second(x)
 
 
+@peer("value", "cuda.compute")
+def compute_value(case):
+    """A transform and a reduction in one kernel by CCCL; its memory is allocated beforehand."""
+    import cupy
+    from cuda.compute import OpKind, TransformIterator, make_reduce_into
+
+    x = cupy_array(case)
+    l1, l2 = x.dtype.type(L1), x.dtype.type(L2)
+    terms, out = TransformIterator(x.ravel(), lambda v: l1 * abs(v) + l2 * v * v), cupy.empty(1, x.dtype)
+    arguments = {"d_in": terms, "d_out": out, "op": OpKind.PLUS, "h_init": np.zeros(1, x.dtype)}
+    reduce = make_reduce_into(**arguments)
+    arguments["num_items"] = x.size
+    memory = cupy.empty(reduce(temp_storage=None, **arguments), np.uint8)
+    return functools.partial(reduce, temp_storage=memory, **arguments)
+
+
 @peer("value_and_grad", "cupy")
 def cupy_value_and_grad(case):
     import cupy
