@@ -241,31 +241,35 @@ def test_torchs_autograd(torch, dtype):
     np.testing.assert_allclose(Torch().get(x.grad), slope, atol=np.abs(slope).max() * 10 * EPSILONS[dtype] + 1e-6)
 
 
-def test_a_model_on_the_device(torch):
-    model = torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.Linear(30, 5)).cuda()
-    penalty = rk.Penalty({"*bias": None, "*": REGULARIZER})
-    expected = sum(reference.value(REGULARIZER, model[i].weight.detach().cpu().numpy()) for i in (0, 1))
-    loss = penalty(model)
-    np.testing.assert_allclose(loss.item(), expected, rtol=1e-6)
-    loss.backward()
-    weight = model[0].weight
-    assert_array(weight.grad.cpu().numpy(), reference.gradient(REGULARIZER, weight.detach().cpu().numpy()), "float32")
+@pytest.mark.parametrize("layers", [2, 20])
+def test_a_model_on_the_device(torch, layers):
+    """Called one by one, and from 16 on together."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(20, 20) for _ in range(layers))).cuda()
+    loss = rk.Penalty({"*bias": None, "*": REGULARIZER})(model)
+    (2 * loss).backward()
+    weights = [layer.weight.detach().cpu().numpy() for layer in model]
+    np.testing.assert_allclose(loss.item(), sum(reference.value(REGULARIZER, x) for x in weights), rtol=1e-6)
+    for layer, x in zip(model, weights, strict=True):
+        assert_array(layer.weight.grad.cpu().numpy(), 2 * reference.gradient(REGULARIZER, x), "float32")
 
 
 def test_nothing_waits_for_the_device(torch):
     """While a stream is busy, calls on it return, and their results are right once it is done."""
     host = random(1_000_000, "float32")
     x = Torch().put(host).requires_grad_()
-    REGULARIZER(x).backward()  # compiled and loaded
-    x.grad = None
+    model, many = {str(i): Torch().put(host[:100]).requires_grad_() for i in range(20)}, rk.Penalty({"*": REGULARIZER})
+    (REGULARIZER(x) + many(model)).backward()  # compiled and loaded
+    x.grad = model["0"].grad = None
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         torch.cuda._sleep(2 * 10**9)
         value = REGULARIZER(x)
         value.backward()
+        many(model).backward()
         assert not stream.query()
     stream.synchronize()
+    assert_array(model["0"].grad.cpu().numpy(), reference.gradient(REGULARIZER, host[:100]), "float32")
     np.testing.assert_allclose(value.item(), reference.value(REGULARIZER, host), rtol=1e-6)
     assert_array(x.grad.cpu().numpy(), reference.gradient(REGULARIZER, host), "float32")
 

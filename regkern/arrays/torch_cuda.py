@@ -36,7 +36,8 @@ class Kernels(Tensors, DeviceAdapter):
         return int(array.data_ptr())
 
     def upload(self, x: Tensor, table: Any) -> Tensor:
-        return torch.from_numpy(table).to(x.device)
+        # Pageable memory is staged before the call returns: no wait for the device, nor for the table to be read.
+        return torch.from_numpy(table).to(x.device, non_blocking=True)
 
     def empty_like(self, x: Tensor) -> Tensor:
         return torch.empty_like(x)
