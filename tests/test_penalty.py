@@ -57,6 +57,20 @@ def test_the_sum_over_all_dtypes_and_layouts(named, evaluate):
     np.testing.assert_allclose(penalty, expected, rtol=1e-12)
 
 
+def test_a_tensor_that_autograd_has_come_to_follow_is_not_written_to():
+    x, gradient = torch.ones(3), torch.zeros(3)
+    bound = rk.Penalty({"*": rk.L1(0.5)}).bind({"x": x})
+    bound.prox_(1.0)
+    bound.add_grad({"x": gradient})
+    x.mul_(torch.ones(3, requires_grad=True))
+    gradient.mul_(torch.ones(3, requires_grad=True))
+    for write in (lambda: bound.prox_(1.0), lambda: bound.add_grad({"x": gradient})):
+        with pytest.raises(ValueError, match="got one with a gradient function"):
+            write()
+    assert torch.all(x == 0.5)
+    assert torch.all(gradient == 0.5)
+
+
 def test_an_empty_tensor_has_no_part_in_its_neighbours():
     others = np.full(24, np.nan)
     shapes = {"flat": (0,), "rows": (0, 3), "columns": (3, 0), "inner": (3, 0, 4)}

@@ -118,8 +118,10 @@ class Tensors(KernelAdapter):
             torch.autograd.graph.increment_version(out)
 
     def watch(self, arrays: Sequence[Tensor], *, written: bool) -> Callable[[Sequence[Tensor]], int]:
+        aspects = (*_ASPECTS, attrgetter("grad_fn")) if written else _ASPECTS  # autograd may have come to follow one
+
         def look(arrays: Sequence[Tensor]) -> list[list[Any]]:
-            return [list(map(aspect, arrays)) for aspect in _ASPECTS]
+            return [list(map(aspect, arrays)) for aspect in aspects]
 
         before = look(arrays)
 
