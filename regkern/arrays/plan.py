@@ -110,7 +110,7 @@ class Plan(ABC):
 
     @abstractmethod
     def value(self, penalties: Sequence[Weighted]) -> Any:
-        """Return the sum of all penalties: a 0-d scalar, of the first array's library where that has its own."""
+        """Return the sum of all penalties: a 0-d scalar of the first array's library, float64 if any array is that."""
 
     @abstractmethod
     def values(self, penalties: Sequence[Weighted]) -> list[Any]:
