@@ -290,6 +290,7 @@ class _Tensors:
             with _naming(name):
                 place = reductions.place(x)
             if not penalty.count_tied and place in seen:
+                self.reusable = False  # in the next call, it may be elsewhere
                 continue
             seen.add(place)
             elementwise = isinstance(regularizer, ElementwiseRegularizer)

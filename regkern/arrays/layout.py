@@ -17,7 +17,7 @@ def loops(shape: tuple[int, ...], x: Strides, out: Strides) -> tuple[int, int, i
     any transpose of a contiguous array become one dimension.
 
     Args:
-        shape: the shape that both share, without a zero.
+        shape: the shape that both share.
         x: x's strides in bytes, of any sign, 0 where an axis is broadcast.
         out: out's strides in bytes.
 
@@ -25,6 +25,8 @@ def loops(shape: tuple[int, ...], x: Strides, out: Strides) -> tuple[int, int, i
         Byte offsets of the first elements to visit in x and in out; how often each element is repeated by axes that
         are broadcast in both; and an int64 array of three rows: lengths, strides of x, strides of out.
     """
+    if 0 in shape:  # whatever the strides are
+        return 0, 0, 1, np.zeros((3, 1), np.int64)
     x_start = out_start = 0
     repeats = 1
     dimensions = []

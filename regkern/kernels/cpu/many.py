@@ -111,7 +111,8 @@ def number_chunks() -> Any:
         for i in range(len(rows) - 1):
             rows[i, _FIRST] = first
             dims = rows[i, _DIMS]
-            first += count_chunks(_LAYOUT_VIEW(rows[i, _LAYOUT], 3 * dims, 8), dims)
+            layout = _LAYOUT_VIEW(rows[i, _LAYOUT], 3 * dims, 8)
+            first += count_chunks(layout, dims) if layout[dims - 1] else 1  # an empty array has a sum, too
         rows[-1, _FIRST] = first
         return first
 
