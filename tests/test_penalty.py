@@ -122,9 +122,16 @@ def test_names_that_no_rule_matches_are_told_once():
     with pytest.warns(UserWarning, match=re.escape("no rule matches bias, scale: no penalty is given")):
         assert penalty(named) == 2.0
     assert penalty({"bias": np.ones(3)}) == 0.0
+    with pytest.warns(UserWarning, match="no rule matches other: "):
+        penalty({"bias": np.ones(3), "other": np.ones(3)})
+    assert penalty({"bias": np.ones(3)}) == 0.0
+
+
+def test_warnings_point_at_the_caller():
+    penalty = rk.Penalty({"kernel": rk.L1(1.0)})
     for call, name in ((penalty, "x"), (penalty.per_tensor, "y"), (penalty.bind, "z")):
-        with pytest.warns(UserWarning, match=re.escape(f"no rule matches {name}:")) as told:
-            call({"bias": np.ones(3), name: np.ones(3)})
+        with pytest.warns(UserWarning, match=f"no rule matches {name}: ") as told:
+            call({name: np.ones(3)})
         assert [each.filename for each in told] == [__file__]
 
 
