@@ -315,6 +315,8 @@ class _Tensors:
             if count_tied or place not in seen:
                 seen.add(place)
                 yield i
+            else:
+                self.reusable = False  # in the next call, it may be elsewhere
 
     def _plan(self, group: Sequence[tuple[int, reductions.Reading]]) -> Plan:
         members = []

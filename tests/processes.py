@@ -4,6 +4,7 @@ import ctypes
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 HEAD = """
@@ -47,15 +48,21 @@ def run(
     return result.stdout
 
 
-def _has_tbb() -> bool:
+def _loads(library: str) -> bool:
     try:
-        ctypes.CDLL("libtbb.so.12")
+        ctypes.CDLL(library)
     except OSError:
         return False
     return True
 
 
-LAYERS = ["workqueue", "omp"] + (["tbb"] if _has_tbb() else [])
+# Numba's TBB layer loads what pip puts where no loader looks. Where no layer is named, Numba would take it first.
+TBB_IS_EVERYWHERE = _loads("libtbb.so.12")
+_TBB = Path(sys.prefix, "lib", "libtbb.so.12")
+if not TBB_IS_EVERYWHERE and _TBB.exists():
+    os.environ["LD_LIBRARY_PATH"] = f"{_TBB.parent}:{os.environ.get('LD_LIBRARY_PATH', '')}"
+    os.environ["NUMBA_THREADING_LAYER_PRIORITY"] = "omp workqueue tbb"
+LAYERS = ["workqueue", "omp"] + ["tbb"] * (TBB_IS_EVERYWHERE or _TBB.exists())
 
 
 DIGEST = "import hashlib; print(hashlib.sha256(everything(x)).hexdigest())"

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -151,13 +152,16 @@ NOT_INTERPRETED = [
     {"module": None, "class_name": "L2", "config": {}, "registered_name": "Other>L2"},
     {"module": None, "class_name": "L2", "config": {}, "registered_name": "L2"},  # as Keras writes a custom L2
     {"class_name": "function", "config": ["a"]},
+    {"class_name": "function", "config": 3},
     {"module": "builtins", "class_name": "function", "config": "eval", "registered_name": "function"},
 ]
 
 
 @pytest.mark.parametrize("identifier", NOT_INTERPRETED, ids=str)
 def test_what_stands_for_nothing(identifier):
-    with pytest.raises(ValueError, match="Could not interpret regularizer identifier"):
+    function = isinstance(identifier, dict) and identifier.get("class_name") == "function"
+    shown = re.escape(repr(identifier["config"] if function else identifier))
+    with pytest.raises(ValueError, match=f"^Could not interpret regularizer identifier: {shown}; expected"):
         rk.get(identifier)
 
 
@@ -179,7 +183,10 @@ def test_built_in_configs(regularizer, legacy):
     assert type(again).from_config(again.get_config()).get_config() == regularizer.get_config()
 
 
-@pytest.mark.parametrize("module", ["keras.regularizers", "tf_keras.regularizers", "regkern.regularizers"])
+FAMILY = ["keras.regularizers", "keras.src.regularizers", "tf_keras.regularizers", "regkern.regularizers"]
+
+
+@pytest.mark.parametrize("module", FAMILY)
 @pytest.mark.parametrize("registered_name", [None, "L1L2"])
 def test_configs_of_the_family(module, registered_name):
     config = {
@@ -265,6 +272,31 @@ def test_registered_objects(legacy):
     assert again.strength == 3.0
     assert rk.deserialize(rk.serialize(registered_function, use_legacy_format=legacy)) is registered_function
     assert rk.get("Tests>renamed") is registered_function
+
+
+def test_custom_objects_by_other_names():
+    assert rk.deserialize("plain", custom_objects={"plain": plain_function}) is plain_function
+    config = {"class_name": "Custom", "config": {}, "registered_name": "package>Custom"}
+    assert type(rk.deserialize(config, custom_objects={"package>Custom": Custom})) is Custom
+
+
+def test_custom_objects_with_and_without_from_config():
+    class Percent(Custom):
+        @classmethod
+        def from_config(cls, config):
+            return cls(config["strength"] / 100)
+
+    class Bare:
+        def __init__(self, strength):
+            self.strength = strength
+
+    for cls, strength in ((Percent, 0.5), (Bare, 50)):
+        config = {"class_name": "custom", "config": {"strength": 50}}
+        assert rk.deserialize(config, custom_objects={"custom": cls}).strength == strength
+
+
+def test_a_config_without_arguments():
+    assert repr(rk.get({"class_name": "L2"})) == "L2(l2=0.01)"
 
 
 def test_functions():
@@ -421,10 +453,6 @@ def test_finish_gives_float32_unless_told():
         assert regularizer.finish(regularizer.partial(x)).dtype == np.float32
 
 
-def test_errors_show_what_came():
-    for identifier in ("nothing", {"class_name": "function", "config": 3}):
-        shown = identifier if isinstance(identifier, str) else 3
-        with pytest.raises(ValueError, match=rf"^Could not interpret regularizer identifier: {shown!r}; expected"):
-            rk.deserialize(identifier)
+def test_a_number_that_cannot_be_shown():
     with pytest.raises(ValueError, match=r"Received: l2=an int of more digits than Python prints$"):
         rk.L2(-(10**5000))

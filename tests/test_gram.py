@@ -216,10 +216,12 @@ def test_partial_sums_of_blocks_are_those_of_the_whole(dtype, mode, sizes):
     np.testing.assert_allclose(value, reference.orthogonal(regularizer, x), rtol=TOLERANCE[dtype])
 
 
-def test_partial_sums_of_flattened_axes():
+@pytest.mark.parametrize("mode", ["rows", "columns"])
+def test_partial_sums_of_flattened_axes(mode):
     x = np.random.default_rng(0).standard_normal((6, 4, 5))
-    regularizer = rk.OrthogonalRegularizer(0.3, leading_axes="flatten")
-    partials = [regularizer.partial(x[:2]), regularizer.partial(x[2:]), regularizer.partial(x[:2], x[2:])]
+    regularizer = rk.OrthogonalRegularizer(0.3, mode, leading_axes="flatten")
+    a, b = (x[:2], x[2:]) if mode == "rows" else (x[..., :2], x[..., 2:])
+    partials = [regularizer.partial(a), regularizer.partial(b), regularizer.partial(a, b)]
     np.testing.assert_allclose(regularizer.finish(regularizer.combine(partials), "float64"), regularizer(x), rtol=1e-13)
 
 
@@ -253,6 +255,12 @@ def test_pairs_of_blocks_that_are_refused():
         regularizer.partial(x, x[0])
     with pytest.raises(ValueError, match='leading_axes: expected None or "flatten" for partial sums; got "batch"'):
         rk.OrthogonalRegularizer(leading_axes="batch").partial(x)
+
+
+def test_blocks_of_two_libraries_are_refused():
+    torch = pytest.importorskip("torch")
+    with pytest.raises(TypeError, match=r"^other: expected an array of x's library; got Tensor; convert"):
+        rk.OrthogonalRegularizer(0.3).partial(matrix(5, 4), torch.ones(5, 4))
 
 
 def test_antiparallel_rows_are_penalised():

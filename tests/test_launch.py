@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import DIGEST, HEAD, LAYERS, THEIRS, run
+from tests.processes import DIGEST, HEAD, LAYERS, TBB_IS_EVERYWHERE, THEIRS, run
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +55,11 @@ print(len(set(results)))
     assert run(code, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2") == "1\n"
 
 
-@pytest.mark.skipif("tbb" in LAYERS, reason="needs a layer that cannot be loaded")
+@pytest.mark.skipif(TBB_IS_EVERYWHERE, reason="needs a layer that cannot be loaded")
 def test_one_thread_and_a_warning_without_a_threading_layer(digest):
+    without = {"NUMBA_THREADING_LAYER": "tbb", "LD_LIBRARY_PATH": ""}
     code = "import warnings; warnings.simplefilter('ignore');" + DIGEST
-    assert run(code, NUMBA_THREADING_LAYER="tbb") == digest
+    assert run(code, **without) == digest
     code = """
 import warnings
 with warnings.catch_warnings(record=True) as caught:
@@ -66,7 +67,7 @@ with warnings.catch_warnings(record=True) as caught:
     rk.L1(0.1)(x), rk.L2(0.1)(x)
 print([str(w.message).partition(":")[0] for w in caught])
 """
-    assert run(code, NUMBA_THREADING_LAYER="tbb") == "['regkern runs on one thread, because Numba has none']\n"
+    assert run(code, **without) == "['regkern runs on one thread, because Numba has none']\n"
 
 
 @pytest.mark.parametrize("features", ["", "+avx2,+fma"])

@@ -71,20 +71,6 @@ def test_a_tensor_that_autograd_has_come_to_follow_is_not_written_to():
     assert torch.all(gradient == 0.5)
 
 
-def test_an_empty_tensor_has_no_part_in_its_neighbours():
-    others = np.full(24, np.nan)
-    shapes = {"flat": (0,), "rows": (0, 3), "columns": (3, 0), "inner": (3, 0, 4)}
-    named = {name: np.ndarray(shape, buffer=others) for name, shape in shapes.items()}
-    named |= {f"{name}, no strides": as_strided(others, shape, (0,) * len(shape)) for name, shape in shapes.items()}
-    penalty = rk.Penalty({"*": rk.L1L2(0.5, 0.5)})
-    value, gradients = penalty.bind(named).value_and_grad()
-    assert value == penalty(named) == 0
-    assert {name: x.shape for name, x in gradients.items()} == {name: x.shape for name, x in named.items()}
-    found = penalty.per_tensor({"before": np.ones(1)} | named | {"after": others})
-    assert [found.pop("before"), np.isnan(found.pop("after"))] == [1, True]
-    assert set(found.values()) == {0}
-
-
 def test_each_tensor_has_the_bits_that_it_has_alone(named):
     penalty = rk.Penalty(RULES)
     for found in (penalty.per_tensor(named), penalty.bind(named).per_tensor()):
@@ -150,6 +136,17 @@ def test_names_that_no_rule_matches_are_told_once():
     with pytest.warns(UserWarning, match=re.escape("no rule matches bias, scale: no penalty is given")):
         assert penalty(named) == 2.0
     assert penalty({"bias": np.ones(3)}) == 0.0
+    with pytest.warns(UserWarning, match="no rule matches other: "):
+        penalty({"bias": np.ones(3), "other": np.ones(3)})
+    assert penalty({"bias": np.ones(3)}) == 0.0
+
+
+def test_warnings_point_at_the_caller():
+    penalty = rk.Penalty({"kernel": rk.L1(1.0)})
+    for call, name in ((penalty, "x"), (penalty.per_tensor, "y"), (penalty.bind, "z")):
+        with pytest.warns(UserWarning, match=f"no rule matches {name}: ") as told:
+            call({name: np.ones(3)})
+        assert [each.filename for each in told] == [__file__]
 
 
 def test_nothing_to_penalise(evaluate):
@@ -196,6 +193,35 @@ def test_tied_tensors_count_once_or_each(evaluate):
     assert list(rk.Penalty({"*": rk.L1(1.0)}).per_tensor(named)) == ["embedding", "half"]
     with pytest.raises(ValueError, match="out: expected memory of its own for each array; got the same memory twice"):
         rk.Penalty({"*": rk.L1(1.0)}, count_tied=True).bind(named).prox_(1.0)
+
+
+@pytest.mark.parametrize("regularizer", [rk.L1(1.0), rk.OrthogonalRegularizer(1.0)])
+def test_tensors_that_are_tied_in_one_call_alone(regularizer):
+    x, y = np.ones((2, 3)), np.ones((2, 3))
+    penalty = rk.Penalty({"*": regularizer})
+    for other, times in ((y, 2), (x, 1), (y, 2)):
+        assert penalty({"a": x, "b": other}) == times * regularizer(x)
+
+
+def test_empty_tensors_are_not_tied():
+    x = np.ones(10)
+    assert list(rk.Penalty({"*": rk.L1(1.0)}).per_tensor({"a": x[:0], "b": x[:0]})) == ["a", "b"]
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0)])
+@pytest.mark.parametrize("strides", ["those of a slice", "zero"])
+def test_what_lies_at_the_address_of_an_empty_tensor_stays_out(shape, strides):
+    memory = np.full((4, 5), np.nan)
+    empty = as_strided(memory, shape, [0] * len(shape) if strides == "zero" else memory.strides[: len(shape)])
+    for named in ({"empty": empty}, {"empty": empty, "x": np.ones(10)}, {"x": np.ones(10), "empty": empty}):
+        penalty = rk.Penalty({"*": rk.L1(1.0)})
+        values = {name: x.size for name, x in named.items()}
+        assert (penalty(named), penalty.per_tensor(named)) == (sum(values.values()), values)
+        bound = penalty.bind(named)
+        assert bound.value_and_grad()[1]["empty"].shape == shape
+        bound.add_grad({"x": np.ones(10), "empty": as_strided(memory, shape, empty.strides)})
+        bound.prox_(1.0)
+    assert np.isnan(memory).all()
 
 
 def test_factors_that_change_between_steps(evaluate):
@@ -282,6 +308,7 @@ def test_a_gradient_that_became_read_only_is_noticed():
     bound = rk.Penalty({"*": rk.L1(1.0)}).bind({"a": np.ones(3)})
     grads = {"a": np.zeros(3)}
     bound.add_grad(grads)
+    assert grads["a"].tolist() == [1.0] * 3
     grads["a"].flags.writeable = False
     with pytest.raises(ValueError, match="a: out: expected a writable array"):
         bound.add_grad(grads)
@@ -299,15 +326,23 @@ def test_errors_name_the_tensor(evaluate):
         evaluate(penalty, {"matrix": np.ones(3)})
 
 
-@pytest.mark.parametrize("rules", [{3: rk.L1()}, {"": rk.L1()}, {"*": 3}, {"*": "bogus"}, {"*": {"class_name": "L9"}}])
-def test_rules_that_are_none(rules):
-    with pytest.raises(ValueError, match="rule"):
+@pytest.mark.parametrize("rules", [{3: rk.L1()}, {"": rk.L1()}])
+def test_globs_that_are_none(rules):
+    with pytest.raises(
+        ValueError, match=f"^rules: expected globs, as in '\\*kernel\\*'; got {next(iter(rules))!r}\\.$"
+    ):
         rk.Penalty(rules)
+
+
+@pytest.mark.parametrize("identifier", [3, "bogus", {"class_name": "L9"}])
+def test_rules_that_are_none(identifier):
+    with pytest.raises(ValueError, match=r"^rule 'a\*': Could not interpret"):
+        rk.Penalty({"a*": identifier})
 
 
 @pytest.mark.parametrize("rules", [None, [("*", rk.L1())], rk.L1()])
 def test_rules_are_a_mapping(rules):
-    with pytest.raises(TypeError, match="rules: expected a mapping of globs to regularizers; got"):
+    with pytest.raises(TypeError, match=f"globs to regularizers; got {type(rules).__name__}\\.$"):
         rk.Penalty(rules)
 
 
@@ -441,6 +476,22 @@ def test_bound_modules_of_torch(module):
         bound.value()
 
 
+def test_orthogonal_ones_of_torch_beside_others():
+    named = {name: torch.ones(2, 2, requires_grad=True) for name in ("a", "matrix", "b")}
+    loss = rk.Penalty({"matrix": rk.OrthogonalRegularizer(0.5), "*": rk.L2(0.5)})(named)
+    loss.backward()
+    assert loss.item() == 4.5
+    assert [x.grad.sum().item() for x in named.values()] == [4.0, pytest.approx(0.0, abs=1e-6), 4.0]
+
+
+def test_a_gradient_that_is_asked_for_in_a_second_call():
+    weight, penalty = torch.ones(3), rk.Penalty({"*": rk.L2(0.5)})
+    assert not penalty({"weight": weight}).requires_grad
+    weight.requires_grad_()
+    penalty({"weight": weight}).backward()
+    assert weight.grad.tolist() == [1.0] * 3
+
+
 def test_trees_of_jax_are_differentiated_inside_jit():
     rng = np.random.default_rng(5)
     weights = {name: jnp.asarray(rng.standard_normal((20, 10)), jnp.float32) for name in ("kernel", "bias", "other")}
@@ -473,6 +524,7 @@ def test_a_bound_penalty_in_a_notebook():
     bound = rk.Penalty({"bias": None, "*": rk.L2(0.5)}).bind(named)
     shown = bound._repr_html_()
     assert "<kernel>" not in shown
+    assert re.findall(r"<th[^>]*>(.*?)</th>", shown) == ["tensor", "regularizer", "penalty"]
     assert re.findall(r"<td[^>]*>(.*?)</td>", shown) == ["&lt;kernel&gt;", "L2(l2=0.5)", "2.5", "total", "", "2.5"]
     named["<kernel>"][0] = 0.0
     assert ">2<" in bound._repr_html_()

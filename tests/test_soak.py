@@ -116,7 +116,7 @@ print("flat")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="how memory is measured")
-@pytest.mark.parametrize("layer", LAYERS[:2])
+@pytest.mark.parametrize("layer", LAYERS)
 def test_a_short_soak(layer):
     assert run(SOAK, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2").splitlines()[-1] == "flat"
 
