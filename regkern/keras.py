@@ -155,7 +155,10 @@ def _library_of(model: Any) -> ModuleType:
     for library in keras_libraries():
         if isinstance(model, library.layers.Layer):
             return library
-    raise TypeError(f"model: expected a model or layer of Keras 3 or tf_keras; got {type(model).__name__}.")
+    raise TypeError(
+        f"model: expected a model or layer of Keras 3 or tf_keras; got {type(model).__name__}; "
+        "pass the model itself, or its layers one by one."
+    )
 
 
 def _register(library: ModuleType) -> None:

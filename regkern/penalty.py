@@ -50,7 +50,10 @@ class Penalty:
 
     def __init__(self, rules: Mapping[str, Any], count_tied: bool = False) -> None:
         if not isinstance(rules, Mapping):
-            raise TypeError(f"rules: expected a mapping of globs to regularizers; got {type(rules).__name__}.")
+            raise TypeError(
+                f"rules: expected a mapping of globs to regularizers; got {type(rules).__name__}; "
+                "pass one, for example {'*': 'l2'}."
+            )
         self.rules = Rules({_glob(glob): _regularizer(glob, identifier) for glob, identifier in rules.items()})
         self.count_tied = count_tied
         self._unmatched: set[str] = set()
@@ -379,7 +382,10 @@ class _Tensors:
         evaluated = [i for planned in self._plans for i in planned.indices] + self._others
         missing = [self._names[i] for i in evaluated if self._names[i] not in grads]
         if missing:
-            raise ValueError(f"grads: expected an array for each penalised tensor; got none for {', '.join(missing)}.")
+            raise ValueError(
+                f"grads: expected an array for each penalised tensor; got none for {', '.join(missing)}; "
+                "add them, or give these names None by a rule."
+            )
         for i in self._others:
             with _naming(self._names[i]):
                 reductions.check_out(arrays[i], grads[self._names[i]])
@@ -397,7 +403,8 @@ class _Tensors:
         for i in self._others:
             if isinstance(self._regularizers[i], OrthogonalRegularizer):
                 raise TypeError(
-                    f"{self._names[i]}: expected a regularizer with a proximal operator; got an orthogonal one."
+                    f"{self._names[i]}: expected a regularizer with a proximal operator; got an orthogonal one; "
+                    "give this name None by a rule, and use its gradient."
                 )
             with _naming(self._names[i]):
                 reductions.check_out(arrays[i], arrays[i])
@@ -416,7 +423,7 @@ class _Tensors:
             if not hasattr(self._regularizers[i], method):
                 raise TypeError(
                     f"{self._names[i]}: expected a regularizer with {method}; got {self._regularizers[i]!r}, "
-                    "which has a value alone."
+                    "which has a value alone; define it, or give this name None by a rule."
                 )
 
     def _call(self, i: int, method: str, *arguments: Any, **keywords: Any) -> Any:
@@ -458,7 +465,7 @@ def _naming(name: str) -> Iterator[None]:
 
 def _glob(glob: Any) -> str:
     if not isinstance(glob, str) or not glob:
-        raise RuleError(f"rules: expected globs, as in '*kernel*'; got {glob!r}.")
+        raise RuleError(f"rules: expected globs; got {glob!r}; write one, as in '*kernel*'.")
     return glob
 
 
