@@ -379,8 +379,7 @@ class _Tensors:
 
     def add_grad(self, arrays: Sequence[Any], grads: Mapping[str, Any], scale: float) -> None:
         self._need("grad")
-        evaluated = [i for planned in self._plans for i in planned.indices] + self._others
-        missing = [self._names[i] for i in evaluated if self._names[i] not in grads]
+        missing = [self._names[i] for i in self._evaluated() if self._names[i] not in grads]
         if missing:
             raise ValueError(
                 f"grads: expected an array for each penalised tensor; got none for {', '.join(missing)}; "
@@ -400,12 +399,13 @@ class _Tensors:
 
     def prox(self, arrays: Sequence[Any], step: float) -> None:
         self._need("prox")
-        for i in self._others:
-            if isinstance(self._regularizers[i], OrthogonalRegularizer):
+        for i in self._evaluated():
+            if not _has_prox(self._regularizers[i]):
                 raise TypeError(
-                    f"{self._names[i]}: expected a regularizer with a proximal operator; got an orthogonal one; "
-                    "give this name None by a rule, and use its gradient."
+                    f"{self._names[i]}: expected a regularizer with a proximal operator; "
+                    f"got {self._regularizers[i]!r}; give this name None by a rule, and use its gradient."
                 )
+        for i in self._others:
             with _naming(self._names[i]):
                 reductions.check_out(arrays[i], arrays[i])
         own = [_taken(arrays, planned.indices) for planned in self._plans]
@@ -414,6 +414,9 @@ class _Tensors:
             planned.plan.prox(self._penalties(), target, step)
         for i in self._others:
             self._call(i, "prox", arrays[i], step, out=arrays[i])
+
+    def _evaluated(self) -> list[int]:
+        return [i for planned in self._plans for i in planned.indices] + self._others
 
     def _penalties(self) -> list[Weighted]:
         return [regularizer._formula for regularizer in self._distinct]
@@ -429,6 +432,12 @@ class _Tensors:
     def _call(self, i: int, method: str, *arguments: Any, **keywords: Any) -> Any:
         with _naming(self._names[i]):
             return getattr(self._regularizers[i], method)(*arguments, **keywords)
+
+
+def _has_prox(regularizer: Any) -> bool:
+    if isinstance(regularizer, ElementwiseRegularizer):
+        return regularizer._formula[0].prox is not None
+    return not isinstance(regularizer, OrthogonalRegularizer)
 
 
 def _taken(arrays: Sequence[Any], indices: Sequence[int]) -> Sequence[Any]:
