@@ -26,12 +26,10 @@ from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from regkern.regularizers import L1, L1L2, L2, OrthogonalRegularizer, Regularizer
-from regkern.serialization import keras_libraries, registered_objects
+from regkern.regularizers import Regularizer
+from regkern.serialization import BUILT_IN, KERAS_CLASSES, keras_libraries, registered_objects
 
 __all__ = ["accelerate", "restore"]
-
-_CLASSES = (L1, L2, L1L2, OrthogonalRegularizer)
 
 # What `accelerate` put in, and what was there before.
 _replaced: WeakKeyDictionary[Regularizer, Any] = WeakKeyDictionary()
@@ -62,7 +60,7 @@ def accelerate(model: Any) -> int:
     """
     library = _library_of(model)
     _register(library)
-    ours = {getattr(library.regularizers, cls.__name__): cls for cls in _CLASSES}
+    ours = {getattr(library.regularizers, cls.__name__): cls for cls in KERAS_CLASSES.values()}
     made: dict[int, Regularizer] = {}  # an object that layers share stays one
 
     def replacement(regularizer: Any) -> Regularizer | None:
@@ -98,7 +96,8 @@ def restore(model: Any) -> int:
         (1, 1, True)
     """
     _library_of(model)
-    return _replace(model, lambda regularizer: _replaced.get(regularizer) if type(regularizer) in _CLASSES else None)
+    ours = KERAS_CLASSES.values()
+    return _replace(model, lambda regularizer: _replaced.get(regularizer) if type(regularizer) in ours else None)
 
 
 def _replace(model: Any, replacement: Callable[[Any], Any]) -> int:
@@ -155,11 +154,14 @@ def _library_of(model: Any) -> ModuleType:
     for library in keras_libraries():
         if isinstance(model, library.layers.Layer):
             return library
-    raise TypeError(f"model: expected a model or layer of Keras 3 or tf_keras; got {type(model).__name__}.")
+    raise TypeError(
+        f"model: expected a model or layer of Keras 3 or tf_keras; got {type(model).__name__}; "
+        "pass the model itself, or its layers one by one."
+    )
 
 
 def _register(library: ModuleType) -> None:
-    for cls in _CLASSES:
+    for cls in BUILT_IN.values():
         library.saving.register_keras_serializable("regkern")(cls)
     for registered_name, custom in registered_objects().items():
         package, name = registered_name.split(">", 1)

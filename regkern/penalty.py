@@ -50,7 +50,10 @@ class Penalty:
 
     def __init__(self, rules: Mapping[str, Any], count_tied: bool = False) -> None:
         if not isinstance(rules, Mapping):
-            raise TypeError(f"rules: expected a mapping of globs to regularizers; got {type(rules).__name__}.")
+            raise TypeError(
+                f"rules: expected a mapping of globs to regularizers; got {type(rules).__name__}; "
+                "pass one, for example {'*': 'l2'}."
+            )
         self.rules = Rules({_glob(glob): _regularizer(glob, identifier) for glob, identifier in rules.items()})
         self.count_tied = count_tied
         self._unmatched: set[str] = set()
@@ -378,10 +381,12 @@ class _Tensors:
 
     def add_grad(self, arrays: Sequence[Any], grads: Mapping[str, Any], scale: float) -> None:
         self._need("grad")
-        evaluated = [i for planned in self._plans for i in planned.indices] + self._others
-        missing = [self._names[i] for i in evaluated if self._names[i] not in grads]
+        missing = [self._names[i] for i in self._evaluated() if self._names[i] not in grads]
         if missing:
-            raise ValueError(f"grads: expected an array for each penalised tensor; got none for {', '.join(missing)}.")
+            raise ValueError(
+                f"grads: expected an array for each penalised tensor; got none for {', '.join(missing)}; "
+                "add them, or give these names None by a rule."
+            )
         for i in self._others:
             with _naming(self._names[i]):
                 reductions.check_out(arrays[i], grads[self._names[i]])
@@ -396,11 +401,13 @@ class _Tensors:
 
     def prox(self, arrays: Sequence[Any], step: float) -> None:
         self._need("prox")
-        for i in self._others:
-            if isinstance(self._regularizers[i], OrthogonalRegularizer):
+        for i in self._evaluated():
+            if not _has_prox(self._regularizers[i]):
                 raise TypeError(
-                    f"{self._names[i]}: expected a regularizer with a proximal operator; got an orthogonal one."
+                    f"{self._names[i]}: expected a regularizer with a proximal operator; "
+                    f"got {self._regularizers[i]!r}; give this name None by a rule, and use its gradient."
                 )
+        for i in self._others:
             with _naming(self._names[i]):
                 reductions.check_out(arrays[i], arrays[i])
         own = [_taken(arrays, planned.indices) for planned in self._plans]
@@ -410,6 +417,9 @@ class _Tensors:
         for i in self._others:
             self._call(i, "prox", arrays[i], step, out=arrays[i])
 
+    def _evaluated(self) -> list[int]:
+        return [i for planned in self._plans for i in planned.indices] + self._others
+
     def _penalties(self) -> list[Weighted]:
         return [regularizer._formula for regularizer in self._distinct]
 
@@ -418,12 +428,18 @@ class _Tensors:
             if not hasattr(self._regularizers[i], method):
                 raise TypeError(
                     f"{self._names[i]}: expected a regularizer with {method}; got {self._regularizers[i]!r}, "
-                    "which has a value alone."
+                    "which has a value alone; define it, or give this name None by a rule."
                 )
 
     def _call(self, i: int, method: str, *arguments: Any, **keywords: Any) -> Any:
         with _naming(self._names[i]):
             return getattr(self._regularizers[i], method)(*arguments, **keywords)
+
+
+def _has_prox(regularizer: Any) -> bool:
+    if isinstance(regularizer, ElementwiseRegularizer):
+        return regularizer._formula[0].prox is not None
+    return not isinstance(regularizer, OrthogonalRegularizer)
 
 
 def _taken(arrays: Sequence[Any], indices: Sequence[int]) -> Sequence[Any]:
@@ -460,7 +476,7 @@ def _naming(name: str) -> Iterator[None]:
 
 def _glob(glob: Any) -> str:
     if not isinstance(glob, str) or not glob:
-        raise RuleError(f"rules: expected globs, as in '*kernel*'; got {glob!r}.")
+        raise RuleError(f"rules: expected globs; got {glob!r}; write one, as in '*kernel*'.")
     return glob
 
 

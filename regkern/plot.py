@@ -35,7 +35,7 @@ def check_target(path: Path) -> None:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise PlotError(
-            "--plot: expected matplotlib, which is not installed; pip install 'regkern[report]'."
+            "--plot: expected matplotlib; got an environment without it; pip install 'regkern[report]'."
         ) from error
     formats = Figure().canvas.get_supported_filetypes()
     if path.suffix.lower().removeprefix(".") not in formats:

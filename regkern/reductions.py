@@ -228,8 +228,16 @@ def grad(formula: Formula, a: float, b: float, x: Any, out: Any, scale: float, a
 
 
 def prox(formula: Formula, a: float, b: float, x: Any, step: float, out: Any) -> Any:
-    """Write ``argmin_z step * P(z) + ||z - x||**2 / 2`` to out and return out."""
+    """Write ``argmin_z step * P(z) + ||z - x||**2 / 2`` to out and return out.
+
+    Raises:
+        NotImplementedError: the formula has no proximal operator.
+    """
     step = step_size(step)
+    if formula.prox is None:
+        raise NotImplementedError(
+            f"prox: expected a formula with a proximal operator; got {formula.name}, which has none; use its gradient."
+        )
     return ADAPTERS[type(x)].prox(formula, a * step, b * step, x, out)
 
 

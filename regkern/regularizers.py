@@ -544,7 +544,10 @@ class OrthogonalRegularizer(Regularizer):
         Raises:
             NotImplementedError: always.
         """
-        raise NotImplementedError("OrthogonalRegularizer has no proximal operator in closed form; use its gradient.")
+        raise NotImplementedError(
+            "prox: expected a regularizer with a proximal operator in closed form; got OrthogonalRegularizer; "
+            "use its gradient."
+        )
 
     def get_config(self) -> dict[str, Any]:
         """Return ``{"factor": factor, "mode": mode}``, Keras's own, and leading_axes only where it is used."""
@@ -585,9 +588,11 @@ def activity_penalty(regularizer: Any, outputs: Any) -> Any:
     """
     shape = getattr(outputs, "shape", None)
     if shape is None:
-        raise TypeError(f"outputs: expected an array; got {type(outputs).__name__}.")
+        raise TypeError(
+            f"outputs: expected an array; got {type(outputs).__name__}; convert it, for example by numpy.asarray."
+        )
     if len(shape) == 0:
-        raise ValueError("outputs: expected a batch on axis 0; got an array without dimensions.")
+        raise ValueError("outputs: expected a batch on axis 0; got an array without dimensions; pass a batch of one.")
     if shape[0] == 0:
         return reductions.penalty(ZERO, 0.0, 0.0, outputs)
     return reductions.over_batch(regularizer(outputs), outputs)

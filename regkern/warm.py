@@ -38,7 +38,9 @@ def warmup(
     regularizers, dtypes = [get(identifier) for identifier in regularizers], list(dtypes)
     for regularizer in regularizers:
         if not isinstance(regularizer, ElementwiseRegularizer | OrthogonalRegularizer):
-            raise ValueError(f"regularizers: expected regkern's own; got {regularizer!r}, which has no kernels.")
+            raise ValueError(
+                f"regularizers: expected regkern's own; got {regularizer!r}, which has no kernels; leave it out."
+            )
     for dtype in dtypes:
         if dtype not in DTYPES:
             raise ValueError(f"dtypes: expected names among {', '.join(DTYPES)}; got {dtype!r}.")

@@ -1,4 +1,9 @@
-"""The penalties from their definitions, in float64 and as short as the formulas."""
+"""The penalties from their definitions, in float64 and as short as the formulas.
+
+Of an element-wise regularizer with other factors than l1 and l2, `value`, `gradient` and `prox` are registered here.
+"""
+
+import functools
 
 import numpy as np
 
@@ -10,18 +15,21 @@ def factors(regularizer):
     return getattr(regularizer, "l1", 0.0), getattr(regularizer, "l2", 0.0)
 
 
+@functools.singledispatch
 def value(regularizer, x):
     l1, l2 = factors(regularizer)
     x = np.asarray(x, np.float64)
     return (l1 * np.abs(x).sum() if l1 else 0.0) + (l2 * np.square(x).sum() if l2 else 0.0)
 
 
+@functools.singledispatch
 def gradient(regularizer, x):
     l1, l2 = factors(regularizer)
     x = np.asarray(x, np.float64)
     return (l1 * np.sign(x) if l1 else 0.0 * np.isfinite(x)) + (2 * l2 * x if l2 else 0.0)
 
 
+@functools.singledispatch
 def prox(regularizer, x, step):
     l1, l2 = factors(regularizer)
     x = np.asarray(x, np.float64)

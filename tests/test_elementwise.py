@@ -12,6 +12,8 @@ from hypothesis.extra import numpy as hnp
 import regkern as rk
 from regkern.dtypes import DTYPES
 from regkern.kernels.cpu.elementwise import CHUNK
+from regkern.kernels.formulas import Formula
+from regkern.regularizers import ElementwiseRegularizer
 from tests import reference
 from tests.cases import LAYOUTS, NUMPY_DTYPES, READ_ONLY_LAYOUTS, REGULARIZERS, SIZES, Layout, make
 
@@ -245,3 +247,17 @@ def test_pieces_of_whole_chunks_give_the_bits_of_the_whole(chunks):
     regularizer, piece = rk.L1L2(0.3, 0.7), 2 * CHUNK
     partials = [regularizer.partial(x[start : start + piece]) for start in range(0, x.size, piece)]
     assert regularizer.combine(partials).tolist() == regularizer.partial(x).tolist()
+
+
+def test_a_formula_without_a_proximal_operator():
+    class Cubes(ElementwiseRegularizer):
+        _formula = Formula("cubes", lambda magnitude: (0.0, magnitude * magnitude * magnitude)), 0.0, 0.5
+
+    x = np.array([1.0, -2.0])
+    assert Cubes()(x) == 4.5
+    with pytest.raises(NotImplementedError, match="expected a formula with a proximal operator; got cubes, which has"):
+        Cubes().prox(x, 0.1, out=x)
+    bound = rk.Penalty({"*": Cubes()}).bind({"kernel": x})
+    with pytest.raises(TypeError, match=r"^kernel: expected .* proximal operator; got .*Cubes"):
+        bound.prox_(0.1)
+    assert x.tolist() == [1.0, -2.0]

@@ -390,7 +390,7 @@ def test_leading_axes_that_are_refused():
 
 
 def test_there_is_no_proximal_operator():
-    with pytest.raises(NotImplementedError, match="no proximal operator in closed form"):
+    with pytest.raises(NotImplementedError, match="expected a regularizer with a proximal operator in closed form"):
         rk.OrthogonalRegularizer().prox(np.eye(2), 0.1)
 
 

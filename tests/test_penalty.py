@@ -573,7 +573,9 @@ def test_nothing_is_changed_where_one_of_a_programs_own_cannot_be():
     with pytest.raises(ValueError, match=r"^a: out"):
         bound.add_grad({"a": arrays["a"], "b": np.ones(4)})
     assert arrays["b"].tolist() == [1.0] * 4
-    with pytest.raises(ValueError, match=r"^grads: expected an array for each penalised tensor; got none for b, a\.$"):
+    with pytest.raises(
+        ValueError, match=r"^grads: expected an array for each penalised .*; got none for b, a; add them, "
+    ):
         bound.add_grad({})
 
 
@@ -584,7 +586,7 @@ def test_a_value_alone_is_not_enough_for_gradients():
 
     bound = rk.Penalty({"*": Alone()}).bind({"a": np.ones(3)})
     with pytest.raises(
-        TypeError, match=r"^a: expected a regularizer with value_and_grad; .*, which has a value alone\.$"
+        TypeError, match=r"^a: expected a regularizer with value_and_grad; .*, which has a value alone; define it, "
     ):
         bound.value_and_grad()
 

@@ -82,8 +82,8 @@ def named_arrays(model: Any) -> Mapping[str, Any]:
         if named is not None:
             return _by_name(named)
     raise TypeError(
-        "expected a mapping of names to arrays, or a model of PyTorch, Keras or TensorFlow; "
-        f"got {type(model).__name__}."
+        "named: expected a mapping of names to arrays, or a model of PyTorch, Keras or TensorFlow; "
+        f"got {type(model).__name__}; pass one, for example {{'kernel': x}}."
     )
 
 

@@ -102,7 +102,9 @@ def _view_out(out: Any) -> Any:
     if out is None:
         return None
     if not hasattr(out, "__cuda_array_interface__"):
-        raise TypeError(f"out: expected an array with __cuda_array_interface__; got {type(out).__name__}.")
+        raise TypeError(
+            f"out: expected an array with __cuda_array_interface__; got {type(out).__name__}; make one of x's kind."
+        )
     if out.__cuda_array_interface__["data"][1]:
         raise ValueError("out: expected a writable array; got a read-only one; pass a copy.")
     return _view(out)

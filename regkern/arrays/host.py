@@ -106,7 +106,9 @@ class HostAdapter(KernelAdapter):
             raise TypeError(f"other: expected x's dtype {dtype.name}; got {other_dtype.name}; convert one of them.")
         if other_d != d:
             vectors = "columns" if columns else "rows"
-            raise ValueError(f"other: expected {vectors} as long as x's, {d} elements; got {other_d}.")
+            raise ValueError(
+                f"other: expected {vectors} as long as x's, {d} elements; got {other_d}; pass parts of one matrix."
+            )
         return gram.sum_between(dtype, d, matrices[0], n, *strides, other_matrix, m, *other_strides)
 
     def orthogonal_value_and_grad(self, factor: float, x: Any, *, columns: bool, flatten: bool) -> tuple[Any, Any]:

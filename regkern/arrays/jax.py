@@ -434,9 +434,13 @@ def _matrices(x: Any, flatten: bool) -> Any:
 
 def _refuse(out: Any, accumulate: bool) -> None:
     if accumulate:
-        raise ValueError("accumulate: expected False, because JAX arrays are immutable; add the result to out instead.")
+        raise ValueError(
+            "accumulate: expected False, because JAX arrays are immutable; got True; add what is returned."
+        )
     if out is not None:
-        raise ValueError("out: expected None, because JAX arrays are immutable; use the array that is returned.")
+        raise ValueError(
+            f"out: expected None, because JAX arrays are immutable; got {type(out).__name__}; take what is returned."
+        )
 
 
 ADAPTER = JaxAdapter()

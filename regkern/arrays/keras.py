@@ -61,11 +61,17 @@ class Operations(OperationsAdapter):
         return x * (1 - ops.eye(x.shape[-1], dtype=x.dtype))
 
     def differentiate(self, function: Callable[[Any], Any], x: Any) -> tuple[Any, Any]:
-        raise TypeError("x: expected an array of numbers; got a symbolic KerasTensor, which has no gradient.")
+        raise TypeError(
+            "x: expected an array of numbers; got a symbolic KerasTensor, which has no gradient; "
+            "pass arrays, in a training step for example."
+        )
 
     def write(self, value: Any, out: Any, accumulate: bool) -> Any:
         if out is not None:
-            raise TypeError(f"out: expected None, because a KerasTensor is symbolic; got {type(out).__name__}.")
+            raise TypeError(
+                f"out: expected None, because a KerasTensor is symbolic; got {type(out).__name__}; "
+                "take what is returned."
+            )
         return value
 
     def partial(self, formula: Formula, x: Any) -> Any:

@@ -273,7 +273,7 @@ def _check_out(value: Any, out: Any) -> None:
     if not isinstance(out, tf.Variable):
         raise TypeError(
             f"out: expected a tf.Variable or None, because tensors are immutable; got {type(out).__name__}; "
-            "use what is returned."
+            "take what is returned."
         )
     if out.shape != value.shape or out.dtype != value.dtype:
         raise ValueError(
