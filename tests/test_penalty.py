@@ -328,8 +328,9 @@ def test_errors_name_the_tensor(evaluate):
 
 @pytest.mark.parametrize("rules", [{3: rk.L1()}, {"": rk.L1()}])
 def test_globs_that_are_none(rules):
+    (glob,) = rules
     with pytest.raises(
-        ValueError, match=f"^rules: expected globs, as in '\\*kernel\\*'; got {next(iter(rules))!r}\\.$"
+        ValueError, match=re.escape(f"rules: expected globs; got {glob!r}; write one, as in '*kernel*'.")
     ):
         rk.Penalty(rules)
 
@@ -342,7 +343,7 @@ def test_rules_that_are_none(identifier):
 
 @pytest.mark.parametrize("rules", [None, [("*", rk.L1())], rk.L1()])
 def test_rules_are_a_mapping(rules):
-    with pytest.raises(TypeError, match=f"globs to regularizers; got {type(rules).__name__}\\.$"):
+    with pytest.raises(TypeError, match=f"globs to regularizers; got {type(rules).__name__}; "):
         rk.Penalty(rules)
 
 
