@@ -26,7 +26,7 @@ from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from regkern.regularizers import L1, L1L2, L2, OrthogonalRegularizer, Regularizer
+from regkern.regularizers import L1, L1L2, L2, GroupLasso, OrthogonalRegularizer, Regularizer
 from regkern.serialization import keras_libraries, registered_objects
 
 __all__ = ["accelerate", "restore"]
@@ -159,7 +159,7 @@ def _library_of(model: Any) -> ModuleType:
 
 
 def _register(library: ModuleType) -> None:
-    for cls in _CLASSES:
+    for cls in (*_CLASSES, GroupLasso):
         library.saving.register_keras_serializable("regkern")(cls)
     for registered_name, custom in registered_objects().items():
         package, name = registered_name.split(">", 1)

@@ -13,12 +13,12 @@ from contextvars import ContextVar, Token
 from types import ModuleType, TracebackType
 from typing import Any, Self, TypeVar
 
-from regkern.regularizers import L1, L1L2, L2, OrthogonalRegularizer, Regularizer, l1_l2
+from regkern.regularizers import L1, L1L2, L2, GroupLasso, OrthogonalRegularizer, Regularizer, l1_l2
 
 T = TypeVar("T")
 
 _CLASSES: dict[str, type[Regularizer]] = {
-    **{cls.__name__: cls for cls in (Regularizer, L1, L2, L1L2, OrthogonalRegularizer)},
+    **{cls.__name__: cls for cls in (Regularizer, L1, L2, L1L2, OrthogonalRegularizer, GroupLasso)},
     **{"l1": L1, "l2": L2, "l1l2": L1L2, "l1_l2": L1L2, "orthogonal_regularizer": OrthogonalRegularizer},
 }
 
@@ -33,6 +33,7 @@ _IDENTIFIERS: dict[str, Callable[[], Regularizer]] = {
     "l1_l2": l1_l2,
     "orthogonal_regularizer": OrthogonalRegularizer,
     "OrthogonalRegularizer": OrthogonalRegularizer,
+    "GroupLasso": GroupLasso,
 }
 
 # A config of these alone can be read by Keras.
@@ -45,7 +46,7 @@ _registered: dict[str, Any] = {}
 _registered_names: dict[Any, str] = {}
 
 # As Keras writes regkern's classes, once `regkern.keras` has registered them there.
-_REGISTERED_WITH_KERAS = {f"regkern>{cls.__name__}": cls for cls in (L1, L2, L1L2, OrthogonalRegularizer)}
+_REGISTERED_WITH_KERAS = {f"regkern>{cls.__name__}": cls for cls in (L1, L2, L1L2, OrthogonalRegularizer, GroupLasso)}
 _scoped: ContextVar[Mapping[str, Any]] = ContextVar("regkern_custom_objects")
 
 
@@ -193,7 +194,8 @@ def serialize(regularizer: Any, use_legacy_format: bool = False) -> Any:
     registered_name = None if built_in else _registered_name(cls)
     if use_legacy_format:
         return {"class_name": registered_name or cls.__name__, "config": config}
-    module = "keras.regularizers" if config.keys() <= _KERAS_ARGUMENTS else "regkern.regularizers"
+    known_to_keras = cls is not GroupLasso and config.keys() <= _KERAS_ARGUMENTS
+    module = "keras.regularizers" if known_to_keras else "regkern.regularizers"
     return {
         "module": module if built_in else None,
         "class_name": cls.__name__,

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from regkern.arrays.adapter import KernelAdapter
-from regkern.arrays.layout import Strides, check_alike, check_memory, locate_matrices, loops
+from regkern.arrays.layout import Strides, check_alike, check_memory, group_loops, locate_matrices, loops
 from regkern.dtypes import DType
-from regkern.kernels.cpu import gram
+from regkern.kernels.cpu import gram, groups
 from regkern.kernels.cpu.elementwise import kernels
 from regkern.kernels.formulas import Formula
 from regkern.kernels.operations import SUMS, SUMS_AND_GRADIENT, Operation
@@ -144,6 +144,19 @@ class HostAdapter(KernelAdapter):
         for matrix, target in zip(matrices, outs, strict=True):
             total += gram.mean_and_gradient(dtype, matrix, *lengths, *strides, target, *out_strides, factor, accumulate)
         return total, dtype
+
+    def group_lasso(self, operation: Operation, factor: float, x: Any, out: Any, *, columns: bool) -> tuple[Any, Any]:
+        target = self._target(x, out) if operation.writes else x
+        address, size, dtype, _ = self.memory(x)
+        total = 0.0
+        if size:
+            loops = group_loops(x.shape, self.strides(x), self.strides(target), columns)
+            run = groups.kernel(dtype, loops.across).for_size(size)
+            places = address + loops.start, self.memory(target)[0] + loops.out_start
+            total = loops.root * run(*places, *loops.groups, factor, groups.KINDS[operation])
+        if out is not None:
+            self.wrote(out)
+        return self.scalar(factor * total, dtype) if operation.sums else None, target if operation.writes else None
 
     def _matrices(self, x: Any, columns: bool) -> tuple[DType, list[int], tuple[int, int], tuple[int, int]]:
         """Return x's dtype, the addresses of its matrices, and their lengths and strides: of rows, then of depth."""

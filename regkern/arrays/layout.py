@@ -1,8 +1,9 @@
 """Strided memory: the loops in which a kernel walks it, and what overlaps."""
 
+import math
 from functools import lru_cache
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -52,6 +53,37 @@ def loops(shape: tuple[int, ...], x: Strides, out: Strides) -> tuple[int, int, i
     # A single element is one dimension as well.
     layout = np.array(merged or [(1, 0, 0)], np.int64).T.copy()
     return x_start, out_start, repeats, layout
+
+
+class GroupLoops(NamedTuple):
+    """How a kernel walks the groups of an array.
+
+    Attributes:
+        start: bytes from x's address to the first element that is visited.
+        out_start: the same of out.
+        root: what norms are multiplied by: the root of how often each element is repeated in both.
+        groups: how many groups there are, the strides between them in x and in out, and the layout of each.
+        across: whether the innermost loop runs over groups; then they are the layout's last column.
+    """
+
+    start: int
+    out_start: int
+    root: float
+    groups: tuple[int, int, int, np.ndarray[Any, Any]]
+    across: bool
+
+
+@lru_cache(maxsize=1024)
+def group_loops(shape: tuple[int, ...], x: Strides, out: Strides, columns: bool) -> GroupLoops:
+    """Look at what each index of the first axis selects, or of the last, as a group; arguments are those of `loops`."""
+    *rest, group = zip(shape, x, out, strict=True) if columns else reversed([*zip(shape, x, out, strict=True)])
+    start, out_start, repeats, layout = loops(*(tuple(each[i] for each in rest) for i in range(3)))
+    lengths, strides, _ = layout
+    # Short groups are better crossed as well.
+    across = group[0] >= 8 and (abs(group[1]) < abs(strides[-1]) or lengths.prod() < 16)
+    if across:
+        layout = np.column_stack([layout, group])
+    return GroupLoops(start, out_start, math.sqrt(repeats), (*group, layout), bool(across))
 
 
 def locate_matrices(
