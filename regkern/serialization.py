@@ -20,6 +20,7 @@ T = TypeVar("T")
 _CLASSES: dict[str, type[Regularizer]] = {
     **{cls.__name__: cls for cls in (Regularizer, L1, L2, L1L2, OrthogonalRegularizer, GroupLasso)},
     **{"l1": L1, "l2": L2, "l1l2": L1L2, "l1_l2": L1L2, "orthogonal_regularizer": OrthogonalRegularizer},
+    "group_lasso": GroupLasso,
 }
 
 # What a name alone stands for: "l1_l2" is Keras's function with its defaults 0.01 and 0.01, the others are classes.
@@ -33,6 +34,7 @@ _IDENTIFIERS: dict[str, Callable[[], Regularizer]] = {
     "l1_l2": l1_l2,
     "orthogonal_regularizer": OrthogonalRegularizer,
     "OrthogonalRegularizer": OrthogonalRegularizer,
+    "group_lasso": GroupLasso,
     "GroupLasso": GroupLasso,
 }
 

@@ -62,7 +62,8 @@ class Operations(OperationsAdapter):
         return x * (1 - ops.eye(x.shape[-1], dtype=x.dtype))
 
     def norms(self, x: Any, axes: tuple[int, ...]) -> Any:
-        return ops.sqrt(ops.sum(ops.square(x), axis=axes, keepdims=True))
+        squares = ops.sum(ops.square(x), axis=axes, keepdims=True)
+        return ops.where(squares == 0, 0.0, ops.sqrt(ops.where(squares == 0, 1.0, squares)))
 
     def quotient(self, x: Any, y: Any) -> Any:
         return ops.divide_no_nan(x, y)

@@ -135,13 +135,15 @@ def _make_norms(name: str):
                 sums[g] += partial[p, g]
         total = 0.0
         for g in range(len(sums)):
-            norm = np.sqrt(sums[g])
-            total += norm
-            if kind == PROXIMAL:
-                clipped = factor if norm > factor else norm
-                sums[g] = 1.0 if norm == 0.0 else 1.0 - clipped / norm
-            elif kind != NOTHING:
-                sums[g] = 0.0 if norm == 0.0 else factor / norm
+            sums[g] = np.sqrt(sums[g])
+            total += sums[g]
+        if kind == PROXIMAL:
+            for g in range(len(sums)):
+                clipped = factor if sums[g] > factor else sums[g]
+                sums[g] = 1.0 - clipped / sums[g] if sums[g] != 0.0 else 1.0
+        elif kind != NOTHING:
+            for g in range(len(sums)):
+                sums[g] = factor / sums[g] if sums[g] != 0.0 else 0.0
         return total
 
     return norms
