@@ -25,8 +25,8 @@ def warmup(
         dtypes: names among float16, bfloat16, float32 and float64.
 
     Returns:
-        How many kernels are ready: some 40 for each element-wise penalty and dtype, 20 for the orthogonal one, 4 for the
-        group lasso. One that is not in the cache takes about a second.
+        How many kernels are ready: some 40 for each element-wise penalty and dtype, 20 for the orthogonal one, 4 for
+        the group lasso. One that is not in the cache takes about a second.
 
     Raises:
         ValueError: a regularizer is not one of regkern's, or a dtype is not among these.
