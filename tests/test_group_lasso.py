@@ -142,6 +142,10 @@ for dtype, mode in ((np.float16, "rows"), (np.float64, "rows"), (np.float64, "co
     assert run(code, NUMBA_DISABLE_JIT="1") == run(code)
 
 
+def test_kernels_ahead_of_time():
+    assert rk.warmup(["group_lasso"], ["float32"]) == rk.warmup([]) + 4  # along and across, serial and parallel
+
+
 def tensor(x, requires_grad=False):
     torch = pytest.importorskip("torch")
     x = torch.from_numpy(x.astype(np.float32)).to(getattr(torch, x.dtype.name))

@@ -53,31 +53,23 @@ def kernel(dtype: DType, across: bool) -> Kernel:
     """
     name = f"groups-{'across' if across else 'along'}-{dtype.name}"
     squares, scale = (_make_across if across else _make_along)(name, dtype)
-    norms = _make_norms(name)
 
     @inner(name)
-    def first_pass(t, x, x_stride, out, out_stride, layout, dims, cut, partial, totals, factor, kind):
-        """Sum the squares of piece t. Where it is a whole strip, take the norms and scale it as well."""
+    def run(t, scaling, places, layout, dims, cut, partial, totals, factor, kind):
+        """Sum the squares of piece t, or scale it; both where it is a whole strip."""
+        x, x_stride, out, out_stride = places
         steps, width, step = cut
-        strip, p = t // len(partial), t % len(partial)
-        start, end = strip * width, min(partial.shape[1], (strip + 1) * width)
-        source, sums = x + start * x_stride, partial[p, start:end]
-        sums[:] = 0.0
-        squares(source, x_stride, layout, dims, p * step, min(steps, (p + 1) * step), sums)
-        if len(partial) == 1:
-            totals[strip] = norms(partial[:, start:end], factor, kind)
-            if kind != NOTHING:
-                scale(source, x_stride, out + start * out_stride, out_stride, layout, dims, 0, steps, sums, kind)
-
-    @inner(name)
-    def second_pass(t, x, x_stride, out, out_stride, layout, dims, cut, scales, pieces, kind):
-        """Scale piece t."""
-        steps, width, step = cut
+        pieces, n = partial.shape
         strip, p = t // pieces, t % pieces
-        start, end = strip * width, min(len(scales), (strip + 1) * width)
+        start, end, first, last = strip * width, min(n, (strip + 1) * width), p * step, min(steps, (p + 1) * step)
         source, target = x + start * x_stride, out + start * out_stride
-        last = min(steps, (p + 1) * step)
-        scale(source, x_stride, target, out_stride, layout, dims, p * step, last, scales[start:end], kind)
+        if not scaling:
+            partial[p, start:end] = 0.0
+            squares(source, x_stride, layout, dims, first, last, partial[p, start:end])
+            if pieces == 1:
+                totals[strip] = norms(partial[:, start:end], factor, kind)
+        if kind != NOTHING and (scaling or pieces == 1):
+            scale(source, x_stride, target, out_stride, layout, dims, first, last, partial[0, start:end], kind)
 
     def lasso(x, out, n, x_stride, out_stride, layout, factor, kind):
         dims = layout.shape[1]
@@ -87,15 +79,16 @@ def kernel(dtype: DType, across: bool) -> Kernel:
         width = min(n, max(TILE if across else 1, CHUNK // size))
         step = max(1, steps * PIECE // (width * size))
         strips, pieces = (n + width - 1) // width, (steps + step - 1) // step
-        totals, partial, cut = np.empty(strips), np.empty((pieces, n)), (steps, width, step)
+        totals, partial = np.empty(strips), np.empty((pieces, n))
+        places, cut = (x, x_stride, out, out_stride), (steps, width, step)
         for t in prange(strips * pieces):
-            first_pass(np.int64(t), x, x_stride, out, out_stride, flat, dims, cut, partial, totals, factor, kind)
+            run(np.int64(t), False, places, flat, dims, cut, partial, totals, factor, kind)
         if pieces == 1:
             return sum_in_order(totals)
         total = norms(partial, factor, kind)
         if kind != NOTHING:
             for t in prange(strips * pieces):
-                second_pass(np.int64(t), x, x_stride, out, out_stride, flat, dims, cut, partial[0], pieces, kind)
+                run(np.int64(t), True, places, flat, dims, cut, partial, totals, factor, kind)
         return total
 
     return Kernel(lasso, _SIGNATURE, name, parallel_from=PARALLEL_FROM)
@@ -116,32 +109,28 @@ def stretches(length):
     return (length + CHUNK - 1) // CHUNK
 
 
-def _make_norms(name: str):
-    """Make ``norms(partial, factor, kind) -> sum of norms`` of groups whose squares are a column of partial each.
+@njit(fastmath=FASTMATH)
+def norms(partial, factor, kind):
+    """Return the sum of the norms of groups, whose squares are a column of partial each.
 
     The first of a column becomes what scales the group.
     """
-
-    @inner(name, fastmath=FASTMATH)
-    def norms(partial, factor, kind):
-        sums = partial[0]
-        for p in range(1, len(partial)):
-            for g in range(len(sums)):
-                sums[g] += partial[p, g]
-        total = 0.0
+    sums = partial[0]
+    for p in range(1, len(partial)):
         for g in range(len(sums)):
-            sums[g] = np.sqrt(sums[g])
-            total += sums[g]
-        if kind == PROXIMAL:
-            for g in range(len(sums)):
-                clipped = factor if sums[g] > factor else sums[g]
-                sums[g] = 1.0 - clipped / sums[g] if sums[g] != 0.0 else 1.0
-        elif kind != NOTHING:
-            for g in range(len(sums)):
-                sums[g] = factor / sums[g] if sums[g] != 0.0 else 0.0
-        return total
-
-    return norms
+            sums[g] += partial[p, g]
+    total = 0.0
+    for g in range(len(sums)):
+        sums[g] = np.sqrt(sums[g])
+        total += sums[g]
+    if kind == PROXIMAL:
+        for g in range(len(sums)):
+            clipped = factor if sums[g] > factor else sums[g]
+            sums[g] = 1.0 - clipped / sums[g] if sums[g] != 0.0 else 1.0
+    elif kind != NOTHING:
+        for g in range(len(sums)):
+            sums[g] = factor / sums[g] if sums[g] != 0.0 else 0.0
+    return total
 
 
 def _make_along(name: str, dtype: DType):
@@ -232,17 +221,15 @@ def _make_across(name: str, dtype: DType):
         n = len(scales)
         for row in range(first, last):
             x_offset, out_offset = row_offsets(layout, dims, row)
-            if x_stride == itemsize and out_stride == itemsize:
-                source, target = view(x + x_offset, n, x_stride), view(out + out_offset, n, out_stride)
-                if kind == ADDED_DERIVATIVE:
-                    scale_row(source, target, scales, True)
-                elif x == out:  # LLVM sees that they are the same
-                    scale_row(source, source, scales, False)
-                else:
-                    scale_row(source, target, scales, False)
-            else:
+            if x_stride != itemsize or out_stride != itemsize:
                 source = strided_view(x + x_offset, n, x_stride)
                 target = strided_view(out + out_offset, n, out_stride)
+                scale_row(source, target, scales, kind == ADDED_DERIVATIVE)
+            elif x == out and kind != ADDED_DERIVATIVE:  # LLVM must see that they are the same
+                source = view(x + x_offset, n, x_stride)
+                scale_row(source, source, scales, False)
+            else:
+                source, target = view(x + x_offset, n, x_stride), view(out + out_offset, n, out_stride)
                 scale_row(source, target, scales, kind == ADDED_DERIVATIVE)
 
     return squares, scale
