@@ -104,8 +104,8 @@ class Adapter(ABC):
             where the operation does not write.
         """
         raise NotImplementedError(
-            f"x: expected an array of NumPy, PyTorch, JAX, TensorFlow or Keras for the group lasso; "
-            f"got {type(x).__name__}; convert it first."
+            "x: expected an array of NumPy, PyTorch, JAX, TensorFlow or Keras for the group lasso; "
+            f"got {type(x).__module__}.{type(x).__name__}; convert it first."
         )
 
     def cosine_sum(self, x: Any, other: Any, *, columns: bool, flatten: bool) -> Any:
