@@ -53,7 +53,8 @@ class Case:
     """One thing that regkern and its peers compute.
 
     Attributes:
-        kind: which functions of `peers/`: value, value_and_grad, accumulate, prox, gram, gram_columns, gram_and_grad;
+        kind: which functions of `peers/`: value, value_and_grad, accumulate, prox, gram, gram_columns, gram_and_grad,
+            row_lasso, row_lasso_prox and the same of columns;
             jax_value_and_grad and jax_gram_and_grad are those of a jitted JAX program, jax_autodiff is differentiated
             there by JAX; torch_backward and torch_gram_backward are a forward and a backward pass in PyTorch,
             tensorflow_tape the same under TensorFlow's gradient tape, tensorflow_graph in a `tf.function`. Of
@@ -239,7 +240,14 @@ MANY = (
     Case("bound_value", (10_000, 1000), ("numpy",)),
 )
 
-CASES = (*ELEMENTWISE, *GRAM, *TORCH, *TENSORFLOW, *MANY)
+_GROUP_PEERS = ("numpy", "einsum", "torch")
+GROUPS = tuple(
+    Case(kind, shape, _GROUP_PEERS, targets=tuple(over(peer, 1.0, f"no slower than {peer}") for peer in _GROUP_PEERS))
+    for shape in ((10, 10), (1024, 1024), (2304, 256))  # the last is a convolution kernel's, 3 x 3 x 256 x 256
+    for kind in ("row_lasso", "column_lasso")
+) + tuple(Case(kind, (1024, 1024), _GROUP_PEERS) for kind in ("row_lasso_prox", "column_lasso_prox"))
+
+CASES = (*ELEMENTWISE, *GRAM, *GROUPS, *TORCH, *TENSORFLOW, *MANY)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from regkern.arrays import named_arrays as named_arrays
 from regkern.dtypes import DTYPES, DType
 from regkern.kernels import formulas
 from regkern.kernels.formulas import Formula
+from regkern.kernels.operations import ADD_GRADIENT, GRADIENT, PROX, Operation
 from regkern.numbers import real
 
 if TYPE_CHECKING:
@@ -208,6 +209,29 @@ def check_leading_axes(leading_axes: str | None) -> None:
     """Raise ValueError unless leading_axes is None, "flatten" or "batch"."""
     if leading_axes not in (None, "flatten", "batch"):
         raise ValueError(f'leading_axes: expected None, "flatten" or "batch"; got {leading_axes!r}.')
+
+
+def group_lasso(operation: Operation, factor: float, x: Any, mode: str, out: Any = None) -> tuple[Any, Any]:
+    """Run one operation of the group lasso and return the penalty and what was written, as far as the operation has."""
+    adapter = ADAPTERS[type(x)]
+    if len(x.shape) == 0:
+        raise ValueError(
+            "x: expected an array of one dimension or more, whose rows or columns are groups; got one without "
+            "dimensions; use L1, which is the same for a single number."
+        )
+    return adapter.group_lasso(operation, factor, x, out, columns=mode == "columns")
+
+
+def group_lasso_grad(factor: float, x: Any, mode: str, out: Any, scale: float, accumulate: bool) -> Any:
+    """Write ``scale * dP/dx`` of the group lasso to out, or add it, and return out."""
+    scale = finite("scale", scale)
+    _check_accumulate(out, accumulate)
+    return group_lasso(ADD_GRADIENT if accumulate else GRADIENT, factor * scale, x, mode, out)[1]
+
+
+def group_lasso_prox(factor: float, x: Any, mode: str, step: float, out: Any) -> Any:
+    """Write ``argmin_z step * P(z) + ||z - x||**2 / 2`` of the group lasso to out and return out."""
+    return group_lasso(PROX, factor * step_size(step), x, mode, out)[1]
 
 
 def penalty(formula: Formula, a: float, b: float, x: Any) -> Any:

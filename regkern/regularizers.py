@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 from regkern import reductions
 from regkern.attributes import CachedAttribute
 from regkern.kernels.formulas import ABS, ABS_SQUARE, SQUARE, ZERO, Formula
+from regkern.kernels.operations import SUMS, SUMS_AND_GRADIENT
 from regkern.numbers import real
 
 
@@ -555,6 +556,120 @@ class OrthogonalRegularizer(Regularizer):
         if self.leading_axes is not None:
             config["leading_axes"] = self.leading_axes
         return config
+
+
+class GroupLasso(Regularizer):
+    """``P(x) = factor * sum over rows of ||x_i||``, their Euclidean norms: whole rows, columns or filters become zero.
+
+    Args:
+        factor: the factor; None means 0.01.
+        mode: "rows", what one index of the first axis selects (PyTorch's filters, of a kernel (out, in, h, w)), or
+            "columns", what one of the last does (Keras's filters, of a kernel (h, w, in, out)).
+
+    Raises:
+        ValueError: the factor is not a non-negative finite real number, or the mode is another.
+
+    Examples:
+        >>> import numpy as np
+        >>> float(GroupLasso(0.5)(np.array([[3.0, 4.0], [0.0, 1.0]])))
+        3.0
+
+    Reference: Yuan and Lin, Model selection and estimation in regression with grouped variables, 2006,
+    https://doi.org/10.1111/j.1467-9868.2005.00532.x
+    """
+
+    factor = Factor(0.01)
+    mode = Choice(reductions.check_mode)
+
+    def __init__(self, factor: float | None = 0.01, mode: str = "rows") -> None:
+        self.factor = factor
+        self.mode = mode
+
+    def __call__(self, x: Any) -> Any:
+        """Return the penalty of x.
+
+        Args:
+            x: an array of NumPy, PyTorch, JAX, TensorFlow or Keras with one dimension or more; dtypes and strides as
+                for `L1`. Beyond x, 8 bytes of memory are taken for each group.
+
+        Returns:
+            A 0-d scalar of x's library: float64 for float64, float32 for the rest.
+
+        Raises:
+            TypeError: x is no array of a supported library and dtype.
+            ValueError: x has no dimension.
+            NotImplementedError: x is of another library that regkern supports.
+        """
+        return reductions.group_lasso(SUMS, self.factor, x, self.mode)[0]
+
+    def value_and_grad(self, x: Any) -> tuple[Any, Any]:
+        """Return the penalty and its gradient ``factor * x_i / ||x_i||``, where that of a row of zeros is 0.
+
+        Args:
+            x: an array, as for a call.
+
+        Returns:
+            The penalty, as by a call, and a new array with x's shape and dtype.
+
+        Raises:
+            TypeError, ValueError, NotImplementedError: as for a call.
+
+        Examples:
+            >>> import numpy as np
+            >>> GroupLasso(0.5).value_and_grad(np.array([[3.0, 4.0], [0.0, 0.0]]))
+            (np.float64(2.5), array([[0.3, 0.4],
+                   [0. , 0. ]]))
+        """
+        return reductions.group_lasso(SUMS_AND_GRADIENT, self.factor, x, self.mode)
+
+    def grad(self, x: Any, out: Any = None, scale: float = 1.0, accumulate: bool = False) -> Any:
+        """Compute ``scale * dP/dx``, with the derivatives of `value_and_grad`.
+
+        Args:
+            x: an array, as for a call.
+            out: where to write, an array with x's shape and dtype, or x itself; None makes a new one.
+            scale: a finite factor.
+            accumulate: add to `out` instead of overwriting it, without a temporary array.
+
+        Returns:
+            `out`.
+
+        Raises:
+            TypeError, NotImplementedError: as for a call.
+            ValueError: x has no dimension; out is of another shape, read-only or overlaps x in part, is missing with
+                accumulate; or scale is not finite.
+        """
+        return reductions.group_lasso_grad(self.factor, x, self.mode, out, scale, accumulate)
+
+    def prox(self, x: Any, step: float, out: Any = None) -> Any:
+        """Compute the proximal operator ``max(0, 1 - step * factor / ||x_i||) * x_i``, which reaches rows of zeros.
+
+        Args:
+            x: an array, as for a call.
+            step: the step size, non-negative and finite.
+            out: where to write, an array with x's shape and dtype, or x itself; None makes a new one.
+
+        Returns:
+            `out`.
+
+        Raises:
+            TypeError, NotImplementedError: as for a call.
+            ValueError: x has no dimension; step is negative, NaN or infinite; or out is of another shape, read-only or
+                overlaps x in part.
+
+        Examples:
+            >>> import numpy as np
+            >>> GroupLasso(0.5).prox(np.array([[3.0, 4.0], [0.0, 1.0]]), step=2.0)
+            array([[2.4, 3.2],
+                   [0. , 0. ]])
+
+        Reference: Parikh and Boyd, Proximal Algorithms, 2014, section 6.5.4, https://doi.org/10.1561/2400000003
+        """
+        return reductions.group_lasso_prox(self.factor, x, self.mode, step, out)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return ``{"factor": factor, "mode": mode}``."""
+        return {"factor": self.factor, "mode": self.mode}
 
 
 def _old_spelling(value: float | None, old: dict[str, float]) -> float | None:

@@ -13,7 +13,7 @@ from contextvars import ContextVar, Token
 from types import ModuleType, TracebackType
 from typing import Any, Self, TypeVar
 
-from regkern.regularizers import L1, L1L2, L2, OrthogonalRegularizer, Regularizer, l1_l2
+from regkern.regularizers import L1, L1L2, L2, GroupLasso, OrthogonalRegularizer, Regularizer, l1_l2
 
 T = TypeVar("T")
 
@@ -24,7 +24,7 @@ KERAS_CLASSES: dict[str, type[Regularizer]] = {
     "l1l2": L1L2,
     "orthogonal_regularizer": OrthogonalRegularizer,
 }
-BUILT_IN: dict[str, type[Regularizer]] = {**KERAS_CLASSES}
+BUILT_IN: dict[str, type[Regularizer]] = {**KERAS_CLASSES, "group_lasso": GroupLasso}
 
 # What the class_name of a config stands for.
 _CLASSES: dict[str, type[Regularizer]] = {

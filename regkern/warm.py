@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from regkern.dtypes import DTYPES
-from regkern.regularizers import ElementwiseRegularizer, OrthogonalRegularizer
+from regkern.regularizers import ElementwiseRegularizer, GroupLasso, OrthogonalRegularizer
 from regkern.serialization import get
 
 
@@ -25,8 +25,8 @@ def warmup(
         dtypes: names among float16, bfloat16, float32 and float64.
 
     Returns:
-        How many kernels are ready: some 40 for each element-wise penalty and dtype, 20 for the orthogonal one. One that
-        is not in the cache takes about a second.
+        How many kernels are ready: some 40 for each element-wise penalty and dtype, 20 for the orthogonal one, 4 for
+        the group lasso. One that is not in the cache takes about a second.
 
     Raises:
         ValueError: a regularizer is not one of regkern's, or a dtype is not among these.
@@ -37,7 +37,7 @@ def warmup(
     """
     regularizers, dtypes = [get(identifier) for identifier in regularizers], list(dtypes)
     for regularizer in regularizers:
-        if not isinstance(regularizer, ElementwiseRegularizer | OrthogonalRegularizer):
+        if not isinstance(regularizer, ElementwiseRegularizer | OrthogonalRegularizer | GroupLasso):
             raise ValueError(
                 f"regularizers: expected regkern's own; got {regularizer!r}, which has no kernels; leave it out."
             )
@@ -49,8 +49,11 @@ def warmup(
     count = warm.compile_shared()
     formulas = {each._formula[0] for each in regularizers if isinstance(each, ElementwiseRegularizer)}
     orthogonal = any(isinstance(each, OrthogonalRegularizer) for each in regularizers)
+    groups = any(isinstance(each, GroupLasso) for each in regularizers)
     for dtype in dict.fromkeys(dtypes):
         count += sum(warm.compile_elementwise(formula, DTYPES[dtype]) for formula in formulas)
         if orthogonal:
             count += warm.compile_gram(DTYPES[dtype])
+        if groups:
+            count += warm.compile_groups(DTYPES[dtype])
     return count

@@ -1,5 +1,6 @@
 """What must hold under Keras on every backend and under tf_keras; `test_keras.py` runs this file once for each."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -148,6 +149,31 @@ def test_training_in_half_precision(net, policy, digits):
 
 
 @needs_fit
+@pytest.mark.parametrize("mode", MODES)
+def test_the_group_lasso_is_trained_saved_and_loaded(mode, digits, tmp_path):
+    """Keras lacks it, so what a layer takes as a function stands beside it."""
+
+    def by_hand(kernel):
+        array = keras.ops if LIBRARY == "keras" else importlib.import_module("tensorflow")
+        sum_of = getattr(array, "sum", None) or array.reduce_sum
+        return 0.02 * sum_of(array.sqrt(sum_of(array.square(kernel), axis=(0, 1, 2))))
+
+    def network(regularizer):
+        keras.utils.set_random_seed(7)
+        convolution = layers.Conv2D(4, 3, activation="tanh", kernel_regularizer=regularizer)
+        return keras.Sequential(
+            [inputs((64,)), layers.Reshape((8, 8, 1)), convolution, layers.Flatten(), layers.Dense(10)]
+        )
+
+    model = network(rk.GroupLasso(0.02, "columns"))
+    assert_same_training(train(model, digits, **MODES[mode]), train(network(by_hand), digits, **MODES[mode]), 1e-5)
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    assert repr(again.layers[-3].kernel_regularizer) == "GroupLasso(factor=0.02, mode='columns')"
+    np.testing.assert_allclose(numbers(again.losses[0]), numbers(model.losses[0]), rtol=1e-6)
+
+
+@needs_fit
 def test_training_goes_on_after_accelerate_and_restore(digits):
     model, expected = (make("mlp", keras.regularizers) for _ in range(2))
     train(model, digits)
@@ -195,7 +221,7 @@ def test_variables():
     x = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
     variable, out = keras.Variable(x), keras.Variable(np.ones_like(x))
     reg = rk.L1L2(0.5, 0.25)
-    for regularizer in (reg, rk.OrthogonalRegularizer(0.5)):
+    for regularizer in (reg, rk.OrthogonalRegularizer(0.5), rk.GroupLasso(0.5, "columns")):
         np.testing.assert_allclose(numbers(regularizer(variable)), regularizer(x), rtol=1e-6)
         value, gradient = regularizer.value_and_grad(variable)
         np.testing.assert_allclose(numbers(value), regularizer(x), rtol=1e-6)

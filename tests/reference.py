@@ -74,3 +74,24 @@ def orthogonal_gradient(regularizer: rk.OrthogonalRegularizer, x):
     v = signs @ unit
     gradient = regularizer.factor / (n * (n - 1) / 2) * inverse * (v - (v * unit).sum(axis=1, keepdims=True) * unit)
     return np.asarray(gradient if regularizer.mode == "rows" else gradient.T, np.float64)
+
+
+def groups(regularizer: rk.GroupLasso, x):
+    """Return x in float64 and the norm of each row, or column, over all other axes, which stay with length 1."""
+    x = np.asarray(x, np.float64)
+    axes = tuple(range(1, x.ndim) if regularizer.mode == "rows" else range(x.ndim - 1))
+    return x, np.sqrt(np.square(x).sum(axis=axes, keepdims=True))
+
+
+def group_lasso(regularizer: rk.GroupLasso, x):
+    return regularizer.factor * groups(regularizer, x)[1].sum()
+
+
+def group_lasso_gradient(regularizer: rk.GroupLasso, x):
+    x, norms = groups(regularizer, x)
+    return regularizer.factor * x / np.where(norms == 0, 1, norms)
+
+
+def group_lasso_prox(regularizer: rk.GroupLasso, x, step):
+    x, norms = groups(regularizer, x)
+    return np.maximum(0, 1 - step * regularizer.factor / np.where(norms == 0, 1, norms)) * x

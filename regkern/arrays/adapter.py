@@ -94,6 +94,20 @@ class Adapter(ABC):
     ) -> Any:
         """Write the orthogonal penalty's gradient to out, or add it, and return out; a new array where out is None."""
 
+    def group_lasso(self, operation: Operation, factor: float, x: Any, out: Any, *, columns: bool) -> tuple[Any, Any]:
+        """Run one operation of the group lasso: factor times the sum of the norms of x's rows, or columns.
+
+        A row is what one index of the first axis selects, a column what one of the last does.
+
+        Returns:
+            The penalty, or None where the operation does not sum; and `out`, or a new array where that is None, or None
+            where the operation does not write.
+        """
+        raise NotImplementedError(
+            "x: expected an array of NumPy, PyTorch, JAX, TensorFlow or Keras for the group lasso; "
+            f"got {type(x).__module__}.{type(x).__name__}; convert it first."
+        )
+
     def cosine_sum(self, x: Any, other: Any, *, columns: bool, flatten: bool) -> Any:
         """Return the sum of |cosine| over pairs of rows, or columns, of x, summed over a batch of matrices; in float64.
 
@@ -176,11 +190,14 @@ class KernelAdapter(Adapter):
         return self._map(PROX, formula, a, b, x, out)
 
     def _map(self, operation: Operation, formula: Formula, a: float, b: float, x: Any, out: Any) -> Any:
-        if out is None:
-            out = self.empty_like(x)
-        else:
-            self.check_out(x, out)
+        out = self._target(x, out)
         self.run(operation, formula, a, b, x, out)
+        return out
+
+    def _target(self, x: Any, out: Any) -> Any:
+        if out is None:
+            return self.empty_like(x)
+        self.check_out(x, out)
         return out
 
     def _flat(self, x: Any, flatten: bool, *, copy: bool = True) -> Any:
@@ -235,6 +252,10 @@ class ChoosingAdapter(Adapter):
     ) -> Any:
         adapter, x = self.choose(x)
         return adapter.orthogonal_grad(factor, x, out, columns=columns, flatten=flatten, accumulate=accumulate)
+
+    def group_lasso(self, operation: Operation, factor: float, x: Any, out: Any, *, columns: bool) -> tuple[Any, Any]:
+        adapter, x = self.choose(x)
+        return adapter.group_lasso(operation, factor, x, out, columns=columns)
 
     def cosine_sum(self, x: Any, other: Any, *, columns: bool, flatten: bool) -> Any:
         adapter, x = self.choose(x)

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 
 from regkern.arrays.adapter import KernelAdapter
-from regkern.arrays.layout import Strides, View, check_alike, check_memory, locate_matrices, loops
+from regkern.arrays.layout import Strides, View, check_alike, check_memory, group_loops, locate_matrices, loops
 from regkern.arrays.plan import HostPlan, Member, Plan
 from regkern.dtypes import DType
 from regkern.kernels.cpu import gram
 from regkern.kernels.cpu.elementwise import kernels
+from regkern.kernels.cpu.groups import KINDS
+from regkern.kernels.cpu.groups import kernel as group_kernel
 from regkern.kernels.formulas import Formula
 from regkern.kernels.operations import SUMS, SUMS_AND_GRADIENT, Operation
 
@@ -137,6 +139,21 @@ class HostAdapter(KernelAdapter):
         for matrix, target in zip(matrices, outs, strict=True):
             total += gram.mean_and_gradient(dtype, matrix, *lengths, *strides, target, *out_strides, factor, accumulate)
         return total, dtype
+
+    def group_lasso(self, operation: Operation, factor: float, x: Any, out: Any, *, columns: bool) -> tuple[Any, Any]:
+        address, size, dtype, _ = self.memory(x)
+        strides = out_strides = self.strides(x)
+        out_address, target, total = address, None, 0.0
+        if operation.writes:
+            target = self._target(x, out)
+            out_address, out_strides = self.memory(target)[0], self.strides(target)
+        if size:
+            start, out_start, root, groups, across = group_loops(x.shape, strides, out_strides, columns)
+            run = group_kernel(dtype, across).for_size(size)
+            total = root * run(address + start, out_address + out_start, *groups, factor, KINDS[operation])
+        if out is not None:
+            self.wrote(out)
+        return self.scalar(factor * total, dtype) if operation.sums else None, target
 
     def _matrices(self, x: Any, columns: bool) -> tuple[DType, list[int], tuple[int, int], tuple[int, int]]:
         """Return x's dtype, the addresses of its matrices, and their lengths and strides: of rows, then of depth."""

@@ -27,6 +27,7 @@ from regkern.dtypes import DTYPES
 from regkern.kernels.cpu import xla
 from regkern.kernels.cpu.xla import GRADIENT, PARTIAL, PROX, VALUE, VALUE_AND_GRADIENT
 from regkern.kernels.formulas import Formula
+from regkern.kernels.operations import ADD_GRADIENT, Operation
 
 require("jax", jax.__version__, (0, 5))
 
@@ -79,6 +80,13 @@ class _Operations(OperationsAdapter):
     def off_diagonal(self, x: Any) -> Any:
         return jnp.where(jnp.eye(x.shape[-1], dtype=bool), 0, x)
 
+    def norms(self, x: Any, axes: tuple[int, ...]) -> Any:
+        squares = jnp.sum(jnp.square(x), axis=axes, keepdims=True)
+        return jnp.where(squares == 0, 0, jnp.sqrt(jnp.where(squares == 0, 1, squares)))
+
+    def quotient(self, x: Any, y: Any) -> Any:
+        return jnp.where(y == 0, 0, x / jnp.where(y == 0, 1, y))
+
     def differentiate(self, function: Callable[[Any], Any], x: Any) -> tuple[Any, Any]:
         value, gradient = jax.value_and_grad(function)(x)
         return value, gradient
@@ -91,6 +99,11 @@ class _Operations(OperationsAdapter):
 
 
 _operations = _Operations()
+
+
+@functools.partial(jax.jit, static_argnames=("operation", "columns"), inline=True)
+def _group_lasso(operation: Operation, factor: Any, x: Any, columns: bool) -> tuple[Any, Any]:
+    return _operations.group_lasso(operation, factor, x, None, columns=columns)
 
 
 @dataclass(frozen=True)
@@ -393,6 +406,10 @@ class JaxAdapter(Adapter):
     ) -> Any:
         _refuse(out, accumulate)
         return self.orthogonal_value_and_grad(factor, x, columns=columns, flatten=flatten)[1]
+
+    def group_lasso(self, operation: Operation, factor: float, x: Any, out: Any, *, columns: bool) -> tuple[Any, Any]:
+        _refuse(out, operation is ADD_GRADIENT)
+        return _group_lasso(operation, factor, _checked(x), columns)
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from regkern.arrays.adapter import Adapter, ChoosingAdapter, require
 from regkern.arrays.operations import OperationsAdapter
 from regkern.dtypes import DTYPES
 from regkern.kernels.formulas import Formula
+from regkern.kernels.operations import ADD_GRADIENT, GRADIENT, Operation
 
 require("keras", keras.__version__, (3, 8))
 
@@ -59,6 +60,13 @@ class Operations(OperationsAdapter):
 
     def off_diagonal(self, x: Any) -> Any:
         return x * (1 - ops.eye(x.shape[-1], dtype=x.dtype))
+
+    def norms(self, x: Any, axes: tuple[int, ...]) -> Any:
+        squares = ops.sum(ops.square(x), axis=axes, keepdims=True)
+        return ops.where(squares == 0, 0.0, ops.sqrt(ops.where(squares == 0, 1.0, squares)))
+
+    def quotient(self, x: Any, y: Any) -> Any:
+        return ops.divide_no_nan(x, y)
 
     def differentiate(self, function: Callable[[Any], Any], x: Any) -> tuple[Any, Any]:
         raise TypeError(
@@ -123,6 +131,16 @@ class KerasAdapter(ChoosingAdapter):
             )
 
         return _compute(compute, out, accumulate)
+
+    def group_lasso(self, operation: Operation, factor: float, x: Any, out: Any, *, columns: bool) -> tuple[Any, Any]:
+        if out is None:
+            return super().group_lasso(operation, factor, x, None, columns=columns)
+
+        def compute(out: Any, accumulate: bool) -> Any:
+            chosen = GRADIENT if operation is ADD_GRADIENT and not accumulate else operation
+            return super(KerasAdapter, self).group_lasso(chosen, factor, x, out, columns=columns)[1]
+
+        return None, _compute(compute, out, operation is ADD_GRADIENT)
 
 
 def _compute(compute: Callable[[Any, bool], Any], out: Any, accumulate: bool) -> Any:

@@ -1,5 +1,6 @@
 """Strided memory: the loops in which a kernel walks it, and what overlaps."""
 
+import math
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -97,6 +98,37 @@ def walk(shape: tuple[int, ...], x: Strides, out: Strides, itemsize: int) -> Wal
     return Walk(start, out_start, layout.shape[1], (n, *layout.ravel().tolist()))
 
 
+class GroupLoops(NamedTuple):
+    """How a kernel walks the groups of an array.
+
+    Attributes:
+        start: bytes from x's address to the first element that is visited.
+        out_start: the same of out.
+        root: what norms are multiplied by: the root of how often each element is repeated in both.
+        groups: how many groups there are, the strides between them in x and in out, and the layout of each.
+        across: whether the innermost loop runs over groups; then they are the layout's last column.
+    """
+
+    start: int
+    out_start: int
+    root: float
+    groups: tuple[int, int, int, np.ndarray[Any, Any]]
+    across: bool
+
+
+@lru_cache(maxsize=1024)
+def group_loops(shape: tuple[int, ...], x: Strides, out: Strides, columns: bool) -> GroupLoops:
+    """Look at what each index of the first axis selects, or of the last, as a group; arguments are those of `loops`."""
+    *rest, group = zip(shape, x, out, strict=True) if columns else reversed([*zip(shape, x, out, strict=True)])
+    start, out_start, repeats, layout = loops(*(tuple(each[i] for each in rest) for i in range(3)))
+    lengths, strides, _ = layout
+    # Short groups are better crossed as well.
+    across = group[0] >= 8 and (abs(group[1]) < abs(strides[-1]) or lengths.prod() < 16)
+    if across:
+        layout = np.column_stack([layout, group])
+    return GroupLoops(start, out_start, math.sqrt(repeats), (*group, layout), bool(across))
+
+
 def locate_matrices(
     address: int, shape: tuple[int, ...], strides: Strides, columns: bool
 ) -> tuple[list[int], tuple[int, int], tuple[int, int]]:
@@ -137,6 +169,7 @@ def check_memory(shape: tuple[int, ...], itemsize: int, x: tuple[int, Strides], 
         raise ValueError("out: expected x itself or memory of its own; got one that overlaps x in part; pass a copy.")
 
 
+@lru_cache(maxsize=1024)
 def overlaps_itself(shape: tuple[int, ...], strides: Strides, itemsize: int) -> bool:
     """Whether an axis takes smaller steps than those inside it need. No slice or transpose of an array does."""
     extent = itemsize
@@ -157,6 +190,9 @@ def same_elements(shape: tuple[int, ...], x: tuple[int, Strides], y: tuple[int, 
 
 def may_overlap(shape: tuple[int, ...], itemsize: int, x: tuple[int, Strides], y: tuple[int, Strides]) -> bool:
     """Whether two arrays of one shape, each an address and strides, share memory; True where that is hard to say."""
+    (x_low, x_high), (y_low, y_high) = (_extent(shape, strides, itemsize) for _, strides in (x, y))
+    if x[0] + x_high <= y[0] + y_low or y[0] + y_high <= x[0] + x_low:
+        return False  # as is seen in a fifth of the time that NumPy takes
     arrays = []
     for address, strides in (x, y):
         interface = {"version": 3, "typestr": f"|V{itemsize}", "data": (address, True)}
@@ -165,3 +201,10 @@ def may_overlap(shape: tuple[int, ...], itemsize: int, x: tuple[int, Strides], y
         return np.shares_memory(arrays[0], arrays[1], max_work=10_000)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
+
+
+@lru_cache(maxsize=1024)
+def _extent(shape: tuple[int, ...], strides: Strides, itemsize: int) -> tuple[int, int]:
+    """Return the first byte of an array and the one after its last, from its address on; no axis has length 0."""
+    spans = [(length - 1) * stride for length, stride in zip(shape, strides, strict=True)]
+    return sum(min(span, 0) for span in spans), sum(max(span, 0) for span in spans) + itemsize

@@ -8,6 +8,7 @@ from typing import Any
 
 from regkern.arrays.adapter import Adapter
 from regkern.kernels.formulas import Formula
+from regkern.kernels.operations import ADD_GRADIENT, PROX, Operation
 
 
 class OperationsAdapter(Adapter):
@@ -65,6 +66,18 @@ class OperationsAdapter(Adapter):
         """Return square matrices, the last two axes, with zeros on their diagonals."""
 
     @abstractmethod
+    def norms(self, x: Any, axes: tuple[int, ...]) -> Any:
+        """Return Euclidean norms over axes, which stay with length 1. The derivative of that of zeros is zero."""
+
+    @abstractmethod
+    def quotient(self, x: Any, y: Any) -> Any:
+        """Return x / y; 0 where y is 0."""
+
+    def detach(self, x: Any) -> Any:
+        """Return x such that what is computed from it is not differentiated."""
+        return x
+
+    @abstractmethod
     def differentiate(self, function: Callable[[Any], Any], x: Any) -> tuple[Any, Any]:
         """Return ``function(x)`` and its gradient by x, through the library's own differentiation."""
 
@@ -94,7 +107,7 @@ class OperationsAdapter(Adapter):
         return self.write(self.value_and_grad(formula, a, b, x)[1], out, accumulate)
 
     def prox(self, formula: Formula, a: float, b: float, x: Any, out: Any) -> Any:
-        v = self.widen(x)
+        v = self.widen(self.detach(x))
         return self.write(self.narrow(formula.prox(v, self.clip(v, a), a, b), x), out, False)  # type: ignore[misc]
 
     def orthogonal(self, factor: float, x: Any, *, columns: bool, flatten: bool) -> Any:
@@ -117,3 +130,17 @@ class OperationsAdapter(Adapter):
     ) -> Any:
         _, gradient = self.orthogonal_value_and_grad(factor, x, columns=columns, flatten=flatten)
         return self.write(gradient, out, accumulate)
+
+    def group_lasso(self, operation: Operation, factor: float, x: Any, out: Any, *, columns: bool) -> tuple[Any, Any]:
+        v = self.widen(self.detach(x) if operation.writes else x)
+        rank = len(v.shape)
+        axes = tuple(range(rank - 1) if columns else range(1, rank))
+        norms = self.norms(v, axes) if axes else self.magnitude(v)
+        penalty = factor * self.sum(norms) if operation.sums else None
+        if not operation.writes:
+            return penalty, None
+        if operation is PROX:
+            v = v - v * self.quotient(self.clip(norms, factor), norms)
+        else:
+            v = factor * self.quotient(v, norms)
+        return penalty, self.write(self.narrow(v, x), out, operation is ADD_GRADIENT)

@@ -17,6 +17,7 @@ from regkern.arrays.numpy import NumpyAdapter
 from regkern.arrays.operations import OperationsAdapter
 from regkern.dtypes import DTYPES
 from regkern.kernels.formulas import ABS, ABS_SQUARE, SQUARE, Formula
+from regkern.kernels.operations import Operation
 
 require("tensorflow", tf.__version__, (2, 18))
 
@@ -76,6 +77,17 @@ class Operations(OperationsAdapter):
     def off_diagonal(self, x: Any) -> Any:
         return x * (1 - tf.eye(x.shape[-1], dtype=x.dtype))
 
+    def norms(self, x: Any, axes: tuple[int, ...]) -> Any:
+        squares = tf.reduce_sum(tf.square(x), axis=axes, keepdims=True)
+        zero = tf.equal(squares, 0)
+        return tf.where(zero, tf.zeros_like(squares), tf.sqrt(tf.where(zero, tf.ones_like(squares), squares)))
+
+    def quotient(self, x: Any, y: Any) -> Any:
+        return tf.math.divide_no_nan(x, y)
+
+    def detach(self, x: Any) -> Any:
+        return tf.stop_gradient(x)
+
     def differentiate(self, function: Callable[[Any], Any], x: Any) -> tuple[Any, Any]:
         with tf.GradientTape() as tape:
             tape.watch(x)
@@ -115,9 +127,6 @@ class Operations(OperationsAdapter):
     def partial(self, formula: Formula, x: Any) -> Any:
         terms = formula.terms(abs(self.widen(x)))
         return tf.stack([tf.reduce_sum(tf.cast(term, tf.float64)) for term in terms])
-
-    def prox(self, formula: Formula, a: float, b: float, x: Any, out: Any) -> Any:
-        return super().prox(formula, a, b, tf.stop_gradient(x), out)
 
     def orthogonal(self, factor: float, x: Any, *, columns: bool, flatten: bool) -> Any:
         counted = x.shape[-1:] if columns else x.shape[:-1] if flatten else x.shape[-2:-1]
@@ -197,6 +206,9 @@ class Kernels(Adapter):
         _check_out(x, out)
         _, gradient = self.orthogonal_value_and_grad(factor, x, **vectors)
         return OPERATIONS.write(gradient, out, accumulate)
+
+    def group_lasso(self, operation: Operation, factor: float, x: Any, out: Any, *, columns: bool) -> tuple[Any, Any]:
+        return OPERATIONS.group_lasso(operation, factor, x, out, columns=columns)
 
     def cosine_sum(self, x: Any, other: Any, **vectors: bool) -> Any:
         return VIEWS.cosine_sum(_view(x), None if other is None else _view(other), **vectors)

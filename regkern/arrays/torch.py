@@ -26,6 +26,7 @@ from regkern.arrays.pages import ask_for_large_pages
 from regkern.arrays.plan import Plan, Weighted
 from regkern.dtypes import DTYPES, DType
 from regkern.kernels.formulas import FORMULAS, Formula
+from regkern.kernels.operations import GRADIENT, SUMS, Operation
 
 _CPU = torch.device("cpu")
 
@@ -233,6 +234,13 @@ class Recorded(Recording, Kernels):
 
     kernels = KERNELS
 
+    def group_lasso(
+        self, operation: Operation, factor: float, x: Tensor, out: Any, *, columns: bool
+    ) -> tuple[Any, Any]:
+        if operation is SUMS:
+            return GroupLasso.apply(x, factor, columns), None
+        return super().group_lasso(operation, factor, x, out, columns=columns)
+
 
 KERNELS.recorded = Recorded()
 
@@ -334,6 +342,28 @@ class Orthogonal(torch.autograd.Function):
         return gradient, None, None, None, None
 
 
+class GroupLasso(torch.autograd.Function):
+    """The group lasso in the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float, columns: bool) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.penalty = factor, columns
+        return KERNELS.group_lasso(SUMS, factor, x, None, columns=columns)[0]
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        factor, columns = ctx.penalty
+        if _can_use(KERNELS, x, upstream):
+            _, gradient = KERNELS.group_lasso(GRADIENT, factor * upstream.item(), x, None, columns=columns)
+        else:
+            gradient = _by_operations(
+                lambda: OPERATIONS.group_lasso(SUMS, factor, x, None, columns=columns)[0], x, upstream
+            )
+        return gradient, None, None
+
+
 def _can_use(kernels: Any, *tensors: Tensor) -> bool:
     """Whether a gradient may be computed behind autograd's back: not where it is to be differentiated again."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -387,6 +417,15 @@ class Operations(OperationsAdapter):
     def off_diagonal(self, x: Tensor) -> Tensor:
         return x.masked_fill(torch.eye(x.shape[-1], dtype=torch.bool, device=x.device), 0.0)
 
+    def norms(self, x: Tensor, axes: tuple[int, ...]) -> Tensor:
+        return torch.linalg.vector_norm(x, dim=axes, keepdim=True)
+
+    def quotient(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.where(y == 0, 0.0, x / torch.where(y == 0, 1.0, y))
+
+    def detach(self, x: Tensor) -> Tensor:
+        return x.detach()
+
     def differentiate(self, function: Callable[[Any], Any], x: Tensor) -> tuple[Tensor, Tensor]:
         gradient, value = torch.func.grad_and_value(function)(x.detach())
         return value, gradient
@@ -407,9 +446,6 @@ class Operations(OperationsAdapter):
         terms = formula.terms(abs(self.widen(x.detach())))
         sums = [0.0 if isinstance(term, float) else term.sum(dtype=torch.float64) for term in terms]
         return torch.stack([torch.as_tensor(each, dtype=torch.float64, device=x.device) for each in sums])
-
-    def prox(self, formula: Formula, a: float, b: float, x: Tensor, out: Any) -> Tensor:
-        return super().prox(formula, a, b, x.detach(), out)
 
 
 def check_layout(x: Tensor) -> None:
@@ -533,6 +569,12 @@ class TorchAdapter(Adapter):
 
     def orthogonal_grad(self, factor: float, x: Tensor, out: Any, **options: bool) -> Tensor:
         return _evaluator(x).orthogonal_grad(factor, x, out, **options)
+
+    def group_lasso(
+        self, operation: Operation, factor: float, x: Tensor, out: Any, *, columns: bool
+    ) -> tuple[Any, Any]:
+        evaluator = OPERATIONS if x.is_cuda else _evaluator(x)  # there are kernels for the host alone
+        return evaluator.group_lasso(operation, factor, x, out, columns=columns)
 
 
 def _kernels(x: Tensor) -> Any:

@@ -50,7 +50,7 @@ class Kernels:
 
     def __init__(self, operation: Operation, formula: Formula, dtype: DType, in_place: bool) -> None:
         name = _name(operation, formula, dtype, in_place)
-        run = _make_run(name, operation, formula, dtype, in_place)
+        run = make_run(name, operation, formula, dtype, in_place)
         self.flat = Kernel(
             _make_flat(run, dtype),
             FLAT,
@@ -69,7 +69,7 @@ class Kernels:
 def chunk_build(operation: Operation, formula: Formula, dtype: DType, in_place: bool = False) -> Build:
     """Compile the function that runs over one chunk of an array, for kernels that call it by its address."""
     name = _name(operation, formula, dtype, in_place)
-    chunk_sums = _make_chunk(name, _make_run(name, operation, formula, dtype, in_place))
+    chunk_sums = _make_chunk(name, make_run(name, operation, formula, dtype, in_place))
     layout_view, itemsize = make_view("int64"), 8
 
     def chunk_at(x, out, layout, dims, c, a, b):
@@ -92,7 +92,7 @@ def _name(operation: Operation, formula: Formula, dtype: DType, in_place: bool) 
     return "-".join([operation.name, formula.name, dtype.name] + ["in_place"] * in_place)
 
 
-def _make_run(name: str, operation: Operation, formula: Formula, dtype: DType, in_place: bool):
+def make_run(name: str, operation: Operation, formula: Formula, dtype: DType, in_place: bool):
     """Make ``run(x, x_stride, out, out_stride, n, a, b) -> (sum0, sum1)`` over n elements."""
     itemsize = dtype.itemsize
     view, strided_view = make_view(dtype.carrier), make_view(dtype.carrier, strided=True)

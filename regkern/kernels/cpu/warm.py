@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from regkern.dtypes import FLOAT64, DType
-from regkern.kernels.cpu import elementwise, gram, many, watch, xla
+from regkern.kernels.cpu import elementwise, gram, groups, many, watch, xla
 from regkern.kernels.cpu.compile import target_features
 from regkern.kernels.cpu.gram.tiles import tile_for
 from regkern.kernels.cpu.launch import Kernel, threading_layer
@@ -33,6 +33,11 @@ def compile_gram(dtype: DType) -> int:
     itemsize = 8 if dtype is FLOAT64 else 4
     rows = {tile_for(target_features(), itemsize, n): n for n in range(2, _MAX_ROWS)}
     return _compile(gram.kernel(dtype, n, gradient=gradient) for n in rows.values() for gradient in (False, True))
+
+
+def compile_groups(dtype: DType) -> int:
+    """Compile all kernels of the group lasso likewise."""
+    return _compile(groups.kernel(dtype, across) for across in (False, True))
 
 
 def compile_shared() -> int:

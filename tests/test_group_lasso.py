@@ -1,0 +1,285 @@
+"""The group lasso: rows, columns and filters, over dtypes, layouts and libraries."""
+
+import functools
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+import regkern as rk
+from regkern.dtypes import DTYPES
+from regkern.kernels.cpu.groups import PIECE, TILE
+from tests.cases import LAYOUTS, NUMPY_DTYPES, READ_ONLY_LAYOUTS, Layout, make
+from tests.processes import run
+from tests.reference import group_lasso, group_lasso_gradient, group_lasso_prox
+
+MODES = ("rows", "columns")
+RANKED = {name: layout for name, layout in LAYOUTS.items() if layout.shape}
+# Groups in several strips and pieces, along and across, and groups so short that they are crossed in either mode.
+LARGE = {
+    "wide": Layout((300, 2 * TILE + 3), (300, 2 * TILE + 3), lambda base: base),
+    "few long": Layout((3, PIECE + 5), (3, PIECE + 5), lambda base: base),
+    "tall": Layout((PIECE + 5, 3), (PIECE + 5, 3), lambda base: base),
+    "Keras's filters": Layout((3, 3, 64, 128), (3, 3, 64, 128), lambda base: base),
+    "PyTorch's filters": Layout((128, 64, 3, 3), (128, 64, 3, 3), lambda base: base),
+}
+
+
+def close(found, expected, dtype):
+    epsilon = DTYPES[dtype].epsilon
+    found = np.asarray(found, np.float64)
+    np.testing.assert_allclose(found, expected, rtol=max(2 * epsilon, 1e-13), atol=max(1e-2 * epsilon, 1e-15))
+
+
+def check(layout, dtype, mode):
+    reg, x = rk.GroupLasso(0.3, mode), make(layout, dtype)
+    before, step = x.copy(), 2.0
+    penalty, gradient = reg.value_and_grad(x)
+    assert (penalty.dtype, gradient.dtype, gradient.shape) == (DTYPES[dtype].result, x.dtype, x.shape)
+    close(reg(x), penalty, DTYPES[dtype].result)
+    close(penalty, group_lasso(reg, x), DTYPES[dtype].result)
+    expected = group_lasso_gradient(reg, x)
+    close(gradient, expected, dtype)
+    close(reg.grad(x, scale=-2.0), -2 * expected, dtype)
+    out = np.ones_like(x)
+    assert reg.grad(x, out=out, scale=2.0, accumulate=True) is out
+    close(out, 1 + 2 * expected, dtype)
+    expected = group_lasso_prox(reg, x, step)
+    close(reg.prox(x, step), expected, dtype)
+    close(reg.prox(x, step, out=np.empty(x.shape, x.dtype, order="F")), expected, dtype)
+    np.testing.assert_array_equal(x, before)
+    assert reg.prox(x, step, out=x) is x
+    close(x, expected, dtype)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layout", RANKED)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_definition(dtype, layout, mode):
+    check(RANKED[layout], dtype, mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layout", LARGE)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_strips_and_pieces(dtype, layout, mode):
+    check(LARGE[layout], dtype, mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layout", READ_ONLY_LAYOUTS)
+def test_arrays_that_are_broadcast(layout, mode):
+    reg, x = rk.GroupLasso(0.3, mode), make(READ_ONLY_LAYOUTS[layout], "float32")
+    penalty, gradient = reg.value_and_grad(x)
+    close(penalty, group_lasso(reg, x), "float32")
+    close(reg(x), penalty, "float32")
+    close(gradient, group_lasso_gradient(reg, x), "float32")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_groups_become_zero(mode):
+    x = np.array([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]])
+    x = x if mode == "rows" else x.T
+    reg = rk.GroupLasso(1.0, mode)
+    np.testing.assert_array_equal(np.any(reg.prox(x, 1.0), axis=1 if mode == "rows" else 0), [True, False, False])
+    np.testing.assert_array_equal(reg.prox(x, 0.0), x)
+    np.testing.assert_array_equal(rk.GroupLasso(0.0, mode).prox(np.zeros((9, 9)), 1.0), 0.0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_proximal_operator_is_the_argmin(mode):
+    rng, reg, step = np.random.default_rng(0), rk.GroupLasso(0.5, mode), 1.5
+    x = rng.standard_normal((6, 5))
+    nearest = reg.prox(x, step)
+
+    def objective(z):
+        return step * group_lasso(reg, z) + 0.5 * np.square(z - x).sum()
+
+    least = objective(nearest)
+    for scale in np.repeat([1e-4, 1e-2, 1.0], 50):
+        assert objective(nearest + scale * rng.standard_normal(x.shape)) >= least
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nan_and_infinity_stay_in_their_groups(mode):
+    x = np.ones((3, 20), np.float32)
+    x[0, 1], x[1, 2] = np.nan, np.inf
+    at, reg = x if mode == "rows" else np.ascontiguousarray(x.T), rk.GroupLasso(2.0, mode)
+    assert np.isnan(reg(at))
+    assert reg(at[1:] if mode == "rows" else at[:, 1:]) == np.inf
+    gradient, nearest = (result if mode == "rows" else result.T for result in (reg.grad(at), reg.prox(at, 1.0)))
+    assert np.isnan(gradient[0]).all()
+    assert np.isnan(nearest[0]).all()
+    np.testing.assert_array_equal(gradient[1], np.where(np.arange(20) == 2, np.nan, 0))
+    np.testing.assert_array_equal(nearest[1], x[1])
+    assert np.isfinite(gradient[2]).all()
+    assert np.isfinite(nearest[2]).all()
+
+
+def test_the_same_bits_for_any_number_of_threads():
+    code = """
+import hashlib
+parts = []
+for shape in ((250, 4000), (1000000,), (3, 333333), (333333, 3), (10, 10, 100, 100)):
+    y = x[:1_000_000][:np.prod(shape)].reshape(shape)
+    for mode in ("rows", "columns"):
+        r = rk.GroupLasso(0.1, mode)
+        value, gradient = r.value_and_grad(y)
+        parts += [r(y), value, gradient, r.prox(y, 0.1)]
+print(hashlib.sha256(b"".join(np.asarray(part).tobytes() for part in parts)).hexdigest())
+"""
+    assert len({run(code, NUMBA_NUM_THREADS=str(threads)) for threads in (1, 2)}) == 1
+
+
+def test_without_numbas_compiler():
+    code = """
+for dtype, mode in ((np.float16, "rows"), (np.float64, "rows"), (np.float64, "columns")):
+    y, r = x[:240].reshape(8, 30).astype(dtype), rk.GroupLasso(0.1, mode)
+    for part in (r(y), *r.value_and_grad(y[::-1, ::2]), r.prox(y, 0.1, y.copy()), r.grad(y, y.copy(), accumulate=True)):
+        print(part.dtype, *(f"{value:.2e}" for value in np.asarray(part, np.float64).ravel() + 1e-9))
+"""
+    assert run(code, NUMBA_DISABLE_JIT="1") == run(code)
+
+
+def test_kernels_ahead_of_time():
+    assert rk.warmup(["group_lasso"], ["float32"]) == rk.warmup([]) + 4  # along and across, serial and parallel
+
+
+def tensor(x, requires_grad=False):
+    torch = pytest.importorskip("torch")
+    x = torch.from_numpy(x.astype(np.float32)).to(getattr(torch, x.dtype.name))
+    return x.requires_grad_(requires_grad)
+
+
+LIBRARIES = {
+    "torch": tensor,
+    "torch, recorded": functools.partial(tensor, requires_grad=True),
+    "torch, by operations": lambda x: pytest.importorskip("torch")._neg_view(-tensor(x)),  # a lazy negation
+    "jax": lambda x: pytest.importorskip("jax").numpy.asarray(x),
+    "tensorflow": lambda x: pytest.importorskip("tensorflow").constant(x),
+    "keras": lambda x: pytest.importorskip("keras").Variable(x, dtype=x.dtype.name),
+}
+
+
+def numbers(x):
+    x = getattr(x, "value", x)
+    x = x.detach().float().resolve_neg() if hasattr(x, "detach") else x
+    return np.asarray(x, np.float32)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", [(7,), (0, 3), (5, 8), (3, 3, 4, 6)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_libraries(library, dtype, shape, mode):
+    x = np.random.default_rng(0).standard_normal(shape).astype(NUMPY_DTYPES[dtype])
+    x[..., 1] = 0
+    reg, y = rk.GroupLasso(0.3, mode), LIBRARIES[library](x)
+    gradient, nearest = group_lasso_gradient(reg, x), group_lasso_prox(reg, x, 2.0)
+    near = functools.partial(np.testing.assert_allclose, rtol=4 * DTYPES[dtype].epsilon, atol=1e-6)
+    near(numbers(reg(y)), group_lasso(reg, x), rtol=1e-6)
+    value, found = reg.value_and_grad(y)
+    near(numbers(value), group_lasso(reg, x), rtol=1e-6)
+    near(numbers(found), gradient)
+    near(numbers(reg.grad(y, scale=2.0)), 2 * gradient)
+    near(numbers(reg.prox(y, 2.0)), nearest)
+
+
+@pytest.mark.parametrize("library", ["torch", "torch, by operations", "keras"])
+def test_what_is_written_in_place(library):
+    x = np.random.default_rng(0).standard_normal((5, 8)).astype(np.float32)
+    reg, y, out = rk.GroupLasso(0.3), LIBRARIES[library](x), LIBRARIES[library](x)
+    assert reg.grad(y, out=out, accumulate=True) is out
+    np.testing.assert_allclose(numbers(out), x + group_lasso_gradient(reg, x), rtol=1e-6)
+    assert reg.grad(y, out=out) is out
+    np.testing.assert_allclose(numbers(out), group_lasso_gradient(reg, x), rtol=1e-6)
+    assert reg.prox(y, 2.0, out=out) is out
+    np.testing.assert_allclose(numbers(out), group_lasso_prox(reg, x, 2.0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_differentiation_in_torch(mode):
+    torch = pytest.importorskip("torch")
+    x = np.random.default_rng(0).standard_normal((5, 8))
+    x[:, 1] = x[2] = 0
+    reg, leaf = rk.GroupLasso(0.3, mode), torch.from_numpy(x).requires_grad_()
+    (2 * reg(leaf)).backward()
+    np.testing.assert_allclose(leaf.grad, 2 * group_lasso_gradient(reg, x), rtol=1e-12)
+    away = torch.from_numpy(x + 3.0).requires_grad_()
+    assert torch.autograd.gradcheck(reg, away)
+    assert torch.autograd.gradgradcheck(reg, away)
+    functional = torch.func.grad(reg)(torch.from_numpy(x))
+    np.testing.assert_allclose(functional, group_lasso_gradient(reg, x), rtol=1e-12)
+    saved = torch.from_numpy(x).requires_grad_()
+    square = (saved * saved).sum()
+    reg.prox(saved.detach(), 1.0, out=saved.detach())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        square.backward()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_differentiation_in_graphs(mode):
+    jax, tf = pytest.importorskip("jax"), pytest.importorskip("tensorflow")
+    x = np.random.default_rng(0).standard_normal((5, 8)).astype(np.float32)
+    x[:, 1] = x[2] = 0
+    reg = rk.GroupLasso(0.3, mode)
+    expected = group_lasso_gradient(reg, x)
+    np.testing.assert_allclose(jax.jit(jax.grad(reg))(x), expected, rtol=1e-5)
+    np.testing.assert_allclose(jax.vmap(jax.grad(reg))(x[None])[0], expected, rtol=1e-5)
+    variable = tf.Variable(x)
+    for wrap in (lambda function: function, tf.function):
+
+        @wrap
+        def differentiated():
+            with tf.GradientTape() as tape:
+                penalty = reg(variable)
+            return tape.gradient(penalty, variable)
+
+        np.testing.assert_allclose(differentiated(), expected, rtol=1e-5)
+
+
+def test_in_a_penalty():
+    rng = np.random.default_rng(0)
+    weights = {"a/kernel": rng.standard_normal((5, 8)), "b/kernel": rng.standard_normal((4, 3)), "a/bias": np.ones(8)}
+    kernels, reg = {name: x.copy() for name, x in weights.items() if "kernel" in name}, rk.GroupLasso(0.3, "columns")
+    bound = rk.Penalty({"*bias": None, "*": reg}).bind(weights)
+    np.testing.assert_allclose(bound.value(), sum(group_lasso(reg, x) for x in kernels.values()))
+    gradients = {name: np.zeros_like(x) for name, x in kernels.items()}
+    bound.add_grad(gradients, scale=2.0)
+    bound.prox_(0.5)
+    for name, x in kernels.items():
+        np.testing.assert_allclose(gradients[name], 2 * group_lasso_gradient(reg, x))
+        np.testing.assert_allclose(weights[name], group_lasso_prox(reg, x, 0.5), atol=1e-15)
+
+
+def test_configs():
+    reg = rk.GroupLasso(0.3, "columns")
+    for legacy in (False, True):
+        config = json.loads(json.dumps(rk.serialize(reg, use_legacy_format=legacy)))
+        assert repr(rk.deserialize(config)) == "GroupLasso(factor=0.3, mode='columns')"
+    assert rk.serialize(reg)["module"].partition(".")[0] == "regkern"
+    assert repr(rk.get("GroupLasso")) == repr(rk.get("group_lasso")) == "GroupLasso(factor=0.01, mode='rows')"
+    assert repr(rk.GroupLasso(None)) == "GroupLasso(factor=0.01, mode='rows')"
+
+
+def test_errors():
+    reg = rk.GroupLasso()
+    with pytest.raises(ValueError, match=r"^Invalid value for argument `mode`"):
+        rk.GroupLasso(mode="diagonal")
+    calls = (reg, reg.value_and_grad, reg.grad, functools.partial(reg.prox, step=1.0))
+    for call, library in itertools.product(calls, (np.asarray, LIBRARIES["torch"], LIBRARIES["jax"])):
+        with pytest.raises(ValueError, match=r"^x: expected an array of one dimension or more, .* use L1,"):
+            call(library(np.ones((), np.float32)))
+    with pytest.raises(ValueError, match=r"^out: expected the array to add to"):
+        reg.grad(np.ones(3), accumulate=True)
+    with pytest.raises(ValueError, match=r"^step: expected a non-negative"):
+        reg.prox(np.ones(3), -1.0)
+    with pytest.raises(TypeError, match=r"^x: expected an array of float16"):
+        reg(np.ones(3, int))
+    da = pytest.importorskip("dask.array")
+    for call in calls:
+        with pytest.raises(
+            NotImplementedError, match=r"^x: expected an array of NumPy, .*; got dask\.array\.\S*Array; convert it"
+        ):
+            call(da.ones((4, 4), chunks=2))
