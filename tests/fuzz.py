@@ -66,6 +66,7 @@ def read(form: str, folder: Path, seconds: int) -> None:
     for data in files:
         (corpus / hashlib.sha256(data).hexdigest()).write_bytes(data)
     judge = hostile.Judge(hostile.emptied((folder / "read").absolute()))
+    judge(name, files[0])  # loads what takes its time to load
     seen: set[str] = set()
     counts = folder / "counts"
     inputs = json.loads(counts.read_text())["inputs"] if counts.exists() else 0

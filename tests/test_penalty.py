@@ -185,6 +185,16 @@ def test_gradients_of_orthogonal_ones():
     np.testing.assert_array_equal(x, before)
 
 
+def test_penalties_that_cannot_be_added(evaluate):
+    penalty = rk.Penalty({"a": lambda x: "much", "*": rk.L2(1.0)})
+    text = (
+        r"^named: expected arrays whose penalties can be added; got those of numpy, builtins, which cannot \(.+\); "
+        r"call per_tensor, or give each library a Penalty of its own\.$"
+    )
+    with pytest.raises(TypeError, match=text):
+        evaluate(penalty, {"a": np.ones(3), "b": np.ones(3)})
+
+
 def test_tied_tensors_count_once_or_each(evaluate):
     x = np.ones(4)
     named = {"embedding": x, "head": x[:], "half": x[:2]}
