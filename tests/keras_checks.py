@@ -260,12 +260,14 @@ def test_symbolic_tensors():
         rk.activity_penalty(rk.L2(0.1), symbolic), rk.L1(0.1).prox(symbolic, 0.5),
     ]  # fmt: skip
     expected = [
-        rk.L1(0.1)(x), rk.L1L2(0.1, 0.2)(x), 0.0, flat(x), rk.activity_penalty(rk.L2(0.1), x), rk.L1(0.1).prox(x, 0.5)
+        rk.L1(0.1)(x), rk.L1L2(0.1, 0.2)(x), 0.0, flat(x), rk.activity_penalty(rk.L2(0.1), x), rk.L1(0.1).prox(x, 0.5),
     ]  # fmt: skip
     for found, want in zip(keras.Model(symbolic, outputs)(x), expected, strict=True):
         np.testing.assert_allclose(numbers(found), want, rtol=1e-5, atol=1e-6)
     with pytest.raises(TypeError, match="symbolic KerasTensor, which has no gradient"):
         rk.L1(0.1).grad(symbolic)
+    with pytest.raises(TypeError, match="out: expected None, because a KerasTensor is symbolic; got KerasTensor"):
+        rk.L1(0.1).prox(symbolic, 0.5, out=symbolic)
 
 
 def regularizers_of(model):
