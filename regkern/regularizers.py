@@ -590,7 +590,7 @@ class GroupLasso(Regularizer):
 
         Args:
             x: an array of NumPy, PyTorch, JAX, TensorFlow or Keras with one dimension or more; dtypes and strides as
-                for `L1`. Beyond x, 8 bytes of memory are taken for each group.
+                for `L1`. Memory beyond it is 8 bytes for each group, and for columns 1/8 byte for each element.
 
         Returns:
             A 0-d scalar of x's library: float64 for float64, float32 for the rest.

@@ -186,6 +186,16 @@ def test_libraries(library, dtype, shape, mode):
     near(numbers(reg.prox(y, 2.0)), nearest)
 
 
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_nan_and_infinity_in_libraries(library):
+    x = np.ones((3, 4), np.float32)
+    x[0, 1], x[1, 2] = np.nan, np.inf
+    reg, y = rk.GroupLasso(2.0), LIBRARIES[library](x)
+    assert np.isnan(numbers(reg(y)))
+    np.testing.assert_array_equal(numbers(reg.grad(y)), reg.grad(x))
+    np.testing.assert_array_equal(numbers(reg.prox(y, 1.0)), reg.prox(x, 1.0))
+
+
 @pytest.mark.parametrize("library", ["torch", "torch, by operations", "keras"])
 def test_what_is_written_in_place(library):
     x = np.random.default_rng(0).standard_normal((5, 8)).astype(np.float32)

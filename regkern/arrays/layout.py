@@ -119,8 +119,9 @@ class GroupLoops(NamedTuple):
 @lru_cache(maxsize=1024)
 def group_loops(shape: tuple[int, ...], x: Strides, out: Strides, columns: bool) -> GroupLoops:
     """Look at what each index of the first axis selects, or of the last, as a group; arguments are those of `loops`."""
-    *rest, group = zip(shape, x, out, strict=True) if columns else reversed([*zip(shape, x, out, strict=True)])
-    start, out_start, repeats, layout = loops(*(tuple(each[i] for each in rest) for i in range(3)))
+    axes = [*zip(shape, x, out, strict=True)]
+    group = axes.pop(-1 if columns else 0)
+    start, out_start, repeats, layout = loops(*(tuple(axis[i] for axis in axes) for i in range(3)))
     lengths, strides, _ = layout
     # Short groups are better crossed as well.
     across = group[0] >= 8 and (abs(group[1]) < abs(strides[-1]) or lengths.prod() < 16)

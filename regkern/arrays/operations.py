@@ -140,7 +140,7 @@ class OperationsAdapter(Adapter):
         if not operation.writes:
             return penalty, None
         if operation is PROX:
-            v = v - v * self.quotient(self.clip(norms, factor), norms)
+            v = v * (1 - self.quotient(self.clip(norms, factor), norms))
         else:
             v = factor * self.quotient(v, norms)
         return penalty, self.write(self.narrow(v, x), out, operation is ADD_GRADIENT)
