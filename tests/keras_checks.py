@@ -149,6 +149,7 @@ def test_training_in_half_precision(net, policy, digits):
 
 
 @needs_fit
+@pytest.mark.filterwarnings("ignore:The `keras.regularizers.serialize..` API should only be used:UserWarning")
 @pytest.mark.parametrize("mode", MODES)
 def test_the_group_lasso_is_trained_saved_and_loaded(mode, digits, tmp_path):
     """Keras lacks it, so what a layer takes as a function stands beside it."""
