@@ -377,6 +377,7 @@ def test_configs_go_through_json():
     assert repr(again) == repr(penalty)
     assert again.get_config() == penalty.get_config()
     assert repr(penalty).endswith("mode='rows')}, count_tied=True)")
+    assert repr(rk.Penalty({"bias": None, "*": rk.L2(0.5)})) == "Penalty({'bias': None, '*': L2(l2=0.5)})"
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda penalty: pickle.loads(pickle.dumps(penalty))])
