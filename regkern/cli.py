@@ -164,7 +164,10 @@ def report(
     if plot is not None and reports:
         _plot(plot, parsed, reports)
     for glob in parsed.unused(row.name for report in reports.values() for row in report.rows) if reports else ():
-        click.echo(f"Warning: rule '{printable(glob)}' falls to no tensor.", err=True)
+        click.echo(
+            f"Warning: rule '{printable(glob)}' falls to no tensor; a glob matches a whole name, as '*kernel*' does.",
+            err=True,
+        )
     if failed:
         raise SystemExit(1)
 

@@ -6,6 +6,7 @@ The arrays are CuPy's own, over memory of the host: no device is needed to make 
 import numpy as np
 import pytest
 
+import regkern as rk
 from regkern.arrays import ADAPTERS, cuda_interface
 from regkern.arrays import cupy as adapter_module
 from tests import reference
@@ -120,6 +121,27 @@ def test_arrays_of_libraries_that_are_not_known():
     assert_near(gradient, reference.gradient(REGULARIZER, host), 1e-15)
     assert REGULARIZER.grad(x, out=out, accumulate=True) is out
     assert_near(out.x, 1 + reference.gradient(REGULARIZER, host), 1e-15)
+    for total, terms in zip(rk.reductions.abs_square_sums(x), (np.abs(host), host**2), strict=True):
+        assert_near(total, terms.sum(), 1e-15)
+    expected = reference.prox(REGULARIZER, host, STEP)
+    assert_near(REGULARIZER.prox(x, STEP), expected, 1e-15)
+    assert REGULARIZER.prox(x, STEP, out=x) is x  # the stand-in's memory is the host's array
+    assert_near(x.x, expected, 1e-15)
+
+
+@pytest.mark.usefixtures("unowned")
+def test_arrays_of_libraries_that_are_not_known_and_do_not_fit(place):
+    x = Foreign(np.ones((3, 4)))
+    with pytest.raises(TypeError, match="out: expected an array with __cuda_array_interface__; got ndarray"):
+        REGULARIZER.grad(x, out=np.ones((3, 4)))
+    for changed, error, text in [
+        ({"data": (x.x.data.ptr, True)}, ValueError, "out: expected a writable array; got a read-only one"),
+        ({"mask": x}, TypeError, "x: expected an array without a mask"),
+    ]:
+        other = type("Changed", (), {"__cuda_array_interface__": x.__cuda_array_interface__ | changed})()
+        with pytest.raises(error, match=text):
+            REGULARIZER.grad(x, out=other)
+    assert not place.driver.streams
 
 
 def test_arrays_of_jax_outside_of_its_transformations(monkeypatch):

@@ -293,7 +293,9 @@ def test_the_first_rule_that_matches_wins():
 def test_a_rule_that_falls_to_nothing_warns():
     result = run("report", "--demo", "--rule", "conv*=l2", "--rule", "*=l1", "--json")
     assert result.exit_code == 0
-    assert result.stderr == "Warning: rule 'conv*' falls to no tensor.\n"
+    assert result.stderr == (
+        "Warning: rule 'conv*' falls to no tensor; a glob matches a whole name, as '*kernel*' does.\n"
+    )
     json.loads(result.stdout)
 
 

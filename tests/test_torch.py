@@ -319,6 +319,25 @@ for regularizer in (rk.L1L2(0.1, 0.2), rk.OrthogonalRegularizer(0.3)):
         out = torch.zeros_like(x, requires_grad=False)
         assert regularizer.grad(x, out, scale=3.0, accumulate=True) is out
         torch.testing.assert_close(out.full_tensor(), 3 * gradient)
+        found = regularizer.value_and_grad(x)
+        torch.testing.assert_close([each.full_tensor() for each in found], [value, gradient])
+net = rk.L1L2(0.1, 0.2)
+for placement in (Shard(0), Replicate()):
+    x = distribute_tensor(whole.clone(), mesh, [placement])
+    for found, expected in zip(rk.reductions.abs_square_sums(x), rk.reductions.abs_square_sums(whole)):
+        torch.testing.assert_close(found.full_tensor(), expected)
+    torch.testing.assert_close(net.finish(net.partial(x), "float64"), net(whole).numpy()[()], check_dtype=False)
+    torch.testing.assert_close(net.prox(x, 0.5).full_tensor(), net.prox(whole, 0.5))
+    other = Shard(1) if placement == Shard(0) else Shard(0)
+    for out, error in ((whole.clone(), TypeError), (distribute_tensor(whole, mesh, [other]), ValueError)):
+        try:
+            net.prox(x, 0.5, out)
+        except error as refused:
+            assert str(refused).startswith("out: expected"), refused
+        else:
+            raise AssertionError(f"{out} was taken")
+    assert net.prox(x, 0.5, x) is x
+    torch.testing.assert_close(x.full_tensor(), net.prox(whole, 0.5))
 dist.barrier()  # neither leaves while the other still talks to it
 dist.destroy_process_group()
 """
