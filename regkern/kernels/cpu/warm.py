@@ -8,7 +8,7 @@ from regkern.kernels.cpu.compile import target_features
 from regkern.kernels.cpu.gram.tiles import tile_for
 from regkern.kernels.cpu.launch import Kernel, threading_layer
 from regkern.kernels.formulas import Formula
-from regkern.kernels.operations import OPERATIONS
+from regkern.kernels.operations import OPERATIONS, PROX
 
 # More rows do not make another register tile.
 _MAX_ROWS = 128
@@ -19,6 +19,8 @@ def compile_elementwise(formula: Formula, dtype: DType) -> int:
     chunks = 0
     kernels: list[Kernel] = []
     for operation in OPERATIONS:
+        if operation is PROX and formula.prox is None:
+            continue
         # Where value and gradient are asked for together, the gradient is a new array.
         for in_place in (False, True) if operation.writes and not operation.sums else (False,):
             both = elementwise.kernels(operation, formula, dtype, in_place)
