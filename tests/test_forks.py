@@ -164,7 +164,12 @@ def test_multiprocessing(tmp_path, method):
 
 
 @pytest.mark.parametrize(
-    ("method", "layer"), [("forkserver", "omp"), ("spawn", "omp"), *(("fork", each) for each in LAYERS)]
+    ("method", "layer"),
+    [
+        pytest.param("forkserver", "omp", marks=pytest.mark.slow),
+        ("spawn", "omp"),
+        *(("fork", each) for each in LAYERS),
+    ],
 )
 def test_workers_of_a_torch_data_loader(tmp_path, method, layer):
     pytest.importorskip("torch")
