@@ -1,5 +1,6 @@
 """Values, gradients and proximal operators of the element-wise penalties against their definitions."""
 
+import itertools
 import math
 
 import ml_dtypes
@@ -11,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 
 import regkern as rk
 from regkern.dtypes import DTYPES
-from regkern.kernels.cpu.elementwise import CHUNK
+from regkern.kernels.cpu.elementwise import CHUNK, STRIDED_PARALLEL_FROM
 from regkern.kernels.formulas import Formula
 from regkern.regularizers import ElementwiseRegularizer
 from tests import reference
@@ -68,9 +69,15 @@ def check_everything(regularizer, x, dtype):
     np.testing.assert_array_equal(x, before)
 
 
-@pytest.mark.parametrize("name", REGULARIZERS)
-@pytest.mark.parametrize("dtype", DTYPE_NAMES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+def layout_cases():
+    """Yield every layout, dtype and regularizer; those that compile kernels for all threads are slow, but for some."""
+    for layout, dtype, name in itertools.product(LAYOUTS, DTYPE_NAMES, REGULARIZERS):
+        large = math.prod(LAYOUTS[layout].shape) >= STRIDED_PARALLEL_FROM
+        slow = large and dtype != "float32" and name != "L1L2"
+        yield pytest.param(layout, dtype, name, marks=[pytest.mark.slow] * slow)
+
+
+@pytest.mark.parametrize(("layout", "dtype", "name"), list(layout_cases()))
 def test_layouts(layout, dtype, name):
     check_everything(REGULARIZERS[name], make(LAYOUTS[layout], dtype), dtype)
 
