@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.lib.stride_tricks import as_strided
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import regkern as rk
 from tests import reference
@@ -494,6 +495,21 @@ def test_orthogonal_ones_of_torch_beside_others():
     loss.backward()
     assert loss.item() == 4.5
     assert [x.grad.sum().item() for x in named.values()] == [4.0, pytest.approx(0.0, abs=1e-6), 4.0]
+
+
+def test_a_mode_that_watches_the_backward_pass_sees_operations():
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.add(function.overloadpacket)
+            return function(*args, **(kwargs or {}))
+
+    named, seen = {str(i): torch.ones(3, requires_grad=True) for i in range(20)}, set()
+    loss = rk.Penalty({"*": rk.L2(0.5)})(named)
+    with Watching():
+        loss.backward()
+    assert torch.ops.aten.mul in seen
+    assert torch.ops.aten._local_scalar_dense not in seen  # what kernels would read the scale by
+    assert all(x.grad.tolist() == [1.0] * 3 for x in named.values())
 
 
 def test_a_gradient_that_is_asked_for_in_a_second_call():

@@ -273,14 +273,14 @@ class Penalties(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Plan, penalties: Sequence[Weighted], *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)
-        ctx.plan, ctx.penalties = plan, penalties
+        ctx.plan, ctx.penalties, ctx.kernels = plan, penalties, _kernels(tensors[0])
         value: Tensor = plan.value(penalties)
         return value
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
-        if _can_use(_kernels(upstream), upstream, *tensors):
+        if _can_use(ctx.kernels, upstream, *tensors):
             gradients = ctx.plan.over(tensors).scaled_grads(ctx.penalties, tensors, upstream)
         else:
             gradients = [
