@@ -193,7 +193,9 @@ def _info_lines(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "regkern", f"{found['regkern']}, Python {found['python']}, {found['system']}"
     yield "CPU", f"{cpu['name']}, {cpu['cores']} cores"
     yield "CPU features", f"{' '.join(cpu['features']) or 'none that matter'} (LLVM: {cpu['llvm_name']})"
-    yield "threads", f"{threads['numba']}, threading layer {threads['threading_layer']}"
+    whose = "regkern's helpers" if threads["engine"] == "helpers" else f"Numba's ({threads['numba'] or 'none'})"
+    quota = f"; a quota pays for {threads['quota']}" if threads["quota"] else ""
+    yield "threads", f"{threads['threads']}, {whose}{quota}"
     state = "writable" if cache["writable"] else f"not writable: set {cache['variable']} to a folder that is"
     yield "kernel cache", f"{cache['folder']} ({cache['kernels']} kernels, {decimal(cache['bytes'])}, {state})"
     for gpu in cuda["gpus"]:

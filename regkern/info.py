@@ -67,12 +67,9 @@ def _cpu_name() -> str | None:
 
 
 def _threads() -> dict[str, Any]:
-    import numba
+    from regkern.kernels.cpu import threads
 
-    from regkern.kernels.cpu.launch import threading_layer
-
-    layer = threading_layer()
-    return {"numba": numba.get_num_threads() if layer else 1, "threading_layer": layer or "none"}
+    return {"engine": threads.engine(), "threads": threads.width(), "quota": threads.quota(), "numba": threads.layer()}
 
 
 def _cache() -> dict[str, Any]:

@@ -64,6 +64,11 @@ if not TBB_IS_EVERYWHERE and _TBB.exists():
     os.environ["NUMBA_THREADING_LAYER_PRIORITY"] = "omp workqueue tbb"
 LAYERS = ["workqueue", "omp"] + ["tbb"] * (TBB_IS_EVERYWHERE or _TBB.exists())
 
+# Whose threads run kernels: what `run` is to set for that.
+ENGINES = {layer: {"REGKERN_THREADS": "numba", "NUMBA_THREADING_LAYER": layer} for layer in LAYERS}
+if sys.platform.startswith("linux"):
+    ENGINES["helpers"] = {"REGKERN_THREADS": "helpers"}
+
 
 DIGEST = "import hashlib; print(hashlib.sha256(everything(x)).hexdigest())"
 THEIRS = """

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.processes import HEAD, LAYERS, PATIENCE, THEIRS, run
+from tests.processes import ENGINES, HEAD, PATIENCE, THEIRS, run
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks on this system")
 
@@ -21,18 +21,18 @@ def child(function, expected):
 """
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("before", ["everything(x)", "None", THEIRS + "theirs(x)"])
-def test_a_child_computes(layer, before):
+def test_a_child_computes(engine, before):
     code = f"""{FORK}
 {before}
 print(child(lambda: everything(x) == everything(x), True), len(everything(x)) > 0)
 """
-    assert run(code, NUMBA_THREADING_LAYER=layer) == "0 True\n"
+    assert run(code, **ENGINES[engine]) == "0 True\n"
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-def test_a_child_that_is_the_first_to_import_regkern(layer):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_child_that_is_the_first_to_import_regkern(engine):
     """Its parent's OpenMP threads are not there: GNU OpenMP would end the process."""
     head = (
         "import numpy as np\nx = np.ones(1_000_003, np.float32)\n"
@@ -46,11 +46,11 @@ theirs(x)
 print(child(first, 1_000_003.0))
 """
     )
-    assert run("", head=head, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2") == "0\n"
+    assert run("", head=head, **ENGINES[engine], NUMBA_NUM_THREADS="2") == "0\n"
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-def test_forks_while_another_thread_is_inside_a_kernel(layer):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_forks_while_another_thread_is_inside_a_kernel(engine):
     code = (
         FORK
         + """
@@ -70,7 +70,7 @@ stop.set()
 [thread.join() for thread in threads]
 """
     )
-    printed = run(code, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2")
+    printed = run(code, **ENGINES[engine], NUMBA_NUM_THREADS="2")
     assert printed.splitlines()[-1] == "{0}"  # TBB says first that it cannot join its threads
 
 
@@ -171,9 +171,9 @@ def test_multiprocessing(tmp_path, method):
         *(("fork", each) for each in LAYERS),
     ],
 )
-def test_workers_of_a_torch_data_loader(tmp_path, method, layer):
+def test_workers_of_a_torch_data_loader(tmp_path, method, engine):
     pytest.importorskip("torch")
-    assert run_file(tmp_path, DATA_LOADER, method, NUMBA_THREADING_LAYER=layer) == "{True}\n"
+    assert run_file(tmp_path, DATA_LOADER, method, **ENGINES[engine]) == "{True}\n"
 
 
 def run_file(folder, code, method, **environment):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import DIGEST, HEAD, LAYERS, TBB_IS_EVERYWHERE, THEIRS, run
+from tests.processes import DIGEST, ENGINES, HEAD, TBB_IS_EVERYWHERE, THEIRS, run
 
 
 @pytest.fixture(scope="module")
@@ -17,28 +17,28 @@ def digest():
 
 
 @pytest.mark.parametrize("threads", ["2", "3", "7"])
-@pytest.mark.parametrize("layer", LAYERS)
-def test_the_same_bits_for_any_threads_and_layer(digest, layer, threads):
-    assert run(DIGEST, NUMBA_NUM_THREADS=threads, NUMBA_THREADING_LAYER=layer) == digest
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_same_bits_for_any_threads_and_layer(digest, engine, threads):
+    assert run(DIGEST, NUMBA_NUM_THREADS=threads, **ENGINES[engine]) == digest
 
 
 def test_the_same_bits_for_an_argument_of_set_num_threads(digest):
     assert run("import numba; numba.set_num_threads(1);" + DIGEST, NUMBA_NUM_THREADS="4") == digest
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-def test_many_python_threads_at_once(layer):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_many_python_threads_at_once(engine):
     code = """
 from concurrent.futures import ThreadPoolExecutor
 expected = everything(x)
 with ThreadPoolExecutor(8) as pool:
     print(all(result == expected for result in pool.map(everything, [x] * 40)))
 """
-    assert run(code, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2") == "True\n"
+    assert run(code, **ENGINES[engine], NUMBA_NUM_THREADS="2") == "True\n"
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-def test_beside_kernels_of_the_programs_own_in_another_thread(layer):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_beside_kernels_of_the_programs_own_in_another_thread(engine):
     code = (
         THEIRS
         + """
@@ -52,7 +52,7 @@ with ThreadPoolExecutor(1) as pool:
 print(len(set(results)))
 """
     )
-    assert run(code, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2") == "1\n"
+    assert run(code, **ENGINES[engine], NUMBA_NUM_THREADS="2") == "1\n"
 
 
 @pytest.mark.skipif(TBB_IS_EVERYWHERE, reason="needs a layer that cannot be loaded")

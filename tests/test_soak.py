@@ -116,9 +116,9 @@ print("flat")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="how memory is measured")
-@pytest.mark.parametrize("layer", LAYERS)
-def test_a_short_soak(layer):
-    assert run(SOAK, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2").splitlines()[-1] == "flat"
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_short_soak(engine):
+    assert run(SOAK, **ENGINES[engine], NUMBA_NUM_THREADS="2").splitlines()[-1] == "flat"
 
 
 @pytest.mark.slow

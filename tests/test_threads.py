@@ -2,11 +2,11 @@
 
 import pytest
 
-from tests.processes import LAYERS, THEIRS, run
+from tests.processes import ENGINES, THEIRS, run
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-def test_mixed_calls_from_many_threads(layer):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_mixed_calls_from_many_threads(engine):
     code = """
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -31,12 +31,12 @@ def work(first):
 with ThreadPoolExecutor(16) as pool:
     print(all(pool.map(work, range(16))))
 """
-    assert run(code, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2") == "True\n"
+    assert run(code, **ENGINES[engine], NUMBA_NUM_THREADS="2") == "True\n"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layer", LAYERS)
-def test_threads_that_are_all_the_first(layer, tmp_path):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_threads_that_are_all_the_first(engine, tmp_path):
     """Numba, the kernels and the thread pool are loaded by sixteen threads at once, from an empty cache."""
     code = """
 import threading
@@ -48,7 +48,7 @@ def work(i):
 with ThreadPoolExecutor(16) as pool:
     print(len(set(pool.map(work, range(16)))))
 """
-    assert run(code, NUMBA_THREADING_LAYER=layer, REGKERN_CACHE_DIR=str(tmp_path)) == "1\n"
+    assert run(code, **ENGINES[engine], REGKERN_CACHE_DIR=str(tmp_path)) == "1\n"
 
 
 NESTED = """
@@ -70,25 +70,25 @@ def nested(n):
 
 
 @pytest.mark.parametrize("before", ["", "ask()"])
-@pytest.mark.parametrize("layer", LAYERS)
-def test_called_by_the_threads_of_a_parallel_function(layer, before):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_called_by_the_threads_of_a_parallel_function(engine, before):
     code = f"{NESTED}\n{before}\nprint(len(set(nested(20).tolist())), nested(20)[0] == ask())"
-    assert run(code, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2") == "1 True\n"
+    assert run(code, **ENGINES[engine], NUMBA_NUM_THREADS="2") == "1 True\n"
 
 
-@pytest.mark.parametrize("layer", [layer for layer in LAYERS if layer != "workqueue"])
-def test_called_by_parallel_functions_of_many_threads(layer):
+@pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "workqueue"])
+def test_called_by_parallel_functions_of_many_threads(engine):
     """On workqueue, a program that does this ends without regkern."""
     code = f"""{NESTED}
 from concurrent.futures import ThreadPoolExecutor
 with ThreadPoolExecutor(4) as pool:
     print(len({{value for result in pool.map(nested, [10] * 8) for value in result.tolist()}}))
 """
-    assert run(code, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2") == "1\n"
+    assert run(code, **ENGINES[engine], NUMBA_NUM_THREADS="2") == "1\n"
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-def test_numbas_and_openmps_settings_stay(layer):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_numbas_and_openmps_settings_stay(engine):
     code = """
 import ctypes, numba
 try:
@@ -103,11 +103,11 @@ numba.set_num_threads(2)
 everything(x)
 print(settings() == before, numba.get_num_threads())
 """
-    assert run(code, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="3") == "True 2\n"
+    assert run(code, **ENGINES[engine], NUMBA_NUM_THREADS="3") == "True 2\n"
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-def test_torchs_threads_stay(layer):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_torchs_threads_stay(engine):
     pytest.importorskip("torch")
     code = """
 import torch
@@ -117,7 +117,7 @@ y = torch.from_numpy(x)
 everything(x), rk.L2(1.0)(y), rk.Penalty({"*": rk.L1(1.0)})({"a": y, "b": x})
 print(before, torch.get_num_threads())
 """
-    assert run(code, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2") == "3 3\n"
+    assert run(code, **ENGINES[engine], NUMBA_NUM_THREADS="2") == "3 3\n"
 
 
 def test_ctrl_c_before_the_launch_lock_is_guarded():
@@ -136,8 +136,8 @@ print(rk.L2(1.0)(x) > 0)
     assert run(code, NUMBA_THREADING_LAYER="workqueue", NUMBA_NUM_THREADS="2") == "True\n"
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-def test_ctrl_c_between_kernels(layer):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_ctrl_c_between_kernels(engine):
     """Interrupts at any time: what comes after has the same bits, on as many threads as before."""
     code = """
 import os, signal, threading, time
@@ -157,11 +157,11 @@ for i in range(20):
     timer.join()
 print(interrupted, everything(x) == expected)
 """
-    assert run(code, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2") == "20 True\n"
+    assert run(code, **ENGINES[engine], NUMBA_NUM_THREADS="2") == "20 True\n"
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-def test_beside_the_programs_own_launches_in_another_thread(layer):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_beside_the_programs_own_launches_in_another_thread(engine):
     code = (
         THEIRS
         + """
@@ -180,11 +180,11 @@ while not stopped:
     time.sleep(0.01)
 """
     )
-    assert run(code, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2") == "True\n"
+    assert run(code, **ENGINES[engine], NUMBA_NUM_THREADS="2") == "True\n"
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-def test_called_back_by_jaxs_threads(layer):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_called_back_by_jaxs_threads(engine):
     """From compiled programs that run in several threads at once: XLA calls back in threads of its own."""
     pytest.importorskip("jax")
     code = """
@@ -204,11 +204,11 @@ expected = float(2 * regularizer(x))
 with ThreadPoolExecutor(4) as pool:
     print({float(result) for result in pool.map(loss, [y] * 40)} == {expected})
 """
-    assert run(code, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2") == "True\n"
+    assert run(code, **ENGINES[engine], NUMBA_NUM_THREADS="2") == "True\n"
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-def test_called_back_by_torchs_threads(layer):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_called_back_by_torchs_threads(engine):
     """From hooks of backward passes in several threads, and from the callbacks of asynchronous tasks."""
     pytest.importorskip("torch")
     code = """
@@ -229,4 +229,4 @@ def backward(_):
 with ThreadPoolExecutor(4) as pool:
     print({each for found in pool.map(backward, range(16)) for each in found} == {(expected, True)})
 """
-    assert run(code, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2") == "True\n"
+    assert run(code, **ENGINES[engine], NUMBA_NUM_THREADS="2") == "True\n"

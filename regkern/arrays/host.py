@@ -12,10 +12,8 @@ from regkern.arrays.adapter import KernelAdapter
 from regkern.arrays.layout import Strides, View, check_alike, check_memory, group_loops, locate_matrices, loops
 from regkern.arrays.plan import HostPlan, Member, Plan
 from regkern.dtypes import DType
-from regkern.kernels.cpu import gram
-from regkern.kernels.cpu.elementwise import kernels
-from regkern.kernels.cpu.groups import KINDS
-from regkern.kernels.cpu.groups import kernel as group_kernel
+from regkern.kernels.cpu import gram, groups
+from regkern.kernels.cpu.elementwise import CHUNK, kernels, width_for
 from regkern.kernels.formulas import Formula
 from regkern.kernels.operations import SUMS, SUMS_AND_GRADIENT, Operation
 
@@ -79,9 +77,12 @@ class HostAdapter(KernelAdapter):
     def penalty(self, formula: Formula, a: float, b: float, x: Any) -> Any:
         address, size, dtype, contiguous = self.memory(x)
         if contiguous:  # the shortest way: for a small array, the calls in between are the cost
-            kernel = kernels(SUMS, formula, dtype).flat
-            run = kernel.serial if size < kernel.parallel_from else kernel.parallel
-            sum0, sum1 = run(address, address, size, 0.0, 0.0)
+            kernel = kernels(SUMS, formula, dtype)
+            run = kernel.contiguous_run
+            if size <= CHUNK:
+                sum0, sum1 = kernel.small(run, kernel.itemsize, address, address, size, 0.0, 0.0, 1)
+            else:
+                sum0, sum1 = kernel.flat(run, kernel.itemsize, address, address, size, 0.0, 0.0, width_for(size))
         else:
             sum0, sum1 = self.run(SUMS, formula, 0.0, 0.0, x, x)
         return self.scalar(a * sum0 + b * sum1, dtype)
@@ -148,9 +149,9 @@ class HostAdapter(KernelAdapter):
             target = self._target(x, out)
             out_address, out_strides = self.memory(target)[0], self.strides(target)
         if size:
-            start, out_start, root, groups, across = group_loops(x.shape, strides, out_strides, columns)
-            run = group_kernel(dtype, across).for_size(size)
-            total = root * run(address + start, out_address + out_start, *groups, factor, KINDS[operation])
+            start, out_start, root, each, across = group_loops(x.shape, strides, out_strides, columns)
+            x_start, out_start = address + start, out_address + out_start
+            total = root * groups.evaluate(operation, dtype, x_start, out_start, each, factor, across)
         if out is not None:
             self.wrote(out)
         return self.scalar(factor * total, dtype) if operation.sums else None, target
@@ -164,18 +165,20 @@ class HostAdapter(KernelAdapter):
         """Run one operation from x to out, which is x where nothing is written, and return the formula's two sums."""
         address, size, dtype, contiguous = self.memory(x)
         out_address = address if out is x else self.memory(out)[0]
-        both = kernels(operation, formula, dtype, operation.writes and out_address == address)
+        kernel = kernels(operation, formula, dtype, operation.writes and out_address == address)
         if size == 0:
             return 0.0, 0.0
         if contiguous and self.strides(out) == self.strides(x):
-            sum0, sum1 = both.flat.for_size(size)(address, out_address, size, a, b)
+            evaluate = kernel.small if size <= CHUNK else kernel.flat
+            run, width = kernel.contiguous_run, width_for(size)
+            sum0, sum1 = evaluate(run, kernel.itemsize, address, out_address, size, a, b, width)
             return sum0, sum1
         offset, out_offset, repeats, layout = loops(x.shape, self.strides(x), self.strides(out))
-        address += offset
-        out_address += out_offset
-        visited = size // repeats
-        if visited == 1 or layout[1:].tolist() == [[dtype.itemsize], [dtype.itemsize]]:
-            sum0, sum1 = both.flat.for_size(visited)(address, out_address, visited, a, b)
-        else:
-            sum0, sum1 = both.strided.for_size(visited)(address, out_address, layout, a, b)
+        run, words, dims, width = (
+            kernel.run_for(layout),
+            layout.ctypes.data,
+            layout.shape[1],
+            width_for(size // repeats),
+        )
+        sum0, sum1 = kernel.strided(run, address + offset, out_address + out_offset, words, dims, a, b, width)
         return repeats * sum0, repeats * sum1

@@ -10,7 +10,7 @@ import numpy as np
 
 from regkern.arrays.layout import View, loops
 from regkern.dtypes import FLOAT32, FLOAT64
-from regkern.kernels.cpu.elementwise import chunk_build
+from regkern.kernels.cpu.elementwise import kernels
 from regkern.kernels.cpu.many import Entry, Table
 from regkern.kernels.formulas import Formula
 from regkern.kernels.operations import ADD_GRADIENT, PROX, SUMS, SUMS_AND_GRADIENT, Operation
@@ -214,7 +214,7 @@ class HostPlan(Plan):
             out = view if outs is None else outs[i]
             offset, out_offset, repeats, layout = loops(view.shape, view.strides, out.strides)
             in_place = operation.writes and outs is None
-            function = chunk_build(operation, formulas[self._penalties[i]], view.dtype, in_place).c
+            run = kernels(operation, formulas[self._penalties[i]], view.dtype, in_place).run_for(layout)
             start, itemsize = view.address + offset, view.dtype.itemsize
-            entries.append(Entry(function, start, out_offset, layout, repeats, itemsize, self._penalties[i]))
+            entries.append(Entry(run, start, out_offset, layout, repeats, itemsize, self._penalties[i]))
         return Table(entries)

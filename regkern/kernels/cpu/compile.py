@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any
 
 import llvmlite
 import numba
@@ -44,52 +44,55 @@ def target_features() -> dict[str, bool]:
     return {feature[1:]: feature.startswith("+") for feature in features.split(",") if feature}
 
 
-class Build(NamedTuple):
-    """A compiled kernel.
+def compile_entry(body: Callable[..., Any], signature: Any, name: str) -> Callable[..., Any]:
+    """Compile a kernel that Python calls, or load it from the cache; without Numba's dispatch on argument types.
 
-    Attributes:
-        call: the function for Python, without Numba's dispatch on argument types. It releases the GIL.
-        native: the address of the function for compiled code, by Numba's calling convention, which returns a status;
-            0 where Numba's compiler is switched off.
-        c: the address of the same with C's calling convention, which has no way to tell of an error; where Numba's
-            compiler is switched off, a number by which `make_call` finds the function.
+    It releases the GIL. Arguments are those of `compile_function`.
     """
+    if config.DISABLE_JIT:
+        return _interpret(body, signature)
+    return _compile(body, signature, name, no_cfunc_wrapper=True)[0]  # type: ignore[no-any-return]
 
-    call: Callable[..., Any]
-    native: int
-    c: int
 
+def compile_function(
+    body: Callable[..., Any], signature: Any, name: str, *, fastmath: bool = False, parallel: bool = False
+) -> int:
+    """Compile a kernel that other kernels call, or load it from the cache; return its address.
 
-def compile_kernel(
-    body: Callable[..., Any], signature: Any, name: str, *, parallel: bool = False, fastmath: bool = True
-) -> Build:
-    """Compile one kernel, or load it from the cache.
+    It has C's calling convention, which has no way to tell of an error: it must not fail. Where Numba's compiler is
+    switched off, the address is a number by which `make_call` finds the function.
 
     Args:
         body: the kernel, in the Python that Numba compiles.
         signature: its Numba signature with the type it returns.
         name: unique among all kernels; with the signature it stands for the code in the cache.
-        parallel: whether `prange` loops run on Numba's threads.
         fastmath: whether LLVM may reorder sums and fuse products into them.
+        parallel: whether `prange` loops run on Numba's threads.
     """
-    name = f"{name}-parallel" if parallel else name
-    dispatcher = numba.njit(
-        _named(body, name), parallel=parallel, nogil=True, fastmath=FASTMATH if fastmath else False, error_model="numpy"
-    )
     if config.DISABLE_JIT:
-        return _interpret(body, signature)
+        return id(_interpreted.setdefault(name, _interpret(body, signature)))
+    fastmath_flags = FASTMATH if fastmath else False
+    result = _compile(body, signature, name, no_cpython_wrapper=True, fastmath=fastmath_flags, parallel=parallel)[1]
+    address: int = result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name)
+    return address
+
+
+def _compile(body: Callable[..., Any], signature: Any, name: str, **options: Any) -> tuple[Any, Any]:
+    body = getattr(body, "py_func", body)  # of what `inlined` made for other kernels
+    dispatcher = numba.njit(_named(body, name), nogil=True, error_model="numpy", **options)
     dispatcher._cache = _KernelCache(name)
     with forks.loading:
         entry_point = dispatcher.compile(signature)
-        result = dispatcher.overloads[signature.args]
-        address = result.library.get_pointer_to_function
-        return Build(entry_point, address(result.fndesc.llvm_func_name), address(result.fndesc.llvm_cfunc_wrapper_name))
+    _compiled.append(dispatcher)
+    return entry_point, dispatcher.overloads[signature.args]
 
 
-_interpreted: dict[int, Callable[..., Any]] = {}
+# Machine code lives as long as what it was compiled by.
+_compiled: list[Any] = []
+_interpreted: dict[str, Callable[..., Any]] = {}
 
 
-def _interpret(body: Callable[..., Any], signature: Any) -> Build:
+def _interpret(body: Callable[..., Any], signature: Any) -> Callable[..., Any]:
     """Let Python run a kernel, where Numba's compiler is switched off, with results of Python's types as Numba has."""
     result = signature.return_type
     count = len(result) if isinstance(result, types.BaseTuple) else 0
@@ -100,8 +103,7 @@ def _interpret(body: Callable[..., Any], signature: Any) -> Build:
             returned = body(*arguments)
         return tuple(map(float, returned)) if count else number(returned)
 
-    _interpreted[id(call)] = call
-    return Build(call, 0, id(call))
+    return call
 
 
 def make_call(signature: Any) -> Any:
@@ -110,7 +112,7 @@ def make_call(signature: Any) -> Any:
     The arguments are a tuple of the signature's types.
     """
     if config.DISABLE_JIT:
-        return lambda address, arguments: _interpreted[int(address)](*arguments)
+        return lambda address, arguments: next(f for f in _interpreted.values() if id(f) == address)(*arguments)
 
     @intrinsic
     def call(typing_context, address, arguments):  # type: ignore[no-untyped-def]
@@ -123,6 +125,15 @@ def make_call(signature: Any) -> Any:
         return signature.return_type(types.intp, types.Tuple(signature.args)), codegen
 
     return call
+
+
+# Functions that kernels alone call need no entries for Python and C, each of which is a function to compile.
+_INNER = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+
+
+def inlined(function: Callable[..., Any]) -> Any:
+    """Be `numba.njit` for functions of the module's own level that kernels call."""
+    return numba.njit(**_INNER)(function)
 
 
 def inner(name: str, **options: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -138,7 +149,7 @@ def inner(name: str, **options: Any) -> Callable[[Callable[..., Any]], Any]:
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
-        return numba.njit(**options)(_named(function, name))
+        return numba.njit(**_INNER, **options)(_named(function, name))
 
     return decorate
 

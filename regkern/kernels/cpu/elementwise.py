@@ -1,30 +1,32 @@
 """Element-wise kernels for the CPU: sums, gradients and proximal operators, each in one pass over memory.
 
-Three nested pieces make every kernel. An *operation* says what is done to one element. A *run* is a loop over
-elements one stride apart, which LLVM turns into vector code. A *driver* cuts an array into chunks of runs, for all
-threads or for one. The chunks depend on the array alone and their sums are added in a fixed order: the same bits for
-any number of threads.
+An *operation* says what is done to one element. A *run* is a loop over elements one stride apart, which LLVM turns into
+vector code: all that is compiled for each formula and dtype, once for contiguous memory and once for other strides.
+What cuts an array into chunks of runs and adds their sums is compiled once for all, and calls runs by their address.
+The chunks depend on the array alone and their sums are added in a fixed order: the same bits for any number of threads.
 """
 
 import functools
+from typing import Any
 
-import numpy as np
-from numba import njit, prange, types
+from numba import types
 
+from regkern.attributes import CachedAttribute
 from regkern.dtypes import DType
-from regkern.kernels.cpu.compile import FASTMATH, Build, compile_kernel, inner
-from regkern.kernels.cpu.launch import Kernel
+from regkern.kernels.cpu import team, threads
+from regkern.kernels.cpu.compile import FASTMATH, compile_entry, compile_function, inlined, inner, make_call
 from regkern.kernels.cpu.memory import make_magnitude, make_narrow, make_view, make_widen
+from regkern.kernels.cpu.words import allocate, free, load_double, load_word, load_words, store_double, store_words
 from regkern.kernels.formulas import Formula
 from regkern.kernels.operations import Operation
 
 # Elements per chunk. From 1 << 12 to 1 << 14 all sizes and dtypes take the same time, within a few per cent; smaller
 # chunks give mid-sized arrays to more threads. (Measured by bench/ on two cores of Zen 4, as are the next two.)
 CHUNK = 1 << 13
-# Elements from which all threads work. Back to back they pay from 1 << 15 elements on, but threads that have slept
-# since their last launch take their time to wake.
-PARALLEL_FROM = 1 << 16
-STRIDED_PARALLEL_FROM = 1 << 15
+# Chunks that a thread takes at once, at most: neighbours, which the processor reads ahead of.
+BATCH = 8
+# Elements from which launches ask how many threads there are. (On two cores of Ice Lake two of them gain from here on.)
+PARALLEL_FROM = 1 << 15
 # Elements that are added one after the other, before their sum joins the others: this bounds the rounding error of any
 # chunk by some 100 additions. A vectorised loop has about 32 sums going at once.
 VECTOR_BLOCK = 1 << 12
@@ -33,97 +35,99 @@ SCALAR_BLOCK = 1 << 7
 MAX_CHUNKS = 1 << 14
 
 # All dtypes are summed, and their factors given, in the same type.
-_SUMS, _FACTORS = types.UniTuple(types.float64, 2), (types.float64, types.float64)
-FLAT = _SUMS(types.intp, types.intp, types.intp, *_FACTORS)
-STRIDED = _SUMS(types.intp, types.intp, types.Array(types.int64, 2, "C"), *_FACTORS)
-# Of one chunk: x, out, the address of the layout, its dimensions, and which chunk.
-CHUNK_SUMS = _SUMS(*[types.intp] * 5, *_FACTORS)
+SUMS = types.UniTuple(types.float64, 2)
+# Of one run: x, its stride, out, its stride, the number of elements, and the factors.
+RUN = SUMS(*[types.intp] * 5, types.float64, types.float64)
+call_run = make_call(RUN)
+
+# What describes an array to a task, in words: the run's address, x, out, the layout and its dimensions; where elements
+# follow each other, their number and the bytes of each instead of the last two. An array that is evaluated alone has
+# these besides, so many bytes from the first: the factors, and the place of its chunks' sums.
+_A, _B, _PARTIAL, _WORDS = range(40, 72, 8)
 
 
 class Kernels:
-    """The two kernels of one operation, formula and dtype; each is compiled when it is first called.
+    """What is compiled for one operation, formula and dtype, when it is first needed.
 
-    `flat(x, out, n, a, b)` and `strided(x, out, layout, a, b)` take addresses and return the formula's two sums. The
-    layout is an int64 array of three rows, shape and byte strides of x and of out, whose last column is the innermost
-    loop.
+    Attributes:
+        name: what it is, and what it is called in the cache.
+        itemsize: bytes per element.
     """
 
     def __init__(self, operation: Operation, formula: Formula, dtype: DType, in_place: bool) -> None:
-        name = _name(operation, formula, dtype, in_place)
-        run = make_run(name, operation, formula, dtype, in_place)
-        self.flat = Kernel(
-            _make_flat(run, dtype),
-            FLAT,
-            name,
-            parallel_from=PARALLEL_FROM,
-        )
-        self.strided = Kernel(
-            _make_strided(_make_chunk(name, run)),
-            STRIDED,
-            f"{name}-strided",
-            parallel_from=STRIDED_PARALLEL_FROM,
-        )
+        self._arguments = operation, formula, dtype, in_place
+        self.name = "-".join([operation.name, formula.name, dtype.name] + ["in_place"] * in_place)
+        self.itemsize = dtype.itemsize
 
+    @CachedAttribute
+    def contiguous_run(self) -> int:
+        """The address of the run over elements that follow each other, in x and in out."""
+        return compile_function(_make_run(self.name, *self._arguments, strided=False), RUN, self.name, fastmath=True)
 
-@functools.cache
-def chunk_build(operation: Operation, formula: Formula, dtype: DType, in_place: bool = False) -> Build:
-    """Compile the function that runs over one chunk of an array, for kernels that call it by its address."""
-    name = _name(operation, formula, dtype, in_place)
-    chunk_sums = _make_chunk(name, make_run(name, operation, formula, dtype, in_place))
-    layout_view, itemsize = make_view("int64"), 8
+    @CachedAttribute
+    def strided_run(self) -> int:
+        """The address of the run over elements at any strides."""
+        name = f"{self.name}-strided"
+        return compile_function(_make_run(name, *self._arguments, strided=True), RUN, name, fastmath=True)
 
-    def chunk_at(x, out, layout, dims, c, a, b):
-        return chunk_sums(x, out, layout_view(layout, 3 * dims, itemsize), dims, c, a, b)
+    @CachedAttribute
+    def small(self) -> Any:
+        """The kernel for up to CHUNK elements, the same for all."""
+        return small_kernel()
 
-    return compile_kernel(chunk_at, CHUNK_SUMS, f"{name}-chunk")
+    @CachedAttribute
+    def flat(self) -> Any:
+        """The kernel for more, the same for all."""
+        return flat_kernel()
+
+    @CachedAttribute
+    def strided(self) -> Any:
+        """The kernel for any layout, the same for all."""
+        return strided_kernel()
+
+    def run_for(self, layout: Any) -> int:
+        """Return the address of the run for the innermost loop of a layout, its last column."""
+        return self.contiguous_run if (layout[1:, -1] == self.itemsize).all() else self.strided_run
 
 
 @functools.cache
 def kernels(operation: Operation, formula: Formula, dtype: DType, in_place: bool = False) -> Kernels:
-    """Return the kernels of one operation, formula and dtype; those in place write to x and take no notice of out.
+    """Return what is compiled for one operation, formula and dtype; in place, it writes to x and not to out.
 
-    They are kernels of their own because LLVM's overlap check would send an out that is x to a scalar loop: 27 times
-    slower.
+    That is compiled by itself because LLVM's overlap check would send an out that is x to a scalar loop, which takes 27
+    times as long.
     """
     return Kernels(operation, formula, dtype, in_place)
 
 
-def _name(operation: Operation, formula: Formula, dtype: DType, in_place: bool) -> str:
-    return "-".join([operation.name, formula.name, dtype.name] + ["in_place"] * in_place)
-
-
-def make_run(name: str, operation: Operation, formula: Formula, dtype: DType, in_place: bool):
+def _make_run(name: str, operation: Operation, formula: Formula, dtype: DType, in_place: bool, *, strided: bool):
     """Make ``run(x, x_stride, out, out_stride, n, a, b) -> (sum0, sum1)`` over n elements."""
-    itemsize = dtype.itemsize
-    view, strided_view = make_view(dtype.carrier), make_view(dtype.carrier, strided=True)
+    view, itemsize = make_view(dtype.carrier, strided=strided), dtype.itemsize
+    block = SCALAR_BLOCK if strided else VECTOR_BLOCK
     if operation.writes:
         loop = _make_map_loop(name, operation, formula, dtype, in_place)
     else:
         loop = _make_sum_loop(name, formula, dtype)
 
-    @inner(name, fastmath=FASTMATH)
     def run(x, x_stride, out, out_stride, n, a, b):
-        contiguous = x_stride == itemsize and out_stride == itemsize
-        block = VECTOR_BLOCK if contiguous else SCALAR_BLOCK
+        if not strided:
+            x_stride = out_stride = itemsize
         sum0 = sum1 = 0.0
-        for start in range(0, n, block):
-            length = min(block, n - start)
-            source, target = x + start * x_stride, out + start * out_stride
-            if contiguous:
-                block0, block1 = loop(view(source, length, itemsize), view(target, length, itemsize), length, a, b)
-            else:
-                block0, block1 = loop(
-                    strided_view(source, length, x_stride), strided_view(target, length, out_stride), length, a, b
-                )
+        start = 0
+        while start < n:
+            length = n - start if n - start < block else block
+            source = view(x + start * x_stride, length, x_stride)
+            block0, block1 = loop(source, view(out + start * out_stride, length, out_stride), length, a, b)
             sum0 += block0
             sum1 += block1
+            start += block
         return sum0, sum1
 
     return run
 
 
 def _make_sum_loop(name: str, formula: Formula, dtype: DType):
-    magnitude, terms = make_magnitude(dtype), njit(formula.terms)
+    magnitude, terms = make_magnitude(dtype), inner(name)(formula.terms)
 
     @inner(name, fastmath=FASTMATH, forceinline=True)
     def loop(x, out, n, a, b):
@@ -138,7 +142,7 @@ def _make_sum_loop(name: str, formula: Formula, dtype: DType):
 
 
 def _make_map_loop(name: str, operation: Operation, formula: Formula, dtype: DType, in_place: bool):
-    widen, narrow, terms = make_widen(dtype), make_narrow(dtype), njit(formula.terms)
+    widen, narrow, terms = make_widen(dtype), make_narrow(dtype), inner(name)(formula.terms)
     update, sums = operation.update(formula, inner(formula.name)), operation.sums  # type: ignore[misc]
 
     @inner(name, fastmath=FASTMATH, forceinline=True)
@@ -157,134 +161,204 @@ def _make_map_loop(name: str, operation: Operation, formula: Formula, dtype: DTy
     return loop
 
 
-@njit
+@inlined
 def chunk_size(n):
     """Elements per chunk of n: CHUNK, or more where that would make more than MAX_CHUNKS."""
-    return max(CHUNK, (n + MAX_CHUNKS - 1) // MAX_CHUNKS)
+    chunk = (n + MAX_CHUNKS - 1) // MAX_CHUNKS
+    return chunk if chunk > CHUNK else CHUNK
 
 
-@njit
-def combine(partial, first, last):
-    """Add rows first to last of an (m, 2) array pairwise, in place: the error grows with log(last - first)."""
-    m = last - first
-    if m == 0:
-        return 0.0, 0.0
-    while m > 1:
-        half = (m + 1) // 2
-        for i in range(m // 2):
-            for k in range(2):
-                partial[first + i, k] = partial[first + 2 * i, k] + partial[first + 2 * i + 1, k]
-        if m % 2:
-            for k in range(2):
-                partial[first + half - 1, k] = partial[first + m - 1, k]
-        m = half
-    return partial[first, 0], partial[first, 1]
+@inlined
+def combine(sums, count):
+    """Add pairs of sums pairwise, in place, up to a total in the first: the error grows with log(count)."""
+    while count > 1:
+        pair, left = sums, sums
+        while left < sums + 16 * (count - 1):
+            store_double(pair, load_double(left) + load_double(left + 16))
+            store_double(pair + 8, load_double(left + 8) + load_double(left + 24))
+            pair, left = pair + 16, left + 32
+        if count % 2:
+            store_double(pair, load_double(left))
+            store_double(pair + 8, load_double(left + 8))
+        count = (count + 1) // 2
 
 
-def _make_flat(run, dtype: DType):
-    itemsize = dtype.itemsize
-
-    def flat(x, out, n, a, b):
-        if n <= CHUNK:
-            return run(x, itemsize, out, itemsize, n, a, b)
-        chunk = chunk_size(n)
-        partial = np.empty(((n + chunk - 1) // chunk, 2))
-        for c in prange(len(partial)):
-            start = c * chunk
-            partial[c] = run(
-                x + start * itemsize, itemsize, out + start * itemsize, itemsize, min(chunk, n - start), a, b
-            )
-        return combine(partial, 0, len(partial))
-
-    return flat
-
-
-def _make_strided(chunk_sums):
-    def strided(x, out, layout, a, b):
-        dims = layout.shape[1]
-        flat_layout = layout.reshape(layout.size)
-        partial = np.empty((count_chunks(flat_layout, dims), 2))
-        for c in prange(len(partial)):
-            partial[c] = chunk_sums(x, out, flat_layout, dims, c, a, b)
-        return combine(partial, 0, len(partial))
-
-    return strided
+@inlined
+def chunk_sums(array, c, a, b):
+    """Run over chunk c of an array: some whole rows of its layout or, of rows longer than a chunk, a piece of one."""
+    run, x, out, layout, dims = load_words(array, 5)
+    last = layout + 8 * (dims - 1)
+    length, x_stride, out_stride = load_word(last), load_word(last + 8 * dims), load_word(last + 16 * dims)
+    rows = count_rows(layout, dims)
+    piece, pieces, rows_per_chunk = cut(rows, length)
+    start, row = c % pieces * piece, c // pieces * rows_per_chunk
+    end = row + rows_per_chunk if row + rows_per_chunk < rows else rows
+    n = piece if piece < length - start else length - start
+    sum0 = sum1 = 0.0
+    while row < end:
+        x_offset, out_offset = row_offsets(layout, dims, row)
+        source, target = x + x_offset + start * x_stride, out + out_offset + start * out_stride
+        row0, row1 = call_run(run, (source, x_stride, target, out_stride, n, a, b))
+        sum0 += row0
+        sum1 += row1
+        row += 1
+    return sum0, sum1
 
 
-def _make_chunk(name: str, run):
-    """Make ``chunk_sums(x, out, layout, dims, c, a, b)``, which runs over chunk c of a layout, its rows in sequence.
-
-    A chunk is some whole rows or, of rows longer than a chunk, a piece of one.
-    """
-
-    @inner(name)
-    def chunk_sums(x, out, layout, dims, c, a, b):
-        length, x_stride, out_stride = layout[dims - 1], layout[2 * dims - 1], layout[3 * dims - 1]
-        if dims == 1:
-            size = chunk_size(length)
-            start = c * size
-            return run(
-                x + start * x_stride, x_stride, out + start * out_stride, out_stride, min(size, length - start), a, b
-            )
-        rows = count_rows(layout, dims)
-        piece, pieces, rows_per_chunk = cut(rows, length)
-        start = c % pieces * piece
-        first = c // pieces * rows_per_chunk
-        sum0 = sum1 = 0.0
-        for row in range(first, min(rows, first + rows_per_chunk)):
-            x_offset, out_offset = row_offsets(layout, dims, row)
-            row0, row1 = run(
-                x + x_offset + start * x_stride,
-                x_stride,
-                out + out_offset + start * out_stride,
-                out_stride,
-                min(piece, length - start),
-                a,
-                b,
-            )
-            sum0 += row0
-            sum1 += row1
-        return sum0, sum1
-
-    return chunk_sums
-
-
-@njit
+@inlined
 def count_rows(layout, dims):
     """Count the innermost loops of a layout."""
-    rows = 1
-    for axis in range(dims - 1):
-        rows *= layout[axis]
+    rows, axis = 1, 0
+    while axis < dims - 1:
+        rows *= load_word(layout + 8 * axis)
+        axis += 1
     return rows
 
 
-@njit
+@inlined
 def cut(rows, length):
     """Return the elements of a piece of a row, the pieces of each row, and the rows of a chunk."""
     chunk = chunk_size(rows * length)
-    piece = min(length, chunk)
-    return piece, (length + piece - 1) // piece, max(1, chunk // length)
+    if length < chunk:
+        return length, 1, chunk // length
+    return chunk, (length + chunk - 1) // chunk, 1
 
 
-@njit
+@inlined
 def count_chunks(layout, dims):
     """Count the chunks of a layout: as many as in a flat array, or more where rows do not fill them."""
-    rows, length = count_rows(layout, dims), layout[dims - 1]
+    rows, length = count_rows(layout, dims), load_word(layout + 8 * (dims - 1))
     if rows * length == 0:
         return 0
     _, pieces, rows_per_chunk = cut(rows, length)
     return (rows + rows_per_chunk - 1) // rows_per_chunk * pieces
 
 
-@njit
+@inlined
 def row_offsets(layout, dims, row):
     """Byte offsets, in x and in out, of one run: `row` counts all but the last dimension in C order."""
     x_offset = out_offset = 0
-    for axis in range(dims - 2, 0, -1):
-        outer = row // layout[axis]
-        index = row - outer * layout[axis]
-        x_offset += index * layout[dims + axis]
-        out_offset += index * layout[2 * dims + axis]
+    axis = dims - 2
+    while axis >= 0:
+        at = layout + 8 * axis
+        outer = row // load_word(at) if axis > 0 else 0  # a division takes longer than a short row of a matrix
+        index = row - outer * load_word(at)
+        x_offset += index * load_word(at + 8 * dims)
+        out_offset += index * load_word(at + 16 * dims)
         row = outer
-    # A matrix comes here straight: divisions would take longer than a short row.
-    return x_offset + row * layout[dims], out_offset + row * layout[2 * dims]
+        axis -= 1
+    return x_offset, out_offset
+
+
+def _sum_chunks(array, worker, first, last):
+    """Run over chunks first to last of an array of any layout: a `team.TASK`."""
+    a, b, partial, c = load_double(array + _A), load_double(array + _B), load_word(array + _PARTIAL), first
+    while c < last:
+        store_words(partial + 16 * c, chunk_sums(array, c, a, b))
+        c += 1
+    return 0
+
+
+def _sum_flat_chunks(array, worker, first, last):
+    """Do the same where elements follow each other."""
+    run, x, out, n, itemsize = load_words(array, 5)
+    a, b, partial = load_double(array + _A), load_double(array + _B), load_word(array + _PARTIAL)
+    chunk, c = chunk_size(n), first
+    while c < last:
+        start = c * chunk
+        length, offset = chunk if chunk < n - start else n - start, start * itemsize
+        sums = call_run(run, (x + offset, itemsize, out + offset, itemsize, length, a, b))
+        store_words(partial + 16 * c, sums)
+        c += 1
+    return 0
+
+
+@inlined
+def evaluate(task, run, x, out, layout, dims, a, b, chunks, elements, width):
+    """Run a task over all chunks of an array; return whether there was memory, and the array's sums."""
+    array = allocate(_WORDS + 16 * chunks)
+    if array == 0:
+        return False, 0.0, 0.0
+    partial = array + _WORDS
+    store_words(array, (run, x, out, layout, dims, a, b, partial))
+    team.launch(task, array, chunks, BATCH, elements // 8, width)
+    combine(partial, chunks)
+    sum0, sum1 = load_double(partial), load_double(partial + 8)
+    free(array)
+    return True, sum0, sum1
+
+
+@inlined
+def flat(run, itemsize, x, out, n, a, b, width):
+    """Return whether there was memory, and the sums of n elements that follow each other."""
+    if n <= CHUNK:
+        sum0, sum1 = call_run(run, (x, itemsize, out, itemsize, n, a, b))
+        return True, sum0, sum1
+    chunk = chunk_size(n)
+    task = load_word(team.address() + team.SUM_FLAT_CHUNKS)
+    return evaluate(task, run, x, out, n, itemsize, a, b, (n + chunk - 1) // chunk, n, width)
+
+
+def _small(run, itemsize, x, out, n, a, b, width):
+    return call_run(run, (x, itemsize, out, itemsize, n, a, b))
+
+
+def _flat(run, itemsize, x, out, n, a, b, width):
+    found, sum0, sum1 = flat(run, itemsize, x, out, n, a, b, width)
+    if not found:
+        raise MemoryError
+    return sum0, sum1
+
+
+def _strided(run, x, out, layout, dims, a, b, width):
+    task, elements = (
+        load_word(team.address() + team.SUM_CHUNKS),
+        count_rows(layout, dims) * load_word(layout + 8 * dims - 8),
+    )
+    chunks = count_chunks(layout, dims)
+    found, sum0, sum1 = evaluate(task, run, x, out, layout, dims, a, b, chunks, elements, width)
+    if not found:
+        raise MemoryError
+    return sum0, sum1
+
+
+_INT = types.intp
+
+
+# Of elements that follow each other: ``(run, itemsize, x, out, n, a, b, width) -> (sum0, sum1)``.
+_FLAT = SUMS(*[_INT] * 5, types.float64, types.float64, _INT)
+
+
+@functools.cache
+def small_kernel() -> Any:
+    """Return the kernel for up to CHUNK elements that follow each other."""
+    return compile_entry(_small, _FLAT, "small")
+
+
+@functools.cache
+def flat_kernel() -> Any:
+    """Return the kernel for elements that follow each other."""
+    load_flat_task()
+    return compile_entry(_flat, _FLAT, "flat")
+
+
+@functools.cache
+def strided_kernel() -> Any:
+    """Return the kernel ``(run, x, out, layout, dims, a, b, width) -> (sum0, sum1)``.
+
+    The layout is the address of int64 words in three rows of `dims`: lengths, byte strides of x, byte strides of out.
+    Its last column is the innermost loop, over which the run goes.
+    """
+    team.set_word(team.SUM_CHUNKS, compile_function(_sum_chunks, team.TASK, "sum_chunks"))
+    return compile_entry(_strided, _FLAT, "strided")
+
+
+@functools.cache
+def load_flat_task() -> None:
+    """Load the task of `flat`."""
+    team.set_word(team.SUM_FLAT_CHUNKS, compile_function(_sum_flat_chunks, team.TASK, "sum_flat_chunks"))
+
+
+def width_for(size: int) -> int:
+    """Return how many threads may run over so many elements."""
+    return threads.width() if size >= PARALLEL_FROM else 1

@@ -11,17 +11,28 @@ pieces depend on the array alone: the same bits for any number of threads.
 """
 
 import functools
+from typing import Any
 
 import numpy as np
-from numba import njit, prange, types
+from numba import types
 
 from regkern.dtypes import DType
-from regkern.kernels.cpu.compile import FASTMATH, inner
-from regkern.kernels.cpu.elementwise import CHUNK, PARALLEL_FROM, count_rows, make_run, row_offsets
-from regkern.kernels.cpu.launch import Kernel
+from regkern.kernels.cpu import team
+from regkern.kernels.cpu.compile import FASTMATH, compile_entry, compile_function, inlined, inner, make_call
+from regkern.kernels.cpu.elementwise import CHUNK, call_run, count_rows, kernels, row_offsets, width_for
 from regkern.kernels.cpu.memory import make_narrow, make_view, make_widen
+from regkern.kernels.cpu.words import (
+    allocate,
+    free,
+    load_double,
+    load_word,
+    load_words,
+    store_double,
+    store_word,
+    store_words,
+)
 from regkern.kernels.formulas import SQUARE
-from regkern.kernels.operations import ADD_GRADIENT, GRADIENT, PROX, SUMS, SUMS_AND_GRADIENT
+from regkern.kernels.operations import ADD_GRADIENT, GRADIENT, PROX, SUMS, SUMS_AND_GRADIENT, Operation
 
 # Groups that are crossed at once: their sums take a quarter of the L1 cache. With a quarter of them, 4096 x 4096 takes
 # twice as long (measured on two cores of Zen 4).
@@ -40,140 +51,209 @@ KINDS = {
 }
 
 _INT = types.intp
-_SIGNATURE = types.float64(*[_INT] * 5, types.Array(types.int64, 2, "C"), types.float64, _INT)
+# Of some groups: x and the groups' stride, the layout of each and its dimensions, which of its steps, the place of n
+# sums of squares; and the address of a run, where loops go along groups.
+_SQUARES = _INT(*[_INT] * 9)
+# The same, with out and its stride, the place of n scales, and whether to add.
+_SCALE = _INT(*[_INT] * 12)
+_call_squares, _call_scale = make_call(_SQUARES), make_call(_SCALE)
+
+# The words of a launch: whether norms are known already; the functions that sum and scale, and their runs; x, out and
+# the groups' strides; each group's layout; the number of groups, what is written; steps of a group, groups of a strip,
+# steps of a piece, pieces of a group; places of the sums of squares and of the strips' totals; the factor.
+_FACTOR, _WORDS = 152, 160
 
 
 @functools.cache
-def kernel(dtype: DType, across: bool) -> Kernel:
-    """Return the kernel ``(x, out, n, x_stride, out_stride, layout, factor, kind) -> sum of norms``.
+def _functions(dtype: DType, across: bool) -> tuple[int, int]:
+    """Return the addresses of the functions that sum and that scale, loaded or compiled."""
+    if across:
+        name = f"groups-{dtype.name}"
+        squares, scale = _make_across(name, dtype)
+    else:
+        name, squares, scale = "groups", _squares_along, _scale_along
+    return compile_function(squares, _SQUARES, f"{name}-squares"), compile_function(scale, _SCALE, f"{name}-scale")
 
-    The first elements of the n groups are x_stride bytes apart in x and out_stride in out, and all groups have the same
-    layout: an int64 array of three rows, lengths and byte strides of x and of out. Across groups, its last column is
-    the groups themselves. All operations share a kernel, which takes its time to compile.
+
+def evaluate(
+    operation: Operation,
+    dtype: DType,
+    x: int,
+    out: int,
+    groups: tuple[int, int, int, Any],
+    factor: float,
+    across: bool,
+) -> float:
+    """Return the sum of norms of groups, and write what the operation writes.
+
+    Args:
+        operation: what to do.
+        dtype: of x and of out.
+        x: the address of the first element of the first group.
+        out: the address of what is written for it.
+        groups: how many there are; bytes from one to the next in x and in out; the layout of each, an int64 array of
+            three rows, lengths and byte strides of x and of out. Across groups, its last column is the groups.
+        factor: the penalty's.
+        across: whether loops go across groups.
     """
-    name = f"groups-{'across' if across else 'along'}-{dtype.name}"
-    squares, scale = (_make_across if across else _make_along)(name, dtype)
-
-    @inner(name)
-    def run(t, scaling, places, layout, dims, cut, partial, totals, factor, kind):
-        """Sum the squares of piece t, or scale it; both where it is a whole strip."""
-        x, x_stride, out, out_stride = places
-        steps, width, step = cut
-        pieces, n = partial.shape
-        strip, p = t // pieces, t % pieces
-        start, end, first, last = strip * width, min(n, (strip + 1) * width), p * step, min(steps, (p + 1) * step)
-        source, target = x + start * x_stride, out + start * out_stride
-        if not scaling:
-            partial[p, start:end] = 0.0
-            squares(source, x_stride, layout, dims, first, last, partial[p, start:end])
-            if pieces == 1:
-                totals[strip] = norms(partial[:, start:end], factor, kind)
-        if kind != NOTHING and (scaling or pieces == 1):
-            scale(source, x_stride, target, out_stride, layout, dims, first, last, partial[0, start:end], kind)
-
-    def lasso(x, out, n, x_stride, out_stride, layout, factor, kind):
-        dims = layout.shape[1]
-        flat = layout.reshape(layout.size)
-        rows, length = count_rows(flat, dims), flat[dims - 1]
-        steps, size = (rows, rows) if across else (rows * stretches(length), rows * length)
-        width = min(n, max(TILE if across else 1, CHUNK // size))
-        step = max(1, steps * PIECE // (width * size))
-        strips, pieces = (n + width - 1) // width, (steps + step - 1) // step
-        totals, partial = np.empty(strips), np.empty((pieces, n))
-        places, cut = (x, x_stride, out, out_stride), (steps, width, step)
-        for t in prange(strips * pieces):
-            run(np.int64(t), False, places, flat, dims, cut, partial, totals, factor, kind)
-        if pieces == 1:
-            return sum_in_order(totals)
-        total = norms(partial, factor, kind)
-        if kind != NOTHING:
-            for t in prange(strips * pieces):
-                run(np.int64(t), True, places, flat, dims, cut, partial, totals, factor, kind)
-        return total
-
-    return Kernel(lasso, _SIGNATURE, name, parallel_from=PARALLEL_FROM)
-
-
-@njit
-def sum_in_order(values):
-    """Add values one by one."""
-    total = 0.0
-    for value in values:
-        total += value
+    n, x_stride, out_stride, layout = groups
+    kind = KINDS[operation]
+    squares_run = scale_run = 0
+    if not across:
+        square = kernels(SUMS, SQUARE, dtype)
+        squares_run = square.contiguous_run if layout[1, -1] == dtype.itemsize else square.strided_run
+        if kind != NOTHING:  # the gradient of a sum of squares is the elements times a number
+            write = ADD_GRADIENT if kind == ADDED_DERIVATIVE else GRADIENT
+            scale_run = kernels(write, SQUARE, dtype, x == out and kind != ADDED_DERIVATIVE).run_for(layout)
+    squares, scale = _functions(dtype, across)
+    size = int(layout[0].prod()) * (1 if across else n)
+    arguments = (squares, squares_run, scale, scale_run, x, x_stride, out, out_stride)
+    total: float = _kernel()(*arguments, layout, n, kind, factor, across, _task(), width_for(size))
     return total
 
 
-@njit
+def load(dtype: DType) -> int:
+    """Compile all kernels for a dtype, or load them from the cache, and return how many there are."""
+    return len([_kernel(), _task(), *_functions(dtype, False), *_functions(dtype, True)])
+
+
+@functools.cache
+def _task() -> int:
+    return compile_function(_run, team.TASK, "groups-run")
+
+
+@functools.cache
+def _kernel() -> Any:
+    signature = types.float64(*[_INT] * 8, types.Array(types.int64, 2, "C"), _INT, _INT, types.float64, *[_INT] * 3)
+    return compile_entry(_lasso, signature, "groups-lasso")
+
+
+def _lasso(
+    squares, squares_run, scale, scale_run, x, x_stride, out, out_stride, layout, n, kind, factor, across, task, width
+):
+    dims, words = layout.shape[1], layout.ctypes.data
+    length, _, _ = innermost(words, dims)
+    rows = count_rows(words, dims)
+    steps, size = (rows, rows) if across else (rows * stretches(length), rows * length)
+    strip = min(n, max(TILE if across else 1, CHUNK // size))
+    step = max(1, steps * PIECE // (strip * size))
+    strips, pieces = (n + strip - 1) // strip, (steps + step - 1) // step
+    job = allocate(_WORDS + 8 * (strips + pieces * n))
+    if job == 0:
+        raise MemoryError
+    totals = job + _WORDS
+    functions, places = (0, squares, squares_run, scale, scale_run), (x, x_stride, out, out_stride)
+    sizes = (words, dims, n, kind, steps, strip, step, pieces)
+    store_words(job, (*functions, *places, *sizes, totals + 8 * strips, totals, factor))
+    work = n * size // 4
+    team.launch(task, job, strips * pieces, 4, work, width)
+    if pieces == 1:
+        total = 0.0
+        for i in range(strips):
+            total += load_double(totals + 8 * i)
+    else:
+        total = norms(totals + 8 * strips, pieces, n, n, factor, kind)
+        if kind != NOTHING:
+            store_word(job, 1)
+            team.launch(task, job, strips * pieces, 4, work, width)
+    free(job)
+    return total
+
+
+def _run(job, worker, first, last):
+    """Sum the squares of some pieces, or scale them; both where they are whole strips: a `team.TASK`."""
+    scaling, squares, squares_run, scale, scale_run, x, x_stride, out, out_stride = load_words(job, 9)
+    layout, dims, n, kind, steps, strip, step, pieces, partial, totals = load_words(job + 72, 10)
+    factor = load_double(job + _FACTOR)
+    for t in range(first, last):
+        i, p = t // pieces, t % pieces
+        start, begin, end = i * strip, p * step, min(steps, (p + 1) * step)
+        count = min(n - start, strip)
+        source, sums = x + start * x_stride, partial + 8 * (p * n + start)
+        if scaling == 0:
+            for g in range(count):
+                store_double(sums + 8 * g, 0.0)
+            _call_squares(squares, (source, x_stride, layout, dims, begin, end, sums, count, squares_run))
+            if pieces == 1:
+                store_double(totals + 8 * i, norms(sums, 1, n, count, factor, kind))
+        if kind != NOTHING and (scaling != 0 or pieces == 1):
+            add, target, scales = np.int64(kind == ADDED_DERIVATIVE), out + start * out_stride, partial + 8 * start
+            places = source, x_stride, target, out_stride
+            _call_scale(scale, (*places, layout, dims, begin, end, scales, count, scale_run, add))
+    return 0
+
+
+@inlined
+def innermost(layout, dims):
+    """Return the length and the two strides of a layout's innermost loop."""
+    last = layout + 8 * (dims - 1)
+    return load_word(last), load_word(last + 8 * dims), load_word(last + 16 * dims)
+
+
+@inlined
 def stretches(length):
     """Count the stretches of a row: each is CHUNK elements, or what remains."""
     return (length + CHUNK - 1) // CHUNK
 
 
-@njit(fastmath=FASTMATH)
-def norms(partial, factor, kind):
-    """Return the sum of the norms of groups, whose squares are a column of partial each.
+_doubles = make_view("float64")
 
-    The first of a column becomes what scales the group.
+
+@inner("groups", fastmath=FASTMATH)
+def norms(partial, pieces, n, count, factor, kind):
+    """Return the sum of the norms of `count` groups, whose squares are every n-th of `pieces` numbers each.
+
+    The first of them becomes what scales the group.
     """
-    sums = partial[0]
-    for p in range(1, len(partial)):
-        for g in range(len(sums)):
-            sums[g] += partial[p, g]
+    sums = _doubles(partial, count, 8)
+    for p in range(1, pieces):
+        others = _doubles(partial + 8 * p * n, count, 8)
+        for g in range(count):
+            sums[g] += others[g]
     total = 0.0
-    for g in range(len(sums)):
+    for g in range(count):
         sums[g] = np.sqrt(sums[g])
         total += sums[g]
     if kind == PROXIMAL:
-        for g in range(len(sums)):
+        for g in range(count):
             clipped = factor if sums[g] > factor else sums[g]
             sums[g] = 1.0 - clipped / sums[g] if sums[g] != 0.0 else 1.0
     elif kind != NOTHING:
-        for g in range(len(sums)):
+        for g in range(count):
             sums[g] = factor / sums[g] if sums[g] != 0.0 else 0.0
     return total
 
 
-def _make_along(name: str, dtype: DType):
-    """Make the functions that sum and scale stretches first to last of some groups."""
-    square = make_run(name, SUMS, SQUARE, dtype, False)
-    # The gradient of a sum of squares is the elements times a number.
-    write = make_run(f"{name}-write", GRADIENT, SQUARE, dtype, False)
-    overwrite = make_run(f"{name}-overwrite", GRADIENT, SQUARE, dtype, True)
-    add = make_run(f"{name}-add", ADD_GRADIENT, SQUARE, dtype, False)
-
-    @inner(name)
-    def squares(x, x_stride, layout, dims, first, last, sums):
-        length, stride = layout[dims - 1], layout[2 * dims - 1]
-        for g in range(len(sums)):
-            for step in range(first, last):
-                row = step // stretches(length)
-                start = (step - row * stretches(length)) * CHUNK
-                source = x + g * x_stride + row_offsets(layout, dims, row)[0] + start * stride
-                sums[g] += square(source, stride, source, stride, min(CHUNK, length - start), 0.0, 0.0)[1]
-
-    @inner(name)
-    def scale(x, x_stride, out, out_stride, layout, dims, first, last, scales, kind):
-        length, stride, out_step = layout[dims - 1], layout[2 * dims - 1], layout[3 * dims - 1]
-        for g in range(len(scales)):
-            half = 0.5 * scales[g]
-            for step in range(first, last):
-                row = step // stretches(length)
-                start = (step - row * stretches(length)) * CHUNK
-                n = min(CHUNK, length - start)
-                x_offset, out_offset = row_offsets(layout, dims, row)
-                source = x + g * x_stride + x_offset + start * stride
-                target = out + g * out_stride + out_offset + start * out_step
-                if kind == ADDED_DERIVATIVE:
-                    add(source, stride, target, out_step, n, 0.0, half)
-                elif x == out:
-                    overwrite(source, stride, target, out_step, n, 0.0, half)
-                else:
-                    write(source, stride, target, out_step, n, 0.0, half)
-
-    return squares, scale
+def _squares_along(x, x_stride, layout, dims, first, last, sums, n, run):
+    """Sum the squares of stretches first to last of some groups."""
+    length, stride, _ = innermost(layout, dims)
+    for g in range(n):
+        total = load_double(sums + 8 * g)
+        for step in range(first, last):
+            row = step // stretches(length)
+            start = (step - row * stretches(length)) * CHUNK
+            source = x + g * x_stride + row_offsets(layout, dims, row)[0] + start * stride
+            total += call_run(run, (source, stride, source, stride, min(CHUNK, length - start), 0.0, 0.0))[1]
+        store_double(sums + 8 * g, total)
+    return 0
 
 
-def _make_across(name: str, dtype: DType):
+def _scale_along(x, x_stride, out, out_stride, layout, dims, first, last, scales, n, run, add):
+    """Scale stretches first to last of some groups; the run adds or not by itself."""
+    length, stride, out_step = innermost(layout, dims)
+    for g in range(n):
+        half = 0.5 * load_double(scales + 8 * g)
+        for step in range(first, last):
+            row = step // stretches(length)
+            start = (step - row * stretches(length)) * CHUNK
+            x_offset, out_offset = row_offsets(layout, dims, row)
+            source = x + g * x_stride + x_offset + start * stride
+            target = out + g * out_stride + out_offset + start * out_step
+            call_run(run, (source, stride, target, out_step, min(CHUNK, length - start), 0.0, half))
+    return 0
+
+
+def _make_across(name: str, dtype: DType) -> tuple[Any, Any]:
     """Make the functions that sum and scale rows first to last, each with one element of some groups."""
     view, strided_view, itemsize = make_view(dtype.carrier), make_view(dtype.carrier, strided=True), dtype.itemsize
     widen, narrow = make_widen(dtype), make_narrow(dtype)
@@ -193,9 +273,8 @@ def _make_across(name: str, dtype: DType):
             v = scales[g] * widen(x[g])
             out[g] = narrow(widen(out[g]) + v if accumulate else v)
 
-    @inner(name)
-    def squares(x, x_stride, layout, dims, first, last, sums):
-        n, row = len(sums), first
+    def squares(x, x_stride, layout, dims, first, last, places, n, run):
+        sums, row = _doubles(places, n, 8), first
         if x_stride == itemsize:
             while row + 8 <= last:  # at once: sums are loaded and stored in an eighth of the time
                 add_squares(
@@ -215,21 +294,22 @@ def _make_across(name: str, dtype: DType):
         while row < last:
             add_squares((strided_view(x + row_offsets(layout, dims, row)[0], n, x_stride),), sums)
             row += 1
+        return 0
 
-    @inner(name)
-    def scale(x, x_stride, out, out_stride, layout, dims, first, last, scales, kind):
-        n = len(scales)
+    def scale(x, x_stride, out, out_stride, layout, dims, first, last, places, n, run, add):
+        scales = _doubles(places, n, 8)
         for row in range(first, last):
             x_offset, out_offset = row_offsets(layout, dims, row)
             if x_stride != itemsize or out_stride != itemsize:
                 source = strided_view(x + x_offset, n, x_stride)
                 target = strided_view(out + out_offset, n, out_stride)
-                scale_row(source, target, scales, kind == ADDED_DERIVATIVE)
-            elif x == out and kind != ADDED_DERIVATIVE:  # LLVM must see that they are the same
+                scale_row(source, target, scales, add != 0)
+            elif x == out and add == 0:  # LLVM must see that they are the same
                 source = view(x + x_offset, n, x_stride)
                 scale_row(source, source, scales, False)
             else:
                 source, target = view(x + x_offset, n, x_stride), view(out + out_offset, n, out_stride)
-                scale_row(source, target, scales, kind == ADDED_DERIVATIVE)
+                scale_row(source, target, scales, add != 0)
+        return 0
 
     return squares, scale

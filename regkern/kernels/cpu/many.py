@@ -1,8 +1,7 @@
 """Many arrays in one launch: a table of arrays, whose chunks all threads share.
 
 The chunks and their sums are those of `elementwise`, so an array has the same sums here as alone. Arrays of every
-dtype, formula and layout stand in one table, because the loop calls the chunks' functions by address: it is compiled
-once, and a chunk function once for each operation, formula and dtype.
+dtype, formula and layout stand in one table, because their runs are called by address.
 """
 
 import functools
@@ -10,12 +9,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import prange, types
+from numba import types
 
-from regkern.kernels.cpu.compile import compile_kernel, make_call
-from regkern.kernels.cpu.elementwise import CHUNK_SUMS, PARALLEL_FROM, combine, count_chunks
-from regkern.kernels.cpu.launch import Kernel
-from regkern.kernels.cpu.memory import make_view
+from regkern.kernels.cpu import team
+from regkern.kernels.cpu.compile import compile_entry, compile_function
+from regkern.kernels.cpu.elementwise import chunk_sums, combine, count_chunks, width_for
+from regkern.kernels.cpu.words import allocate, free, load_double, load_word, load_words, store_word, store_words
 
 # Parts that threads take: of equal cost, and many more than threads, so that none waits long for the last.
 PARTS = 1024
@@ -27,7 +26,7 @@ class Entry(NamedTuple):
     """One array in a table.
 
     Attributes:
-        function: the address of its chunk function, `elementwise.chunk_build`.
+        run: the address of its run, from `elementwise.Kernels`.
         x: the address of its first element to be visited.
         out_offset: bytes from the address of what is written to the first element to be visited there.
         layout: int64 of three rows: lengths, byte strides of x, byte strides of out.
@@ -36,7 +35,7 @@ class Entry(NamedTuple):
         factors: which row of the factors is its own.
     """
 
-    function: int
+    run: int
     x: int
     out_offset: int
     layout: Any
@@ -45,7 +44,8 @@ class Entry(NamedTuple):
     factors: int
 
 
-_FUNCTION, _X, _OUT, _LAYOUT, _DIMS, _FIRST, _REPEATS, _FACTORS = range(8)
+# The columns of the table: those of `elementwise`'s words of an array, then which chunk is its first, and the rest.
+_RUN, _X, _OUT, _LAYOUT, _DIMS, _FIRST, _REPEATS, _FACTORS = range(8)
 
 
 class Table:
@@ -56,19 +56,19 @@ class Table:
         dims = np.array([layout.shape[1] for layout in layouts])
         self._layouts = np.concatenate([layout.ravel() for layout in layouts])
         self._rows = rows = np.empty((len(entries) + 1, 8), np.int64)
-        rows[:-1, [_FUNCTION, _X, _OUT, _REPEATS, _FACTORS]] = [
-            (entry.function, entry.x, entry.x, entry.repeats, entry.factors) for entry in entries
+        rows[:-1, [_RUN, _X, _OUT, _REPEATS, _FACTORS]] = [
+            (entry.run, entry.x, entry.x, entry.repeats, entry.factors) for entry in entries
         ]
         self._out_offsets = np.array([entry.out_offset for entry in entries])
         rows[:-1, _LAYOUT] = self._layouts.ctypes.data + self._layouts.itemsize * 3 * (np.cumsum(dims) - dims)
         rows[:-1, _DIMS] = dims
-        number_chunks()(rows)
+        number_chunks()(rows.ctypes.data, len(entries))
         chunks = np.diff(rows[:, _FIRST])
         sizes = np.array([layout[0].prod() for layout in layouts])
         cost = sizes * np.array([entry.itemsize for entry in entries]) / np.maximum(chunks, 1) + CHUNK_COST
         self._array_of = np.repeat(np.arange(len(entries)), chunks)
         self._parts = _equal_parts(np.repeat(cost, chunks))
-        self._run = kernel().for_size(int(sizes.sum()))
+        self._size = int(sizes.sum())
 
     def run(self, factors: Any, outs: Any = None) -> tuple[float, Any]:
         """Run over all arrays.
@@ -85,7 +85,7 @@ class Table:
             rows = rows.copy()
             rows[:-1, _OUT] = outs + self._out_offsets
         sums = np.empty((len(rows) - 1, 2))
-        total = self._run(rows, self._array_of, self._parts, factors, sums)
+        total = kernel()(rows, self._array_of, self._parts, factors, sums, self._size, width_for(self._size))
         return total, sums
 
 
@@ -96,59 +96,71 @@ def _equal_parts(cost: Any) -> Any:
     return np.unique(np.concatenate([[0], bounds, [len(cost)]]))
 
 
-_LAYOUT_VIEW = make_view("int64")
-_INTS = types.Array(types.int64, 1, "C")
-_ROWS = types.Array(types.int64, 2, "C")
-_PAIRS = types.Array(types.float64, 2, "C")
+_INT = types.intp
+_ROW = 64  # bytes
+# The words of a launch: addresses of the rows, of each chunk's array, of the bounds of parts, of the factors, and of
+# the chunks' sums.
+_WORDS = 5
 
 
 @functools.cache
 def number_chunks() -> Any:
-    """Return the kernel ``(rows) -> n`` that numbers the chunks of a table's arrays, and counts them."""
+    """Return the kernel ``(rows, n) -> chunks`` that numbers the chunks of a table's n arrays, and counts them."""
 
-    def number(rows):
+    def number(rows, n):
         first = 0
-        for i in range(len(rows) - 1):
-            rows[i, _FIRST] = first
-            dims = rows[i, _DIMS]
-            first += count_chunks(_LAYOUT_VIEW(rows[i, _LAYOUT], 3 * dims, 8), dims)
-        rows[-1, _FIRST] = first
+        for i in range(n):
+            row = rows + _ROW * i
+            store_word(row + 8 * _FIRST, first)
+            first += count_chunks(load_word(row + 8 * _LAYOUT), load_word(row + 8 * _DIMS))
+        store_word(rows + _ROW * n + 8 * _FIRST, first)
         return first
 
-    return compile_kernel(number, types.intp(_ROWS), "number_chunks").call
+    return compile_entry(number, _INT(_INT, _INT), "number_chunks")
+
+
+def _sum_parts(job, worker, first, last):
+    """Run over the chunks of parts first to last: a `team.TASK`."""
+    rows, array_of, parts, factors, partial = load_words(job, _WORDS)
+    for c in range(load_word(parts + 8 * first), load_word(parts + 8 * last)):
+        row = rows + _ROW * load_word(array_of + 8 * c)
+        own = factors + 16 * load_word(row + 8 * _FACTORS)
+        sums = chunk_sums(row, c - load_word(row + 8 * _FIRST), load_double(own), load_double(own + 8))
+        store_words(partial + 16 * c, sums)
+    return 0
 
 
 @functools.cache
-def kernel() -> Kernel:
-    """Return the kernel that runs over a table."""
-    chunk_sums = make_call(CHUNK_SUMS)
+def load_task() -> None:
+    """Load the task that launches over tables run."""
+    team.set_word(team.SUM_PARTS, compile_function(_sum_parts, team.TASK, "sum_parts"))
 
-    def many(rows, array_of, parts, factors, sums):
-        partial = np.empty((len(array_of), 2))
-        for part in prange(len(parts) - 1):
-            for c in range(parts[part], parts[part + 1]):
-                i = array_of[c]
-                own = rows[i, _FACTORS]
-                partial[c] = chunk_sums(
-                    rows[i, _FUNCTION],
-                    (
-                        rows[i, _X],
-                        rows[i, _OUT],
-                        rows[i, _LAYOUT],
-                        rows[i, _DIMS],
-                        c - rows[i, _FIRST],
-                        factors[own, 0],
-                        factors[own, 1],
-                    ),
-                )
+
+@functools.cache
+def kernel() -> Any:
+    """Return the kernel that runs over a table."""
+
+    def many(rows, array_of, parts, factors, sums, elements, width):
+        job = allocate(8 * _WORDS + 16 * len(array_of))
+        if job == 0:
+            raise MemoryError
+        partial = job + 8 * _WORDS
+        places = rows.ctypes.data, array_of.ctypes.data, parts.ctypes.data, factors.ctypes.data
+        store_words(job, (*places, partial))
+        count = len(parts) - 1
+        team.launch(load_word(team.address() + team.SUM_PARTS), job, count, 1 + count // 64, elements // 8, width)
         total = 0.0
         for i in range(len(sums)):
-            sum0, sum1 = combine(partial, rows[i, _FIRST], rows[i + 1, _FIRST])
+            first, chunks = rows[i, _FIRST], rows[i + 1, _FIRST] - rows[i, _FIRST]
+            combine(partial + 16 * first, chunks)
             own, repeats = rows[i, _FACTORS], rows[i, _REPEATS]
-            sums[i, 0] = repeats * sum0
-            sums[i, 1] = repeats * sum1
+            for k in range(2):
+                sums[i, k] = repeats * load_double(partial + 16 * first + 8 * k) if chunks > 0 else 0.0
             total += factors[own, 0] * sums[i, 0] + factors[own, 1] * sums[i, 1]
+        free(job)
         return total
 
-    signature = types.float64(_ROWS, _INTS, _INTS, _PAIRS, _PAIRS)
-    return Kernel(many, signature, "many", parallel_from=PARALLEL_FROM)
+    load_task()
+    ints, pairs = types.Array(types.int64, 1, "C"), types.Array(types.float64, 2, "C")
+    rows = types.Array(types.int64, 2, "C")
+    return compile_entry(many, types.float64(rows, ints, ints, pairs, pairs, _INT, _INT), "many")

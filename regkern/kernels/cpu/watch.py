@@ -5,10 +5,8 @@ from typing import Any
 
 from numba import types
 
-from regkern.kernels.cpu.compile import compile_kernel
-from regkern.kernels.cpu.memory import make_view
-
-_word = make_view("int64")
+from regkern.kernels.cpu.compile import compile_entry
+from regkern.kernels.cpu.words import load_word
 
 
 @functools.cache
@@ -20,8 +18,8 @@ def first_changed() -> Any:
 
     def changed(words):  # type: ignore[no-untyped-def]
         for i in range(len(words)):
-            if _word(words[i, 0], 1, 8)[0] != words[i, 1]:
+            if load_word(words[i, 0]) != words[i, 1]:
                 return i
         return -1
 
-    return compile_kernel(changed, types.intp(types.Array(types.int64, 2, "C")), "first_changed").call
+    return compile_entry(changed, types.intp(types.Array(types.int64, 2, "C")), "first_changed")

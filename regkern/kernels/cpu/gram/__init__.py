@@ -13,9 +13,9 @@ manner of Goto and van de Geijn (2008) and BLIS (Van Zee and van de Geijn 2015):
   NR of each operand stay in the L2 cache, and one KC x NR block in the L1 cache. Deeper matrices than KC carry their
   unfinished dot products in a buffer of the macro tile's size.
 * *Tasks* (`value`). Macro tiles on or above the diagonal are numbered, or all of them where the columns are another
-  matrix's rows; threads draw the next number from a shared counter, so they finish together whatever each one's
-  speed. A task's sum has a fixed place, and the places are added in order: the result has the same bits for any number
-  of threads.
+  matrix's rows; threads draw the next number from the launch, so they finish together whatever each one's speed. A
+  task's sum has a fixed place, and the places are added in order: the result has the same bits for any number of
+  threads.
 * *Gradient* (`gradient`). The signs S of each tile are multiplied with both of its panels while they are in cache: V
   = S U, symmetric tiles used twice.
 
@@ -24,29 +24,30 @@ Tiles by BLAS were measured instead of the micro kernel: with one thread each th
 """
 
 import functools
-from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
 from numba import types
 from numba.core import config
 
+from regkern.attributes import CachedAttribute
 from regkern.dtypes import FLOAT64, DType
-from regkern.kernels.cpu.compile import target_features
-from regkern.kernels.cpu.gram import interpreted
-from regkern.kernels.cpu.gram.gradient import make_value_and_gradient
+from regkern.kernels.cpu import threads
+from regkern.kernels.cpu.compile import compile_entry, compile_function, target_features
+from regkern.kernels.cpu.gram import gradient, interpreted, panels, value, workspace
 from regkern.kernels.cpu.gram.tiles import Tile, tile_for
-from regkern.kernels.cpu.gram.value import make_value
 from regkern.kernels.cpu.gram.vectors import Vectors
-from regkern.kernels.cpu.launch import Kernel
 from regkern.kernels.cpu.memory import converts_float16
+from regkern.kernels.cpu.team import TASK
 
-# Multiply-adds from which a second thread pays: those of 256 x 256 (measured by bench/ on two cores of Zen 4).
-PARALLEL_FROM = 1 << 22
+# Multiply-adds from which launches ask how many threads there are.
+PARALLEL_FROM = 1 << 19
 
 # The kernels are compiled without fast-math flags: Numba gives them to the intrinsics' instructions as well, and
 # reassociation would undo the scaling of subnormal rows. The micro kernel asks for fused multiply-adds itself.
 _INT = types.intp
-VALUE = types.float64(*[_INT] * 9)
-VALUE_AND_GRADIENT = types.float64(*[_INT] * 8, types.float64, types.boolean)
+_VALUE = types.float64(*[_INT] * 11)
+_GRADIENT = types.float64(*[_INT] * 9, types.float64, _INT, _INT)
 
 
 def mean(dtype: DType, x: int, n: int, d: int, row_stride: int, depth_stride: int) -> float:
@@ -60,9 +61,7 @@ def sum_within(dtype: DType, x: int, n: int, d: int, row_stride: int, depth_stri
     """Return the sum of |cosine| over pairs of n rows of d elements, at an address and with strides in bytes."""
     if n < 2 or d < 1:
         return 0.0
-    value = kernel(dtype, n, gradient=False).for_size(n * n * d // 2)
-    total: float = value(d, x, n, row_stride, depth_stride, 0, 0, 0, 0)
-    return total
+    return products(dtype, n).value(n * n * d // 2, d, x, n, row_stride, depth_stride, 0, 0, 0, 0)
 
 
 def sum_between(
@@ -80,9 +79,8 @@ def sum_between(
     """Return the sum of |cosine| over all pairs of one of the n rows at x and one of the m rows at y."""
     if n < 1 or m < 1 or d < 1:
         return 0.0
-    value = kernel(dtype, max(n, m), gradient=False).for_size(n * m * d)
-    total: float = value(d, x, n, row_stride, depth_stride, y, m, y_row_stride, y_depth_stride)
-    return total
+    kernel = products(dtype, max(n, m))
+    return kernel.value(n * m * d, d, x, n, row_stride, depth_stride, y, m, y_row_stride, y_depth_stride)
 
 
 def mean_and_gradient(
@@ -101,29 +99,71 @@ def mean_and_gradient(
     """Return the mean |cosine|, and write factor times its gradient to out, or add it."""
     if n < 1 or d < 1:
         return 0.0
-    mean_and_gradient = kernel(dtype, n, gradient=True).for_size(3 * n * n * d // 2)
-    return _at_most_one(
-        mean_and_gradient(x, n, d, row_stride, depth_stride, out, out_row_stride, out_depth_stride, factor, accumulate)
-    )
-
-
-def kernel(dtype: DType, n: int, *, gradient: bool) -> Kernel:
-    """Return the kernel for matrices of n rows, of the value alone or with the gradient."""
-    return (_value_and_gradient if gradient else _value)(dtype, _tile(dtype, n))
+    strides, out_strides = (row_stride, depth_stride), (out_row_stride, out_depth_stride)
+    run = products(dtype, n).mean_and_gradient
+    return _at_most_one(run(3 * n * n * d // 2, x, n, d, *strides, out, *out_strides, factor, accumulate))
 
 
 def _at_most_one(mean: float) -> float:
     return 1.0 if mean > 1.0 else mean  # by rounding alone; NaN stays
 
 
-@functools.cache
-def _value(dtype: DType, tile: Tile) -> Kernel:
-    return value_kernel(dtype, tile, target_features())
+class Products:
+    """What is compiled for a dtype and a register tile, when it is first needed, for a CPU with some LLVM features."""
+
+    def __init__(self, dtype: DType, tile: Tile, features: Any) -> None:
+        self._dtype, self._tile = dtype, tile
+        self._vectors = vectors = Vectors(dtype, tile, converts_float16(features))
+        self.name = f"gram-{vectors.tag}"
+        self._words = np.zeros(workspace.RECORD // 8, np.int64)
+        self._words[[workspace.ENTRIES // 8, workspace.ENTRY_BYTES // 8]] = tile.vectors * vectors.lanes, vectors.size
+
+    def value(self, work: int, *arguments: Any) -> float:
+        """Return `value.sum_pairs` of the arguments; the work is in multiply-adds."""
+        if config.DISABLE_JIT:
+            return interpreted.make_value(self._dtype)(*arguments)  # type: ignore[no-any-return]
+        return _value_kernel()(self.for_value, *arguments, width_for(work))  # type: ignore[no-any-return]
+
+    def mean_and_gradient(self, work: int, *arguments: Any) -> float:
+        """Return what `gradient.mean_and_gradient` returns of the arguments; the work is in multiply-adds."""
+        if config.DISABLE_JIT:
+            return interpreted.make_value_and_gradient(self._dtype)(*arguments)  # type: ignore[no-any-return]
+        return _gradient_kernel()(self.for_gradient, *arguments, width_for(work))  # type: ignore[no-any-return]
+
+    @CachedAttribute
+    def for_value(self) -> int:
+        """The address of the record, with what the value needs."""
+        self._load(workspace.PACK, panels.make_pack, "pack")
+        self._load(workspace.SUM_TILES, value.make_sum_tiles, "tiles")
+        return self._words.ctypes.data
+
+    @CachedAttribute
+    def for_gradient(self) -> int:
+        """The address of the record, with what the gradient needs."""
+        self._load(workspace.PACK, panels.make_pack, "pack")
+        self._load(workspace.SUM_PAIRS, gradient.make_sum_pairs, "pairs")
+        self._load(workspace.UNPACK, gradient.make_unpack, "unpack")
+        return self._words.ctypes.data
+
+    def load(self) -> int:
+        """Compile all, or load it from the cache, and return how many kernels it is."""
+        self.for_value, self.for_gradient  # noqa: B018 - properties that load
+        return int(np.count_nonzero(self._words[: workspace.ENTRIES // 8]))
+
+    def _load(self, place: int, make: Any, name: str) -> None:
+        if not self._words[place // 8]:
+            task = make(self._vectors, self._tile)
+            self._words[place // 8] = compile_function(task, TASK, f"{self.name}-{name}")
+
+
+def products(dtype: DType, n: int) -> Products:
+    """Return what is compiled for matrices of n rows."""
+    return _products(dtype, _tile(dtype, n))
 
 
 @functools.cache
-def _value_and_gradient(dtype: DType, tile: Tile) -> Kernel:
-    return gradient_kernel(dtype, tile, target_features())
+def _products(dtype: DType, tile: Tile) -> Products:
+    return Products(dtype, tile, target_features())
 
 
 @functools.lru_cache(maxsize=1024)
@@ -131,18 +171,37 @@ def _tile(dtype: DType, n: int) -> Tile:
     return tile_for(target_features(), 8 if dtype is FLOAT64 else 4, n)
 
 
-def value_kernel(dtype: DType, tile: Tile, features: Mapping[str, bool]) -> Kernel:
-    """Make the kernel of the value with a register tile, for a CPU with these LLVM features."""
-    vectors = Vectors(dtype, tile, converts_float16(features))
-    body = interpreted.make_value(dtype) if config.DISABLE_JIT else make_value(vectors, tile)
-    name = f"gram-{vectors.tag}"
-    return Kernel(body, VALUE, name, parallel_from=PARALLEL_FROM, fastmath=False)
+def width_for(work: int) -> int:
+    """Return how many threads may share so many multiply-adds."""
+    return threads.width() if work >= PARALLEL_FROM else 1
 
 
-def gradient_kernel(dtype: DType, tile: Tile, features: Mapping[str, bool]) -> Kernel:
-    """Make the kernel of value and gradient with a register tile, for a CPU with these LLVM features."""
-    vectors = Vectors(dtype, tile, converts_float16(features))
-    make = interpreted.make_value_and_gradient
-    body = make(dtype) if config.DISABLE_JIT else make_value_and_gradient(vectors, tile)
-    name = f"gram_gradient-{vectors.tag}"
-    return Kernel(body, VALUE_AND_GRADIENT, name, parallel_from=PARALLEL_FROM, fastmath=False)
+@functools.cache
+def _value_kernel() -> Any:
+    def run(record, d, x, n, row_stride, depth_stride, y, m, y_row_stride, y_depth_stride, width):
+        found, total = value.sum_pairs(
+            record, d, x, n, row_stride, depth_stride, y, m, y_row_stride, y_depth_stride, width
+        )
+        if not found:
+            raise MemoryError
+        return total
+
+    return compile_entry(run, _VALUE, "gram_value")
+
+
+@functools.cache
+def _gradient_kernel() -> Any:
+    def run(record, x, n, d, row_stride, depth_stride, out, out_row_stride, out_depth_stride, factor, add, width):
+        found, mean = gradient.mean_and_gradient(
+            record, x, n, d, row_stride, depth_stride, out, out_row_stride, out_depth_stride, factor, add, width
+        )
+        if not found:
+            raise MemoryError
+        return mean
+
+    return compile_entry(run, _GRADIENT, "gram_gradient")
+
+
+def load_shared() -> int:
+    """Compile what all dtypes share, or load it, and return how many kernels it is."""
+    return len([_value_kernel(), _gradient_kernel()])

@@ -7,80 +7,86 @@ panel j, U_j (entries at stride NR) on the left and a tile of signs on the right
 transposed, V_j: 3 n^2 d operations in all, where forward and backward by full products take 6.
 """
 
-import numpy as np
-from numba import prange
+from typing import Any
 
-from regkern.kernels.cpu.compile import inner
-from regkern.kernels.cpu.gram.atomics import load_acquire, store_release, take_ticket
-from regkern.kernels.cpu.gram.panels import make_pack_panel, make_unpack_panel, project_ir
+from regkern.kernels.cpu.compile import inlined, inner
+from regkern.kernels.cpu.gram import workspace as ws
+from regkern.kernels.cpu.gram.panels import make_unpack_panel, project_ir
 from regkern.kernels.cpu.gram.product import micro_kernel_ir, signs_ir
-from regkern.kernels.cpu.gram.tiles import KC, MAX_WORKERS, group_size
-from regkern.kernels.cpu.gram.workspace import aligned, keep_alive
+from regkern.kernels.cpu.gram.tiles import KC, group_size
+from regkern.kernels.cpu.gram.value import MULTIPLIED, PACKED
+from regkern.kernels.cpu.gram.workspace import aligned, buffer_of, zero
+from regkern.kernels.cpu.team import launch
+from regkern.kernels.cpu.words import (
+    allocate,
+    free,
+    load_double,
+    load_shared,
+    load_word,
+    load_words,
+    pause,
+    store_double,
+    store_shared,
+    store_words,
+)
 
 
-def make_value_and_gradient(vec, tile):
-    """Make ``value_and_gradient(x, n, d, *strides, out, *out_strides, factor, add)``, where rows have the first stride.
+@inlined
+def mean_and_gradient(
+    record, x, n, d, row_stride, depth_stride, out, out_row_stride, out_depth_stride, factor, add, width
+):
+    """Return whether there was memory, and the mean of |cosine| over the pairs of n rows.
 
-    It returns the mean of |cosine| over the pairs of n rows, and writes factor times its gradient to out, or adds it.
+    Factor times its gradient is written to out, or added.
     """
-    nr, size, spare, accumulator = tile.vectors * vec.lanes, vec.size, vec.spare, vec.accumulator
-    pack_panel, unpack_panel, project = (
-        make_pack_panel(vec, nr, tile.mr),
-        make_unpack_panel(vec, nr),
-        project_ir(vec, tile.vectors),
-    )
-    draw_pairs = _make_draw_pairs(vec, tile)
-
-    def value_and_gradient(x, n, d, row_stride, depth_stride, out, out_row_stride, out_depth_stride, factor, add):
-        count = (n + nr - 1) // nr
-        panel_bytes = nr * d * size
-        unit = np.zeros(count * nr * d + spare, accumulator)  # sign tiles cover whole panels, padding included
-        products = np.zeros(count * nr * d + spare, accumulator)
-        norms = np.empty(count * 2 * nr, accumulator)
-        u, v, scales = aligned(unit), aligned(products), norms.ctypes.data
-        for p in prange(count):
-            rows, start = min(nr, n - p * nr), x + p * nr * row_stride
-            pack_panel(start, rows, d, row_stride, depth_stride, u + p * panel_bytes, scales + p * 2 * nr * size)
-        group = group_size(count)
-        blocks = (count + group - 1) // group
-        sums, rounds, counter = np.zeros(blocks), np.zeros(blocks, np.int64), np.zeros(1, np.int64)
-        done, tickets = rounds.ctypes.data, counter.ctypes.data
-        workers = min(blocks, MAX_WORKERS)
-        for _ in prange(workers):
-            draw_pairs(u, v, d, count, group, sums, done, tickets)
-        pairs = max(1.0, n * (n - 1) / 2)
-        for p in prange(count):
-            panel, rows, target = v + p * panel_bytes, min(nr, n - p * nr), out + p * nr * out_row_stride
-            if n > 1:  # one row has no pair, and its products are the zeros that they started from
-                project(panel, u + p * panel_bytes, d, scales + p * 2 * nr * size, factor / pairs)
-            unpack_panel(panel, rows, d, target, out_row_stride, out_depth_stride, add)
-        total = 0.0
-        for i in range(blocks):
-            total += sums[i]
-        keep_alive(unit, products, norms, rounds, counter)
-        return total / pairs
-
-    return value_and_gradient
+    nr, size = load_word(record + ws.ENTRIES), load_word(record + ws.ENTRY_BYTES)
+    count = (n + nr - 1) // nr
+    group = group_size(count)
+    blocks = (count + group - 1) // group
+    panel, scales, buffer = nr * d * size, 2 * nr * size, aligned(2 * group * group * nr * nr * size)
+    job = allocate(ws.JOB + count * (2 * panel + scales) + width * buffer + 16 * blocks + 3 * ws.CACHE_LINE)
+    if job == 0:
+        return False, 0.0
+    panels = aligned(job + ws.JOB)
+    products = aligned(panels + count * panel)
+    buffers = aligned(products + count * panel)
+    sums = buffers + width * buffer
+    zero(sums, 16 * blocks)
+    pairs = max(1.0, n * (n - 1) / 2)
+    store_words(job + ws.MATRIX, (x, n, d, row_stride, depth_stride, panels, sums + 16 * blocks, products))
+    store_words(job + ws.PAIRS, (group, sums, sums + 8 * blocks, out, out_row_stride, out_depth_stride, add))
+    store_double(job + ws.FACTOR, factor / pairs)
+    store_words(job + ws.BUFFERS, (buffers, buffer))
+    launch(load_word(record + ws.PACK), job, count, 4, 2 * n * d // PACKED, width)
+    work = 3 * n * n * d // 2 // MULTIPLIED
+    launch(load_word(record + ws.SUM_PAIRS), job, blocks * (blocks + 1) // 2, 1, work, width)
+    launch(load_word(record + ws.UNPACK), job, count, 4, 2 * n * d // PACKED, width)
+    total = 0.0
+    for i in range(blocks):
+        total += load_double(sums + 8 * i)
+    free(job)
+    return True, total / pairs
 
 
-def _make_draw_pairs(vec, tile):
-    """Make ``draw_pairs(u, v, d, count, group, sums, done, tickets)``: one thread's share of the pairs of blocks.
+def make_sum_pairs(vec: Any, tile: Any) -> Any:
+    """Make the task that goes over pairs of blocks of panels.
 
-    Two blocks' accumulators are written by each task. In round r the task of block i is the pair (i, r - i mod blocks),
-    so every block has exactly one task per round, and the tasks of a round are disjoint. Threads draw tasks in order
-    and wait until both blocks have finished the round before: no barrier, and a fixed order of all sums.
+    Two blocks' products are written by each. In round r the task of block i is the pair (i, r - i mod blocks), so every
+    block has exactly one task per round, and the tasks of a round are disjoint. Threads draw tasks in order and wait
+    until both blocks have finished the round before: no barrier, and a fixed order of all sums.
     """
-    nr, size, spare, accumulator = tile.vectors * vec.lanes, vec.size, vec.spare, vec.accumulator
+    nr, size = tile.vectors * vec.lanes, vec.size
     block_pair = _make_block_pair(vec, tile)
 
-    @inner(vec.tag)
-    def draw_pairs(u, v, d, count, group, sums, done, tickets):
-        blocks = (count + group - 1) // group
-        buffer = np.empty(2 * group * group * nr * nr + spare, accumulator)
-        left = aligned(buffer)
+    def sum_pairs(job, worker, first, last):
+        _, n, d, _, _, panels, _, products = load_words(job + ws.MATRIX, 8)
+        group, sums, done = load_words(job + ws.PAIRS, 3)
+        left = buffer_of(job, worker)
         right = left + group * group * nr * nr * size
-        r, passed, t = 0, 0, take_ticket(tickets)
-        while r < blocks:
+        count = (n + nr - 1) // nr
+        blocks = (count + group - 1) // group
+        r, passed, t = 0, 0, first
+        while t < last:
             # Round r has the pairs with i + j = r, then those with i + j = r + blocks.
             low = r // 2 + 1
             tasks = low + (r + blocks) // 2 - r
@@ -90,17 +96,38 @@ def _make_draw_pairs(vec, tile):
                 continue
             i = t - passed if t - passed < low else t - passed - low + r + 1
             j = (r - i) % blocks
-            while load_acquire(done + 8 * i) < r or load_acquire(done + 8 * j) < r:
-                pass
+            while load_shared(done + 8 * i) < r or load_shared(done + 8 * j) < r:
+                pause()
             i0, j0 = i * group, j * group
             i1, j1 = min(i0 + group, count), min(j0 + group, count)
-            sums[i] += block_pair(u, v, d, i0, i1, j0, j1, left, right)
-            store_release(done + 8 * i, r + 1)
-            store_release(done + 8 * j, r + 1)
-            t = take_ticket(tickets)
-        keep_alive(buffer)
+            total = load_double(sums + 8 * i) + block_pair(panels, products, d, i0, i1, j0, j1, left, right)
+            store_double(sums + 8 * i, total)
+            store_shared(done + 8 * i, r + 1)
+            store_shared(done + 8 * j, r + 1)
+            t += 1
+        return 0
 
-    return draw_pairs
+    return sum_pairs
+
+
+def make_unpack(vec: Any, tile: Any) -> Any:
+    """Make the task that turns panels of products into the gradient."""
+    nr, size = tile.vectors * vec.lanes, vec.size
+    unpack_panel, project = make_unpack_panel(vec, nr), project_ir(vec, tile.vectors)
+
+    def unpack(job, worker, first, last):
+        _, n, d, _, _, panels, scales, products = load_words(job + ws.MATRIX, 8)
+        _, _, _, out, row_stride, depth_stride, add = load_words(job + ws.PAIRS, 7)
+        factor = load_double(job + ws.FACTOR)
+        for p in range(first, last):
+            offset = p * nr * d * size
+            if n > 1:  # one row has no pair, and its products are the zeros that they started from
+                project(products + offset, panels + offset, d, scales + p * 2 * nr * size, factor)
+            rows, target = min(nr, n - p * nr), out + p * nr * row_stride
+            unpack_panel(products + offset, rows, d, target, row_stride, depth_stride, add)
+        return 0
+
+    return unpack
 
 
 def _make_block_pair(vec, tile):

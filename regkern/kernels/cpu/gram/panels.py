@@ -1,14 +1,15 @@
 """Panels: matrices widened, normalised and laid out as the micro kernel reads them, and back."""
 
 from llvmlite import ir
-from numba import njit
 from numba.core import cgutils
 
-from regkern.kernels.cpu.compile import inner
+from regkern.kernels.cpu.compile import inlined, inner
+from regkern.kernels.cpu.gram import workspace as ws
 from regkern.kernels.cpu.gram.vectors import I64, emitter
+from regkern.kernels.cpu.words import load_words
 
 
-@njit
+@inlined
 def _vector_blocks(rows, d, row_stride, depth_stride, w, item):
     """How many rows, and what of their depth, move by vectors of w entries of `item` bytes; the rest moves singly."""
     if depth_stride == item:
@@ -50,6 +51,25 @@ def make_pack_panel(vec, nr, mr):
         normalise(panel, vectors, d, scales)
 
     return pack_panel
+
+
+def make_pack(vec, tile):
+    """Make the task that packs panels; those of a gradient are whole, zeros included, and so are its products."""
+    nr, size = tile.vectors * vec.lanes, vec.size
+    pack_panel = make_pack_panel(vec, nr, tile.mr)
+
+    def pack(job, worker, first, last):
+        x, n, d, row_stride, depth_stride, panels, scales, products = load_words(job + ws.MATRIX, 8)
+        panel = nr * d * size
+        for p in range(first, last):
+            if products != 0:
+                ws.zero(panels + p * panel, panel)
+                ws.zero(products + p * panel, panel)
+            rows, source = min(nr, n - p * nr), x + p * nr * row_stride
+            pack_panel(source, rows, d, row_stride, depth_stride, panels + p * panel, scales + p * 2 * nr * size)
+        return 0
+
+    return pack
 
 
 def make_unpack_panel(vec, nr):

@@ -4,16 +4,13 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from numba import njit
+from regkern.kernels.cpu.compile import inlined
 
 # Depth of a packed block. 128, 256, 512 and 1024 are within 2% of each other on Zen 4 (1 MiB of L2). The shortest
 # adds up the fewest products in a row: of 512, rounding in one direction makes an error of 6e-6.
 KC = 128
 # Panels on a side of the largest macro tile. For the gradient of 4096 x 1024 sizes 1, 2 and 4 take 1.09, 1.06 and 1.
 GROUP = 4
-# Iterations of a parallel loop whose body draws tasks until none is left: no fewer than threads. (A kernel that asks
-# Numba for their number cannot be cached.)
-MAX_WORKERS = 256
 
 
 class Tile(NamedTuple):
@@ -62,7 +59,7 @@ def tile_for(features: Mapping[str, bool], itemsize: int, rows: int) -> Tile:
     return Tile(width, math.gcd(tile.mr, vectors * lanes), vectors)
 
 
-@njit
+@inlined
 def group_size(panels):
     """Panels on a side of a macro tile: larger tiles reuse more of each cache line, smaller ones feed more threads."""
     return 1 if panels < 32 else 2 if panels < 128 else GROUP

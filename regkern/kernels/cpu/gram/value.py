@@ -1,78 +1,87 @@
 """The value: the sum of |cosine| over the upper triangle of the Gram matrix, or over a rectangle of another's."""
 
-import numpy as np
-from numba import prange
+from typing import Any
 
-from regkern.kernels.cpu.compile import inner
-from regkern.kernels.cpu.gram.atomics import take_ticket
-from regkern.kernels.cpu.gram.panels import make_pack_panel
+import numpy as np
+
+from regkern.kernels.cpu.compile import inlined, inner
+from regkern.kernels.cpu.gram import workspace as ws
 from regkern.kernels.cpu.gram.product import micro_kernel_ir, triangle_sum_ir
-from regkern.kernels.cpu.gram.tiles import GROUP, KC, MAX_WORKERS, group_size
-from regkern.kernels.cpu.gram.workspace import aligned, keep_alive
+from regkern.kernels.cpu.gram.tiles import GROUP, KC, group_size
+from regkern.kernels.cpu.gram.workspace import aligned, buffer_of
+from regkern.kernels.cpu.team import launch
+from regkern.kernels.cpu.words import allocate, free, load_double, load_word, load_words, store_double, store_words
 
 # Parts of the triangle that are summed alone: many to a thread, and their sums take no space to speak of.
 MAX_TASKS = 4096
+# Elements that are packed, and multiply-adds, in a ns: about, of float32 with AVX-512 (two cores of Ice Lake).
+PACKED, MULTIPLIED = 1, 32
 
 
-def make_value(vec, tile):
-    """Make ``value(d, x, n, row_stride, depth_stride, y, m, y_row_stride, y_depth_stride)``: a sum of |cosine|.
+@inlined
+def sum_pairs(record, d, x, n, row_stride, depth_stride, y, m, y_row_stride, y_depth_stride, width):
+    """Return whether there was memory, and a sum of |cosine|.
 
     Over all pairs of one of the n rows of x and one of the m rows of y; where m is 0, over the pairs within x.
     """
-    nr, size, spare, accumulator = tile.vectors * vec.lanes, vec.size, vec.spare, vec.accumulator
-    pack_panel, task_sum = make_pack_panel(vec, nr, tile.mr), _make_task_sum(vec, tile)
+    nr, size = load_word(record + ws.ENTRIES), load_word(record + ws.ENTRY_BYTES)
+    count, y_count = (n + nr - 1) // nr, (m + nr - 1) // nr
+    group = group_size(min(count, y_count) if m > 0 else count)
+    side = (count + group - 1) // group
+    tiles = side * ((y_count + group - 1) // group) if m > 0 else side * (side + 1) // 2
+    tasks = min(tiles, MAX_TASKS)
+    panel, scales = nr * d * size, 2 * nr * size
+    buffer = aligned((GROUP * GROUP if d > KC else 1) * nr * nr * size)
+    job = allocate(ws.JOB + (count + y_count) * (panel + scales) + width * buffer + 8 * tasks + 3 * ws.CACHE_LINE)
+    if job == 0:
+        return False, 0.0
+    panels = aligned(job + ws.JOB)
+    buffers = aligned(panels + (count + y_count) * panel)
+    store_words(job + ws.BUFFERS, (buffers, buffer))
+    sums = buffers + width * buffer
+    norms = sums + 8 * tasks
+    pack, right, columns = load_word(record + ws.PACK), panels, n
+    if m > 0:
+        right, columns = panels + count * panel, m
+        store_words(job + ws.MATRIX, (y, m, d, y_row_stride, y_depth_stride, right, norms + count * scales, 0))
+        launch(pack, job, y_count, 4, m * d // PACKED, width)
+    store_words(job + ws.MATRIX, (x, n, d, row_stride, depth_stride, panels, norms, 0))
+    launch(pack, job, count, 4, n * d // PACKED, width)
+    store_words(job + ws.TILES, (right, columns, m == 0, group, tiles, tasks, sums))
+    work = (n * m * d if m > 0 else n * n * d // 2) // MULTIPLIED
+    launch(load_word(record + ws.SUM_TILES), job, tasks, 1, work, width)
+    total = 0.0
+    for t in range(tasks):
+        total += load_double(sums + 8 * t)
+    free(job)
+    return True, total
 
-    def value(d, x, n, row_stride, depth_stride, y, m, y_row_stride, y_depth_stride):
-        count, y_count = (n + nr - 1) // nr, (m + nr - 1) // nr
-        workspace = np.empty((count + y_count) * nr * d + spare, accumulator)
-        norms = np.empty((count + y_count) * 2 * nr, accumulator)
-        panels, scales = aligned(workspace), norms.ctypes.data
-        for p in prange(count + y_count):
-            target, scale = panels + p * nr * d * size, scales + p * 2 * nr * size
-            if p < count:
-                first = p * nr
-                pack_panel(x + first * row_stride, min(nr, n - first), d, row_stride, depth_stride, target, scale)
-            else:
-                first = (p - count) * nr
-                rows = min(nr, m - first)
-                pack_panel(y + first * y_row_stride, rows, d, y_row_stride, y_depth_stride, target, scale)
-        right, columns = panels, n
-        group = group_size(count)
-        side = (count + group - 1) // group
-        tiles = side * (side + 1) // 2
-        if m > 0:
-            right, columns = panels + count * nr * d * size, m
-            group = group_size(min(count, y_count))
-            side = (count + group - 1) // group
-            tiles = side * ((y_count + group - 1) // group)
-        tasks = min(tiles, MAX_TASKS)
-        sums, counter = np.zeros(tasks), np.zeros(1, np.int64)
-        tickets = counter.ctypes.data
-        workers = min(tasks, MAX_WORKERS)
-        for _ in prange(workers):
-            t = take_ticket(tickets)
-            while t < tasks:
-                start, stop = t * tiles // tasks, (t + 1) * tiles // tasks
-                sums[t] = task_sum(panels, n, right, columns, d, m == 0, group, start, stop)
-                t = take_ticket(tickets)
-        total = 0.0
-        for t in range(tasks):
-            total += sums[t]
-        keep_alive(workspace, norms, counter)
-        return total
 
-    return value
+def make_sum_tiles(vec: Any, tile: Any) -> Any:
+    """Make the task that adds up macro tiles."""
+    task_sum = _make_task_sum(vec, tile)
+
+    def sum_tiles(job, worker, first, last):
+        _, n, d, _, _, panels, _, _ = load_words(job + ws.MATRIX, 8)
+        right, m, triangle, group, tiles, tasks, sums = load_words(job + ws.TILES, 7)
+        buffer = buffer_of(job, worker)
+        for t in range(first, last):
+            start, stop = t * tiles // tasks, (t + 1) * tiles // tasks
+            total = task_sum(panels, n, right, m, d, triangle != 0, group, start, stop, buffer)
+            store_double(sums + 8 * t, total)
+        return 0
+
+    return sum_tiles
 
 
 def _make_task_sum(vec, tile):
-    nr, spare, accumulator = tile.vectors * vec.lanes, vec.spare, vec.accumulator
+    nr = tile.vectors * vec.lanes
     macro_tile_sum = _make_macro_tile_sum(vec, tile)
 
     @inner(vec.tag)
-    def task_sum(left, n, right, m, d, triangle, group, start, stop):
+    def task_sum(left, n, right, m, d, triangle, group, start, stop, buffer):
         """Macro tiles start to stop, numbered along the columns of the upper triangle, or of the rectangle."""
         count, columns = (n + nr - 1) // nr, (m + nr - 1) // nr
-        buffer = np.empty((GROUP * GROUP if d > KC else 1) * nr * nr + spare, accumulator)
         if triangle:
             j = int((np.sqrt(8.0 * start + 1.0) - 1.0) / 2.0)
             j += (j + 1) * (j + 2) // 2 <= start  # the root may be off by one
@@ -86,11 +95,10 @@ def _make_task_sum(vec, tile):
         for _ in range(start, stop):
             i0, j0 = i * group, j * group
             i1, j1 = min(i0 + group, count), min(j0 + group, columns)
-            total += macro_tile_sum(left, n, right, m, d, triangle, i0, i1, j0, j1, aligned(buffer))
+            total += macro_tile_sum(left, n, right, m, d, triangle, i0, i1, j0, j1, buffer)
             i += 1
             if (i > j) if triangle else (i1 == count):
                 i, j = 0, j + 1
-        keep_alive(buffer)
         return total
 
     return task_sum

@@ -2,14 +2,12 @@
 
 from inspect import Parameter, Signature
 
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from regkern.dtypes import FLOAT64
-from regkern.kernels.cpu.gram.workspace import CACHE_LINE
 
 I32, I64, DOUBLE = ir.IntType(32), ir.IntType(64), ir.DoubleType()
 
@@ -50,11 +48,9 @@ class Vectors:
 
     def __init__(self, dtype, tile, native_half):
         self.storage, self.native_half = dtype.name, native_half
-        self.accumulator = np.float64 if dtype is FLOAT64 else np.float32
         self.scalar = DOUBLE if dtype is FLOAT64 else ir.FloatType()
         self.size = 8 if dtype is FLOAT64 else 4
         self.lanes = lanes = tile.bytes // self.size
-        self.spare = CACHE_LINE // self.size  # entries more than needed, so that a workspace can start on a cache line
         self.stored_size = dtype.itemsize
         self.stored = ir.IntType(16) if dtype.itemsize == 2 else self.scalar
         self.type = ir.VectorType(self.scalar, lanes)

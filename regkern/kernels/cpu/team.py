@@ -1,0 +1,200 @@
+"""A launch whose caller takes part and waits for no thread that has not come.
+
+A *job* is a *task* over a number of chunks: a function ``task(argument, worker, first, last)`` with C's calling
+convention that runs over chunks first to last. The caller publishes a job, wakes helpers that sleep where the work is
+worth it, and draws chunks itself until none is left; helpers that come in time draw as well. Then it waits only for
+chunks that helpers are in the midst of: for nobody who sleeps, and for nobody whom the system does not run. A barrier
+of OpenMP's waits for all its threads: 2 to 8 ms where they slept or another process had their core, for some
+microseconds of work.
+
+There is one job at a time. A caller that finds another's under way works alone, and gets the same bits: who runs a
+chunk is no matter to its result. A job is published by one word, its width and the chunks that are left, and drawn from
+by compare and swap; what else describes it is read after a draw, when it cannot end before the drawn chunks are done.
+
+Helpers look for the next job for SPIN nanoseconds, then sleep on a semaphore each, in C, without Python: idle ones cost
+nothing. They are threads of the system's, not of Python's, and block all signals.
+"""
+
+import numpy as np
+from numba import types
+
+from regkern.kernels.cpu.compile import inlined, make_call
+from regkern.kernels.cpu.words import (
+    add_shared,
+    load_shared,
+    load_word,
+    pause,
+    replace_shared,
+    store_shared,
+    store_word,
+    symbol,
+)
+
+# How long a helper looks for another job, in ns: calls that follow each other in a loop come within some microseconds.
+SPIN = 40_000
+# Work in ns, for each helper, that is worth waking it: it comes 50 to 100 us later (measured on two cores of Ice Lake).
+WAKE = 250_000
+# Work in ns, for each helper, that pays where they are awake.
+JOIN = 5_000
+
+# Words of the team, in bytes from its start; what different threads write lies on cache lines of its own.
+LEFT, UNFINISHED, BUSY = (
+    0,
+    64,
+    128,
+)  # the width times 2**32 and the chunks left; chunks not done; whether there is a job
+_TASK, _ARGUMENT, _COUNT, _BATCH = 192, 200, 208, 216  # the job
+_LAST, _CLOCK = 256, 264  # when the last job ended, of the caller alone
+LAUNCH, THREADS, STOP, ALONE = 320, 328, 336, 344  # settings, and launches of Numba's threads to leave out
+SUM_CHUNKS, SUM_FLAT_CHUNKS, SUM_PARTS = 384, 392, 400  # addresses of tasks
+SLOTS, SLOT = 512, 128  # of each helper: whether it sleeps, its semaphore, its clock
+SEMAPHORE, _HELPER_CLOCK = 16, 64
+
+MAX_THREADS = 1024
+TEAM = np.zeros((SLOTS + SLOT * MAX_THREADS) // 8 + 8, np.int64)
+ADDRESS = (TEAM.ctypes.data + 63) // 64 * 64
+address = symbol("regkern_team", ADDRESS)
+
+_INT = types.intp
+TASK = _INT(*[_INT] * 4)
+LAUNCH_SIGNATURE = _INT(*[_INT] * 6)
+HELPER = _INT(_INT)
+call_task = make_call(TASK)
+call_launch = make_call(LAUNCH_SIGNATURE)
+
+_clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, _INT))
+_sem_wait = types.ExternalFunction("sem_wait", types.int32(_INT))
+_sem_post = types.ExternalFunction("sem_post", types.int32(_INT))
+
+
+def set_word(offset: int, value: int) -> None:
+    """Write one of the team's settings."""
+    TEAM[(ADDRESS - TEAM.ctypes.data + offset) // 8] = value
+
+
+def forget() -> None:
+    """Forget jobs and helpers, but no task: to be called where there are none, in a forked child."""
+    tasks = slice((ADDRESS - TEAM.ctypes.data + SUM_CHUNKS) // 8, (ADDRESS - TEAM.ctypes.data + SLOTS) // 8)
+    kept = TEAM[tasks].copy()
+    TEAM[:] = 0
+    TEAM[tasks] = kept
+
+
+def semaphore(worker: int) -> int:
+    """Return the address of a helper's semaphore."""
+    return ADDRESS + SLOTS + SLOT * worker + SEMAPHORE
+
+
+@inlined
+def _now(place):
+    """Read the clock, in ns; place has room for two words."""
+    _clock_gettime(np.int32(1), place)  # CLOCK_MONOTONIC
+    return load_word(place) * 1_000_000_000 + load_word(place + 8)
+
+
+@inlined
+def launch(task, argument, count, batch, work, width):
+    """Run a task over chunks 0 to count.
+
+    Args:
+        task: its address; a `TASK`, whose worker is below width.
+        argument: what it is given, an address.
+        count: how many chunks there are.
+        batch: how many are drawn at once, at most.
+        work: what all of them take one thread, in ns, about.
+        width: how many threads may take part, from `threads.width`.
+    """
+    fed = work // JOIN
+    if width > fed:
+        width = fed
+    if width > count:
+        width = count
+    if width < 2:
+        call_task(task, (argument, 0, 0, count))
+    else:
+        call_launch(load_word(address() + LAUNCH), (task, argument, count, batch, work, width))
+
+
+@inlined
+def publish(team, task, argument, count, batch, width):
+    """Let helpers draw from a job."""
+    store_word(team + _TASK, task)
+    store_word(team + _ARGUMENT, argument)
+    store_word(team + _COUNT, count)
+    store_word(team + _BATCH, batch)
+    store_shared(team + UNFINISHED, count)
+    store_shared(team + LEFT, (width << 32) + count)
+
+
+@inlined
+def draw(team, worker):
+    """Run chunks of the job until none is left; return how many."""
+    drawn = 0
+    while True:
+        job = load_shared(team + LEFT)
+        width, left = job >> 32, job & 0xFFFFFFFF
+        if left == 0 or worker >= width:
+            return drawn
+        # Fewer and fewer, so that all end at about the same time.
+        share, batch = 1 + left // (2 * width), load_word(team + _BATCH)
+        chunks = share if share < batch else batch
+        if chunks > left:
+            chunks = left
+        if replace_shared(team + LEFT, job, job - chunks):
+            first = load_word(team + _COUNT) - left
+            call_task(load_word(team + _TASK), (load_word(team + _ARGUMENT), worker, first, first + chunks))
+            add_shared(team + UNFINISHED, -chunks)
+            drawn += chunks
+
+
+def launch_helpers(task, argument, count, batch, work, width):
+    """Be the launch: a `LAUNCH_SIGNATURE`."""
+    team = address()
+    if not replace_shared(team + BUSY, 0, 1):
+        call_task(task, (argument, 0, 0, count))
+        return 0
+    publish(team, task, argument, count, batch, width)
+    # Where calls follow each other, a helper that comes too late for this one is there for the next.
+    soon = _now(team + _CLOCK) - load_word(team + _LAST) < SPIN
+    fed = work // (JOIN if soon else WAKE)
+    helper = np.int64(1)
+    while helper < width and helper <= fed:
+        slot = team + SLOTS + SLOT * helper
+        if load_shared(slot) == 1 and replace_shared(slot, 1, 0):
+            _sem_post(slot + SEMAPHORE)
+        helper += 1
+    draw(team, np.int64(0))
+    while load_shared(team + UNFINISHED) > 0:
+        pause()
+    store_word(team + _LAST, _now(team + _CLOCK))
+    store_shared(team + BUSY, 0)
+    return 0
+
+
+@inlined
+def _is_wanted(team, worker):
+    job = load_shared(team + LEFT)
+    return job & 0xFFFFFFFF != 0 and worker < job >> 32
+
+
+def help_out(worker):
+    """What a helper does from its start to its end: draw from jobs, look for the next for a while, sleep."""
+    team = address()
+    slot = team + SLOTS + SLOT * worker
+    since = _now(slot + _HELPER_CLOCK)
+    while load_shared(team + STOP) == 0:
+        if _is_wanted(team, worker):
+            draw(team, worker)
+            since = _now(slot + _HELPER_CLOCK)
+        for _ in range(16):
+            pause()
+        if _now(slot + _HELPER_CLOCK) - since > SPIN:
+            store_shared(slot, 1)
+            # What was published before that is seen here; who publishes after it sees who sleeps.
+            wanted = _is_wanted(team, worker) or load_shared(team + STOP) != 0
+            if not (wanted and replace_shared(slot, 1, 0)):
+                _sem_wait(slot + SEMAPHORE)
+                while load_shared(slot) == 1:
+                    _sem_wait(slot + SEMAPHORE)
+            since = _now(slot + _HELPER_CLOCK)
+    return 0
