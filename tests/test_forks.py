@@ -164,11 +164,11 @@ def test_multiprocessing(tmp_path, method):
 
 
 @pytest.mark.parametrize(
-    ("method", "layer"),
+    ("method", "engine"),
     [
         pytest.param("forkserver", "omp", marks=pytest.mark.slow),
         ("spawn", "omp"),
-        *(("fork", each) for each in LAYERS),
+        *(("fork", each) for each in ENGINES),
     ],
 )
 def test_workers_of_a_torch_data_loader(tmp_path, method, engine):

@@ -125,15 +125,14 @@ def test_the_tiles_of_other_cpus(dtype, cpu):
         regularizer = rk.OrthogonalRegularizer(1.0)
         expected = reference.orthogonal(regularizer, x)
         tile = tile_for(CPUS[cpu], 8 if dtype == "float64" else 4, n)
-        value = gram.value_kernel(DTYPES[dtype], tile, CPUS[cpu]).serial
-        total = value(d, x.ctypes.data, n, *x.strides, 0, 0, 0, 0)
+        products = gram.Products(DTYPES[dtype], tile, CPUS[cpu])
+        total = products.value(0, d, x.ctypes.data, n, *x.strides, 0, 0, 0, 0)
         np.testing.assert_allclose(total / (n * (n - 1) / 2), expected, rtol=TOLERANCE[dtype])
         y = matrix(n + 4, d, dtype, seed=1)
-        total = value(d, x.ctypes.data, n, *x.strides, y.ctypes.data, len(y), *y.strides)
+        total = products.value(0, d, x.ctypes.data, n, *x.strides, y.ctypes.data, len(y), *y.strides)
         np.testing.assert_allclose(total, reference.abs_cosines(x, y).sum(), rtol=TOLERANCE[dtype])
         out = np.empty_like(x)
-        kernel = gram.gradient_kernel(DTYPES[dtype], tile, CPUS[cpu]).serial
-        value = kernel(x.ctypes.data, *rows, out.ctypes.data, *out.strides, 1.0, False)
+        value = products.mean_and_gradient(0, x.ctypes.data, *rows, out.ctypes.data, *out.strides, 1.0, False)
         np.testing.assert_allclose(value, expected, rtol=TOLERANCE[dtype])
         assert_gradients_close(out, reference.orthogonal_gradient(regularizer, x), regularizer, x, dtype)
 

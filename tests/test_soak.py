@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.processes import LAYERS, PATIENCE, run
+from tests.processes import ENGINES, PATIENCE, run
 
 SOAK = """
 import ctypes, gc, os, statistics, sys, threading, time, warnings

@@ -120,22 +120,6 @@ print(before, torch.get_num_threads())
     assert run(code, **ENGINES[engine], NUMBA_NUM_THREADS="2") == "3 3\n"
 
 
-def test_ctrl_c_before_the_launch_lock_is_guarded():
-    """A lock that stays taken leaves its thread parallel."""
-    code = """
-from regkern.kernels.cpu import elementwise, launch
-from regkern.dtypes import FLOAT32
-from regkern.kernels.formulas import SQUARE
-from regkern.kernels.operations import SUMS
-rk.L2(1.0)(x)
-launch._launching.acquire()  # as an interrupt right after it would leave it
-kernel = elementwise.kernels(SUMS, SQUARE, FLOAT32).flat
-kernel.serial = None
-print(rk.L2(1.0)(x) > 0)
-"""
-    assert run(code, NUMBA_THREADING_LAYER="workqueue", NUMBA_NUM_THREADS="2") == "True\n"
-
-
 @pytest.mark.parametrize("engine", ENGINES)
 def test_ctrl_c_between_kernels(engine):
     """Interrupts at any time: what comes after has the same bits, on as many threads as before."""

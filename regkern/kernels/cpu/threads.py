@@ -51,7 +51,7 @@ def quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgro
     """
     shares = []
     try:
-        groups = [line.split(":", 2)[1:] for line in own.read_text().splitlines()]
+        groups = [line.split(":", 2)[1:] for line in own.read_text().splitlines() if line.count(":") >= 2]
     except (OSError, ValueError):
         return None
     for controllers, path in groups:
@@ -166,6 +166,7 @@ def _stop() -> None:
         c = ctypes.CDLL(None)
         team.set_word(team.STOP, 1)
         for worker in range(1, len(_helpers) + 1):
+            team.set_word(team.SLOTS + team.SLOT * worker, 0)  # awake
             c.sem_post(ctypes.c_void_p(team.semaphore(worker)))
         for thread in _helpers:
             c.pthread_join(thread, None)
