@@ -1,8 +1,8 @@
 """Times calls as programs make them: after a rest, beside other processes, with less CPU than there seems to be.
 
-`python -m bench.programs` prints the table, writes it to the results, and draws docs/programs.svg. Every figure is the
-median of single calls with the 90th and 99th percentile beside it, because what is asked is what a call costs now and
-then, not how many follow each other in a second.
+`python -m bench.programs` measures, and writes the results, the tables of README.md and bench/README.md, and
+docs/programs.svg. Every figure is the median of single calls, with the 90th and 99th percentile beside it: what is
+asked is what a call costs now and then, not how many follow each other in a second.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ from typing import Any
 import numpy as np
 
 import regkern as rk
+from bench import machine, tables
 from bench.cases import L1, L2
+from bench.tables import INK, STYLES
 
 REST = 0.03  # seconds: what a training step looks like to a penalty
 BUSY = "while True: pass"
@@ -119,7 +121,7 @@ def _sample(call: Callable[[], Any], rest: float, count: int) -> list[float]:
 
 
 def measure(kind: str, size: int, rest: float, seconds: float) -> dict[str, dict[str, float]]:
-    """Return the median and percentiles of regkern, of regkern on one thread, and of its peers, in alternating blocks."""
+    """Return the median and percentiles of regkern, on all threads and on one, and of its peers, in turns."""
     import numba
 
     most = numba.get_num_threads()
@@ -162,26 +164,91 @@ def limit(circumstance: str, kind: str, found: dict[str, dict[str, float]]) -> t
     return figure, factor * found["one thread"]["median"] + more
 
 
+def _figures(found: dict[str, float]) -> str:
+    low, high, highest = (tables.seconds(found[key]) for key in ("median", "p90", "p99"))
+    return f"{low} ({high}, {highest})"
+
+
+HEADLINES = (
+    "value 300x300, after 30 ms",
+    "value 1024x1024, after 30 ms",
+    "orthogonal 300x300, after 30 ms",
+    "value 300x300, one core busy",
+    "value 1024x1024, one core busy",
+    "value 1024x1024, all cores busy",
+)
+PEERS = {"regkern": "regkern", "one thread": "regkern on one thread", "numpy": "NumPy", "torch": "torch", "jax": "JAX"}
+
+
+def table(results: dict[str, Any], names: Iterable[str], *, asked: bool) -> str:
+    """Median (90th, 99th percentile) of each row for each peer; with what was asked, and whether it was met."""
+    lines = []
+    for name in names:
+        row = results["programs"][name]
+        line = [name, *(_figures(row[peer]) if peer in row else "" for peer in PEERS)]
+        if asked and "asked" in row:
+            ((figure, most),) = row["asked"].items()
+            met = "met" if row["regkern"][figure] <= most else "**not met**"
+            line.append(f"{figure} {tables.seconds(most)}: {met}")
+        lines.append(line + [""] * (len(PEERS) + 1 + asked - len(line)))
+    return tables.markdown(("", *PEERS.values(), *["asked"] * asked), lines)
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Draw the L1L2 penalty of 300 x 300 in every circumstance: a line from the median to the 99th percentile."""
+    import matplotlib
+
+    matplotlib.use(path.suffix[1:])
+    from matplotlib import pyplot, rc_context
+
+    rows = [name for name in results["programs"] if name.startswith("value 300x300")]
+    styles = {"regkern": {"color": INK, "marker": "o"}} | {name: STYLES[name] for name in ("numpy", "torch", "jax")}
+    colours = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
+    with rc_context(colours | {"svg.hashsalt": "regkern"}):
+        figure, axes = pyplot.subplots(figsize=(9, 3.6), layout="constrained")
+        for offset, (peer, style) in enumerate(styles.items()):
+            for line, name in enumerate(rows):
+                found = results["programs"][name].get(peer)
+                if found:
+                    at, label = line + 0.18 * (offset - 1.5), PEERS[peer] if line == 0 else None
+                    axes.plot([found["median"], found["p99"]], [at, at], color=style["color"], linewidth=2)
+                    axes.scatter(found["median"], at, label=label, s=40, linewidths=0, **style)
+        axes.set_xscale("log")
+        axes.set_yticks(range(len(rows)), [name.partition(", ")[2] for name in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xlabel("L1L2 penalty of 300 x 300: median, and up to the 99th percentile")
+        axes.xaxis.set_major_formatter(lambda value, _: tables.seconds(value))
+        axes.grid(axis="x", color=INK, alpha=0.25, linewidth=0.6)
+        tables.remove_frame(axes)
+        figure.legend(loc="outside lower center", ncols=4, frameon=False)
+        tables.save(figure, path)
+
+
+def write(results: dict[str, Any]) -> None:
+    """Write the tables and the picture."""
+    line = tables.machine_line(results)
+    headlines = table(results, [name for name in HEADLINES if name in results["programs"]], asked=False)
+    tables.put_between_markers(tables.ROOT / "README.md", "bench-programs", f"{headlines}\n\n{line}")
+    everything = table(results, results["programs"], asked=True)
+    tables.put_between_markers(tables.ROOT / "bench/README.md", "bench-programs", f"{line}\n\n{everything}")
+    plot(results, tables.ROOT / "docs/programs.svg")
+
+
 def main() -> None:
-    """Measure and print."""
+    """Measure and write."""
     parser = argparse.ArgumentParser(prog="python -m bench.programs", description=__doc__)
-    parser.add_argument("-k", dest="pattern", default="", help="only what has this in its name")
+    parser.add_argument("-k", dest="pattern", default="", help="only what has this in its name; other rows stay")
     parser.add_argument("--seconds", type=float, default=4.0, help="for each row, at least (default 4)")
-    parser.add_argument("--output", type=Path, help="a JSON file that the rows are added to")
+    output = Path(__file__).parent / "results" / f"programs-{machine.slug()}.json"
+    parser.add_argument("--output", type=Path, default=output, help="the JSON file")
     options = parser.parse_args()
-    table: dict[str, Any] = {}
+    results = {"programs": {}} | (json.loads(options.output.read_text()) if options.output.exists() else {})
     for circumstance, kind, size, found in rows(options.pattern, options.seconds):
-        name = f"{kind} {size}x{size}, {circumstance}"
-        asked = limit(circumstance, kind, found)
-        note = f"{found['regkern'][asked[0]] / asked[1]:.2f} of what was asked" if asked else ""
-        print(name, note)
-        for peer, figures in found.items():
-            print("  {:12}".format(peer), " ".join(f"{key} {1e6 * value:.0f} us" for key, value in figures.items()))
-        table[name] = found | ({"asked": {asked[0]: asked[1]}} if asked else {})
-        if options.output:
-            kept = json.loads(options.output.read_text()) if options.output.exists() else {}
-            kept["programs"] = kept.get("programs", {}) | table
-            options.output.write_text(json.dumps(kept, indent=1) + "\n")
+        name, asked = f"{kind} {size}x{size}, {circumstance}", limit(circumstance, kind, found)
+        results["programs"][name] = found | ({"asked": {asked[0]: asked[1]}} if asked else {})
+        print(name, *(f"{peer} {_figures(figures)}" for peer, figures in found.items()), sep="\n  ", flush=True)
+        options.output.write_text(json.dumps(results | {"machine": machine.describe()}, indent=1) + "\n")
+    write(results | {"machine": machine.describe()})
 
 
 if __name__ == "__main__":

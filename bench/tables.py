@@ -63,7 +63,8 @@ def ratio(value: float) -> str:
     return f"{value:.0f}x" if value >= 100 else f"{value:.1f}x" if value >= 10 else f"{value:.2f}x"
 
 
-def _markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Format a table."""
     header = list(header)
     lines = [header, ["---"] * len(header), *map(list, rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -121,7 +122,7 @@ def headlines(results: Results) -> str:
             peers = results["cases"][name]["peers"]
             ratios = [ratio(peers[peer]["ratio"]) if peer in peers else "" for peer in PEERS]
             rows.append((text, seconds(peers["regkern"]["median"]), *ratios))
-    return _markdown(("", "regkern", *PEERS.values()), rows)
+    return markdown(("", "regkern", *PEERS.values()), rows)
 
 
 def targets_met(results: Results) -> str:
@@ -138,7 +139,7 @@ def targets_table(results: Results) -> str:
         (case, own, target, measured, "yes" if met else "**no**")
         for case, own, target, measured, met in target_rows(results)
     ]
-    return _markdown(("case (float32 L1L2 unless said)", "regkern", "target", "measured", "met"), rows)
+    return markdown(("case (float32 L1L2 unless said)", "regkern", "target", "measured", "met"), rows)
 
 
 def peers_table(case: Case | GpuCase, results: Results) -> str:
@@ -148,7 +149,7 @@ def peers_table(case: Case | GpuCase, results: Results) -> str:
     for name, peer in row["peers"].items():
         rate = f"{row['bytes'] / peer['median'] / 1e9:.2f}"
         lines.append((name, seconds(peer["median"]), seconds(peer["iqr"]), ratio(peer["ratio"]), rate))
-    return f"### {case.name}\n\n" + _markdown(("", "median", "IQR", "over regkern", "input GB/s"), lines)
+    return f"### {case.name}\n\n" + markdown(("", "median", "IQR", "over regkern", "input GB/s"), lines)
 
 
 def checks_table(results: Results) -> str:
@@ -158,7 +159,7 @@ def checks_table(results: Results) -> str:
         if name in results["checks"]:
             values = results["checks"][name]
             rows.append((name, ", ".join(f"{key} {value:.3g}" for key, value in values.items() if key != "measured")))
-    return _markdown(("check", "all figures (seconds for processes, relative errors for accuracy)"), rows)
+    return markdown(("check", "all figures (seconds for processes, relative errors for accuracy)"), rows)
 
 
 def full_tables(results: Results) -> str:
@@ -234,7 +235,7 @@ def plot(results: Results, path: Path) -> None:
                 axes.scatter(*zip(*points, strict=True), label=label, **{"s": 38, "linewidths": 0} | style)
         _decorate(axes, [name for name, _ in rows])
         figure.legend(loc="outside lower center", ncols=5, frameon=False)
-        _save(figure, path)
+        save(figure, path)
 
 
 def plot_growth(results: Results, path: Path) -> None:
@@ -262,9 +263,9 @@ def plot_growth(results: Results, path: Path) -> None:
         axes.set_ylabel("L1L2 penalty")
         axes.yaxis.set_major_formatter(lambda value, _: seconds(value))
         axes.grid(color=INK, alpha=0.25, linewidth=0.6)
-        _remove_frame(axes)
+        remove_frame(axes)
         figure.legend(loc="outside lower center", ncols=4, frameon=False)
-        _save(figure, path)
+        save(figure, path)
 
 
 def _by_size(cases: list[tuple[int, dict[str, dict[str, float]]]], name: str) -> tuple[list[int], list[float]]:
@@ -272,7 +273,8 @@ def _by_size(cases: list[tuple[int, dict[str, dict[str, float]]]], name: str) ->
     return [size for size, _ in points], [median for _, median in points]
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
+    """Write a picture, the same file for the same results."""
     from matplotlib import pyplot
 
     path.parent.mkdir(exist_ok=True)
@@ -288,10 +290,11 @@ def _decorate(axes: Any, names: list[str]) -> None:
     axes.set_xlabel("time over regkern's (right of the line, regkern is faster)")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     axes.grid(axis="y", color=INK, alpha=0.25, linewidth=0.6)
-    _remove_frame(axes)
+    remove_frame(axes)
 
 
-def _remove_frame(axes: Any) -> None:
+def remove_frame(axes: Any) -> None:
+    """Leave the axes without lines around them."""
     axes.tick_params(which="both", length=0)
     for side in ("top", "right", "left", "bottom"):
         axes.spines[side].set_visible(False)
@@ -313,7 +316,7 @@ def write(path: Path) -> None:
 def main() -> None:
     """Take the results named on the command line, or the latest of a CPU and of a GPU."""
     named = [Path(name) for name in sys.argv[1:]]
-    files = named or sorted(Path(__file__).parent.glob("results/*.json"), key=lambda file: file.stat().st_mtime)
+    files = named or sorted(Path(__file__).parent.glob("results/[!p]*.json"), key=lambda file: file.stat().st_mtime)
     latest = {is_of_gpu(json.loads(file.read_text())): file for file in files}
     if False not in latest and not named:
         raise SystemExit("No results yet: run `python -m bench` first.")
