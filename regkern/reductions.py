@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from regkern.arrays import ADAPTERS
-from regkern.arrays import named_arrays as named_arrays
+from regkern.arrays.trees import Tree as Tree
+from regkern.arrays.trees import Watch as Watch
 from regkern.dtypes import DTYPES, DType
 from regkern.kernels import formulas
 from regkern.kernels.formulas import Formula

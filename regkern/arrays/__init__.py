@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from regkern.kernels import forks
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _LIBRARIES = {
     "numpy": "regkern.arrays.numpy",
     "keras": "regkern.arrays.keras",
+    "flax.nnx": "regkern.arrays.flax",
     "torch.distributed.tensor": "regkern.arrays.dtensor",
     "torch": "regkern.arrays.torch",
     "jax": "regkern.arrays.jax",
@@ -49,6 +50,15 @@ def _modules_for(cls: type) -> Iterator[str]:
         yield "regkern.arrays.cuda_interface"
 
 
+def import_for(cls: type) -> tuple[str, ...]:
+    """Import the adapters' modules of the libraries that a class comes from, and return their names."""
+    with forks.loading:
+        modules = tuple(_modules_for(cls))
+        for module in modules:
+            importlib.import_module(module)
+    return modules
+
+
 def _find(array_type: type) -> str:
     """Import the adapter of an array's type and return the name of its module."""
     with forks.loading:
@@ -64,36 +74,6 @@ def _find(array_type: type) -> str:
 # What `torch.compiler.assume_constant_result` does, without torch: a graph that is being traced may be the first to
 # see a tensor, and imports cannot be traced.
 _find._dynamo_marked_constant = True  # type: ignore[attr-defined]
+import_for._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 ADAPTERS = _Adapters()
-
-
-def named_arrays(model: Any) -> Mapping[str, Any]:
-    """Return a mapping as it is, and of a library's model the arrays that it trains, by name.
-
-    Raises:
-        TypeError: it is neither.
-        ValueError: two arrays of a model have the same name.
-    """
-    if isinstance(model, Mapping):
-        return model
-    for module in _modules_for(type(model)):
-        named = importlib.import_module(module).ADAPTER.named_arrays(model)
-        if named is not None:
-            return _by_name(named)
-    raise TypeError(
-        "named: expected a mapping of names to arrays, or a model of PyTorch, Keras or TensorFlow; "
-        f"got {type(model).__name__}; pass one, for example {{'kernel': x}}."
-    )
-
-
-def _by_name(named: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    arrays: dict[str, Any] = {}
-    for name, array in named:
-        if name in arrays:
-            raise ValueError(
-                f"model: expected a name of its own for each variable; got two that are called {name!r}; "
-                "name the layers, or pass a mapping of names to arrays."
-            )
-        arrays[name] = array
-    return arrays

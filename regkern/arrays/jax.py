@@ -10,7 +10,7 @@ import functools
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -344,6 +344,14 @@ class JaxAdapter(Adapter):
     def owns(self, array_type: type) -> bool:
         return issubclass(array_type, jax.Array | jax.core.Tracer)
 
+    def named_arrays(self, model: Any) -> Iterable[tuple[Any, Any]] | None:
+        """Name what is in a node of a tree that JAX knows, and of a module of Equinox the floats that it trains."""
+        if any(base.__module__.partition(".")[0] == "equinox" for base in type(model).__mro__):
+            leaves = jax.tree_util.tree_flatten_with_path(model)[0]
+            return [(_keys(path), leaf) for path, leaf in leaves if _is_trained(leaf)]
+        children = jax.tree_util.tree_flatten_with_path(model, is_leaf=lambda node: node is not model)[0]
+        return None if any(path == () for path, _ in children) else [(_keys(path), child) for path, child in children]
+
     def penalty(self, formula: Formula, a: float, b: float, x: Any) -> Any:
         if _on_device(x):
             return _device().penalty(formula, a, b, x)
@@ -410,6 +418,17 @@ class JaxAdapter(Adapter):
     def group_lasso(self, operation: Operation, factor: float, x: Any, out: Any, *, columns: bool) -> tuple[Any, Any]:
         _refuse(out, operation is ADD_GRADIENT)
         return _group_lasso(operation, factor, _checked(x), columns)
+
+
+def _keys(path: Iterable[Any]) -> tuple[Any, ...]:
+    """Return what the keys of a path hold, by the names that JAX's classes for them have."""
+    names = "key", "name", "idx"
+    return tuple(next((getattr(each, name) for name in names if hasattr(each, name)), str(each)) for each in path)
+
+
+def _is_trained(leaf: Any) -> bool:
+    """Whether a leaf of a module is an array of floats or complex numbers, as Equinox's `is_inexact_array` has it."""
+    return isinstance(leaf, jax.Array | np.ndarray) and jax.dtypes.issubdtype(leaf.dtype, np.inexact)
 
 
 @functools.cache
