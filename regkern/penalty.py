@@ -251,7 +251,7 @@ class BoundPenalty:
         self._penalty, self._named = penalty, named
         self._arrays = list(tree.arrays.values())
         self._names = list(tree.arrays)
-        self._watch = reductions.Watch(tree.looks)
+        self._watch = tree.watch()
         self._tensors = Tensors(tree.arrays, regularizers, count_tied=penalty.count_tied, recorded=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -338,13 +338,17 @@ class BoundPenalty:
             now, before = tree.arrays, dict(zip(self._names, self._arrays, strict=True))
             for name in {**before, **now}:
                 if now.get(name) is not before.get(name):
-                    what = "none" if name not in now else "another" if name in before else "one that was not there"
                     raise RuntimeError(
-                        f"{name}: expected the tensors that were bound; got {what}, because it was replaced, frozen, "
-                        "added or taken out; bind the penalty again."
+                        f"{name}: expected what was bound; got {_change(name, before, now)}; bind the penalty again."
                     )
-            self._watch = reductions.Watch(tree.looks)  # something that is no tensor was replaced
+            self._watch = tree.watch()  # something that is no tensor was replaced
         self._tensors.check(self._arrays)
+
+
+def _change(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    if name not in now:
+        return "nothing, since it was taken out, renamed or frozen"
+    return "another in its place" if name in before else "a new one, or one that is trained now"
 
 
 def _bound(cls: type[BoundPenalty], penalty: Penalty, named: Any) -> BoundPenalty:

@@ -15,7 +15,6 @@ import numpy as np
 
 from regkern.arrays import ADAPTERS
 from regkern.arrays.trees import Tree as Tree
-from regkern.arrays.trees import Watch as Watch
 from regkern.dtypes import DTYPES, DType
 from regkern.kernels import formulas
 from regkern.kernels.formulas import Formula

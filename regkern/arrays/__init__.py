@@ -16,11 +16,13 @@ from regkern.kernels import forks
 if TYPE_CHECKING:
     from regkern.arrays.adapter import Adapter
 
-# Of two that know a type, the first has it: a Keras model may be a module of torch, a DTensor is a tensor.
+# Of two that know a type, the first has it: a Keras model may be a module of torch, a DTensor is a tensor, a module of
+# NNX or Equinox is a tree of JAX.
 _LIBRARIES = {
     "numpy": "regkern.arrays.numpy",
     "keras": "regkern.arrays.keras",
     "flax.nnx": "regkern.arrays.flax",
+    "equinox": "regkern.arrays.equinox",
     "torch.distributed.tensor": "regkern.arrays.dtensor",
     "torch": "regkern.arrays.torch",
     "jax": "regkern.arrays.jax",

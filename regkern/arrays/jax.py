@@ -345,12 +345,9 @@ class JaxAdapter(Adapter):
         return issubclass(array_type, jax.Array | jax.core.Tracer)
 
     def named_arrays(self, model: Any) -> Iterable[tuple[Any, Any]] | None:
-        """Name what is in a node of a tree that JAX knows, and of a module of Equinox the floats that it trains."""
-        if any(base.__module__.partition(".")[0] == "equinox" for base in type(model).__mro__):
-            leaves = jax.tree_util.tree_flatten_with_path(model)[0]
-            return [(_keys(path), leaf) for path, leaf in leaves if _is_trained(leaf)]
+        """Name what is in a node of a tree that JAX knows, whosoever class it is of."""
         children = jax.tree_util.tree_flatten_with_path(model, is_leaf=lambda node: node is not model)[0]
-        return None if any(path == () for path, _ in children) else [(_keys(path), child) for path, child in children]
+        return None if any(path == () for path, _ in children) else [(keys(path), child) for path, child in children]
 
     def penalty(self, formula: Formula, a: float, b: float, x: Any) -> Any:
         if _on_device(x):
@@ -420,15 +417,10 @@ class JaxAdapter(Adapter):
         return _group_lasso(operation, factor, _checked(x), columns)
 
 
-def _keys(path: Iterable[Any]) -> tuple[Any, ...]:
+def keys(path: Iterable[Any]) -> tuple[Any, ...]:
     """Return what the keys of a path hold, by the names that JAX's classes for them have."""
     names = "key", "name", "idx"
     return tuple(next((getattr(each, name) for name in names if hasattr(each, name)), str(each)) for each in path)
-
-
-def _is_trained(leaf: Any) -> bool:
-    """Whether a leaf of a module is an array of floats or complex numbers, as Equinox's `is_inexact_array` has it."""
-    return isinstance(leaf, jax.Array | np.ndarray) and jax.dtypes.issubdtype(leaf.dtype, np.inexact)
 
 
 @functools.cache

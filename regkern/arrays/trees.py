@@ -5,13 +5,12 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from operator import call
+from typing import Any
 
 from regkern.arrays import ADAPTERS, import_for
-
-if TYPE_CHECKING:
-    from regkern.arrays.adapter import Adapter
 
 # A function that gives what a part of a tree holds now.
 Look = Callable[[], Iterable[Any]]
@@ -26,7 +25,6 @@ class Tree:
 
     Attributes:
         arrays: the arrays by name: their keys, joined by "/".
-        looks: for each mapping, list and model, a function that gives what it holds now.
 
     Raises:
         TypeError: it is no tree, a key is no name, or a leaf is no array.
@@ -35,13 +33,18 @@ class Tree:
 
     def __init__(self, root: Any) -> None:
         self.arrays: dict[str, Any] = {}
-        self.looks: list[Look] = []
+        self._nodes: list[Callable[[], Look | None]] = []
         self._open: list[Any] = []  # what is being walked, from the root on
-        if root is None or not isinstance(_adapter(root), TypeError) or not self._walk(root, ""):
+        if root is None or _error(root) is None or not self._walk(root, ""):
             raise TypeError(
                 "named: expected a mapping of names to arrays, or a model, or a tree of these; "
                 f"got {type(root).__name__}; pass one, for example {{'kernel': x}}."
             )
+
+    def watch(self) -> Watch:
+        """Return what notices when something in the tree was replaced, added or taken out."""
+        looks = [look() for look in self._nodes]
+        return Watch([look for look in looks if look is not None])
 
     def _walk(self, node: Any, name: str) -> bool:
         """Take all that is in a node of the tree, and return whether it is one."""
@@ -51,22 +54,19 @@ class Tree:
         children, look = found
         if any(node is each for each in self._open):
             raise ValueError(f"named: expected a tree that ends; got {name!r}, which is in itself; take it out.")
-        if look is not None:
-            self.looks.append(look)
+        self._nodes.append(look)
         self._open.append(node)
         for key, child in children:
-            self._take(child, _joined(name, _part(key, name)))
+            part = key if type(key) is str else _part(key, name)
+            self._take(child, f"{name}/{part}" if name and part else name or part)
         self._open.pop()
         return True
 
     def _take(self, child: Any, name: str) -> None:
         if child is None:
             return
-        adapter = _adapter(child)
-        if isinstance(adapter, TypeError):
-            if self._walk(child, name):
-                return
-            raise TypeError(f"{name}: {adapter}") from adapter
+        if type(child) not in ADAPTERS and not self._is_array(child, name):
+            return
         if name in self.arrays:
             raise ValueError(
                 f"named: expected a name of its own for each array; got two that are called {name!r}; "
@@ -74,32 +74,42 @@ class Tree:
             )
         self.arrays[name] = child
 
+    def _is_array(self, child: Any, name: str) -> bool:
+        """Whether a child is an array; of what is none, take what is in it."""
+        if type(child) is dict:
+            return not self._walk(child, name)
+        error = _error(child)
+        if error is not None and not self._walk(child, name):
+            raise TypeError(f"{name}: {error}") from error
+        return error is None
 
-def _adapter(value: Any) -> Adapter | TypeError:
-    """Return an array's adapter, and of what is none the error that says so."""
+
+def _error(value: Any) -> TypeError | None:
+    """Return the error that says why a value is no array."""
     try:
-        return ADAPTERS[type(value)]
+        ADAPTERS[type(value)]
     except TypeError as error:
         return error
+    return None
 
 
-def _inside(node: Any) -> tuple[Iterable[tuple[Any, Any]], Look | None] | None:
-    """Return a node's children with their keys, and a look at what it holds, if that can change; None for a leaf."""
+def _inside(node: Any) -> tuple[Iterable[tuple[Any, Any]], Callable[[], Look | None]] | None:
+    """Return a node's children with their keys, and what makes a look at what it holds; None for a leaf."""
     if type(node) is not dict:
         for adapter in _adapters_of(node):
             named = adapter.named_arrays(node)
             if named is not None:
-                return named, adapter.look(node)
+                return named, partial(adapter.look, node)
     if isinstance(node, Mapping):
-        return list(node.items()), node.values
+        return list(node.items()), lambda: node.values
     if isinstance(node, list):
-        return enumerate(node), node.__iter__
-    if isinstance(node, tuple):
-        return zip(getattr(node, "_fields", range(len(node))), node, strict=True), None
+        return enumerate(node), lambda: node.__iter__
+    if isinstance(node, tuple):  # it cannot change
+        return zip(getattr(node, "_fields", range(len(node))), node, strict=True), lambda: None
     return None
 
 
-def _adapters_of(node: Any) -> Iterator[Adapter]:
+def _adapters_of(node: Any) -> Iterator[Any]:
     """Yield the adapters that may know a node as a model; JAX has a registry of anybody's classes."""
     modules = dict.fromkeys(import_for(type(node)))
     if "jax" in sys.modules and not isinstance(node, Mapping | list | tuple):
@@ -122,10 +132,6 @@ def _part(key: Hashable, name: str) -> str:
     )
 
 
-def _joined(*parts: str) -> str:
-    return "/".join(part for part in parts if part)
-
-
 class Watch:
     """Notices that something in a tree was replaced, added or taken out.
 
@@ -144,7 +150,7 @@ class Watch:
     def _look(self) -> tuple[Any, ...]:
         if len(self._looks) == 1:  # a chain would take a third longer
             return tuple(self._looks[0]())
-        return tuple(chain.from_iterable([look() for look in self._looks]))
+        return tuple(chain.from_iterable(map(call, self._looks)))
 
 
 def _is_steady(look: Look) -> bool:
