@@ -89,7 +89,7 @@ def _error(value: Any) -> TypeError | None:
     try:
         ADAPTERS[type(value)]
     except TypeError as error:
-        return error
+        return error.with_traceback(None)  # whose frames would keep the tree until garbage is collected
     return None
 
 
