@@ -1,7 +1,17 @@
 """Penalties of PyTorch's modules and of many tensors: recorded together, bound, and of what is trained alone."""
 
+import copy
+import gc
+import pickle
+import re
+import weakref
+
 import pytest
 import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.utils import parametrizations, prune
+from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import regkern as rk
@@ -143,3 +153,292 @@ def test_a_gradient_that_is_asked_for_in_a_second_call():
     weight.requires_grad_()
     penalty({"weight": weight}).backward()
     assert weight.grad.tolist() == [1.0] * 3
+
+
+def small():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+
+
+def twice(model):
+    return {name: 2 * x for name, x in model.state_dict().items()}
+
+
+def in_place(change):
+    def run(model):
+        with torch.no_grad():
+            change(model[0].weight)
+
+    return run
+
+
+PENALTY = rk.Penalty({"*": rk.L2(0.5)})
+REPLACED = r"0\.weight: expected what was bound; got another in its place; bind the penalty again\."
+GONE = r"0\.weight: expected what was bound; got nothing, since it was taken out, renamed or frozen"
+MOVED = (
+    r"0\.weight: expected memory that stays as it was; got an array that was resized, reshaped or given other memory"
+)
+CHANGES = {
+    "load_state_dict(assign=True)": (lambda m: m.load_state_dict(twice(m), assign=True), REPLACED),
+    "another parameter": (lambda m: setattr(m[0], "weight", nn.Parameter(2 * m[0].weight.detach())), REPLACED),
+    "another layer": (lambda m: m.__setitem__(0, nn.Linear(4, 3)), REPLACED),
+    "a larger layer": (lambda m: m.__setitem__(0, nn.Linear(9, 3)), REPLACED),
+    "other contents": (lambda m: m[0].__dict__.update(copy.deepcopy(m[0]).__dict__), REPLACED),
+    "to meta": (lambda m: m.to("meta"), REPLACED),
+    "weight_norm": (lambda m: parametrizations.weight_norm(m[0]), GONE),
+    "spectral_norm": (lambda m: parametrizations.spectral_norm(m[0]), GONE),
+    "prune": (lambda m: prune.l1_unstructured(m[0], "weight", amount=0.5), GONE),
+    "frozen": (lambda m: m[0].requires_grad_(False), GONE),
+    "taken out": (lambda m: m.__delitem__(0), GONE),
+    "no bias": (lambda m: m[0].register_parameter("bias", None), r"0\.bias: .* got nothing"),
+    "appended": (lambda m: m.append(nn.Linear(2, 2)), r"3\.weight: .* got a new one, or one that is trained now"),
+    "double": (lambda m: m.double(), MOVED),
+    "half": (lambda m: m.half(), MOVED),
+    "data": (lambda m: setattr(m[0].weight, "data", 2 * m[0].weight.data), MOVED),
+    "swapped": (lambda m: torch.utils.swap_tensors(m[0].weight, nn.Parameter(torch.ones(5))), MOVED),
+    "to_empty": (lambda m: m.to_empty(device="cpu"), MOVED),
+    "shared": (lambda m: m.share_memory(), MOVED),
+    "set_": (in_place(lambda x: x.set_(torch.ones(3, 4))), MOVED),
+    "transposed": (in_place(lambda x: x.t_()), MOVED),
+    "storage of one": (lambda m: m[0].weight.untyped_storage().resize_(4), MOVED),
+    "storage of none": (lambda m: m[0].weight.untyped_storage().resize_(0), MOVED),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_module_that_holds_something_else_is_noticed(change):
+    model = small()
+    bound = PENALTY.bind(model)
+    bound.value()
+    CHANGES[change][0](model)
+    grads = {name: torch.zeros_like(x) for name, x in small().named_parameters()}
+    for call in (bound.value, bound.per_tensor, bound.value_and_grad, lambda: bound.prox_(0.1), bound._repr_html_):
+        with pytest.raises(RuntimeError, match=f"^{CHANGES[change][1]}"):
+            call()
+    with pytest.raises(RuntimeError, match=f"^{CHANGES[change][1]}"):
+        bound.add_grad(grads)
+    assert not any(x.any() for x in grads.values())
+
+
+def test_a_tensor_of_another_size_is_noticed():
+    x = torch.ones(8)
+    bound = PENALTY.bind({"x": x})
+    x.resize_(4)
+    with pytest.raises(RuntimeError, match=r"^x: expected memory that stays as it was"):
+        bound.value()
+
+
+def test_a_storage_that_shrank_and_has_its_old_address_again():
+    x = torch.zeros(1 << 24)  # which gets pages of its own
+    bound, address, storage = PENALTY.bind({"x": x}), x.data_ptr(), x.untyped_storage()
+    storage.resize_(1 << 25)
+    storage.resize_(x.nbytes - 64)  # as many pages as there were
+    if x.data_ptr() != address:
+        pytest.skip("this allocator gives other pages")
+    with pytest.raises(RuntimeError, match=r"^x: expected memory that stays as it was"):
+        bound.value()
+
+
+KEPT = {
+    "load_state_dict": lambda m: m.load_state_dict(twice(m)),
+    "an optimizer's step": lambda m: (
+        PENALTY(m).backward(),
+        torch.optim.SGD(m.parameters(), 0.1, weight_decay=0.1).step(),
+    ),
+    "another activation": lambda m: m.__setitem__(1, nn.GELU()),
+    "eval": lambda m: m.eval(),
+    "a hook": lambda m: m[0].register_forward_hook(print),
+    "a buffer": lambda m: m.register_buffer("steps", torch.zeros(1)),
+    "to": lambda m: m.to(torch.float32),
+}
+
+
+@pytest.mark.parametrize("change", KEPT)
+def test_a_module_that_holds_the_same_is_evaluated(change):
+    model = small()
+    bound = PENALTY.bind(model)
+    KEPT[change](model)
+    for _ in range(2):
+        assert bound.value().item() == pytest.approx(PENALTY(model).item(), rel=1e-6)
+
+
+def test_an_embedding_that_grew_is_noticed():
+    model = nn.ModuleDict({"tokens": nn.Embedding(5, 3)})
+    bound = PENALTY.bind(model)
+    model["tokens"] = nn.Embedding(7, 3)
+    with pytest.raises(RuntimeError, match=r"^tokens\.weight: .* got another"):
+        bound.value()
+
+
+def test_autocast_and_inference_leave_a_bound_penalty_as_it_is():
+    model = small()
+    bound = PENALTY.bind(model)
+    right = bound.value()
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        assert bound.value() == right
+    with torch.no_grad():
+        assert PENALTY.bind(model).value() == right
+
+
+def frozen():
+    model = small()
+    model[0].requires_grad_(False)
+    return model
+
+
+def test_frozen_parameters_are_no_part_of_a_model():
+    model = frozen()
+    assert list(PENALTY.per_tensor(model)) == ["2.weight", "2.bias"]
+    expected = 0.5 * sum(x.square().sum() for x in model[2].parameters())
+    assert PENALTY(model).item() == PENALTY.bind(model).value().item() == pytest.approx(expected.item(), rel=1e-6)
+    before = [x.clone() for x in model.parameters()]
+    PENALTY.bind(model).prox_(0.5)
+    assert [x.equal(old) for x, old in zip(model.parameters(), before, strict=True)] == [True, True, False, False]
+    rest = dict(model.named_parameters())  # of a mapping, its maker says what is in it
+    assert list(PENALTY.per_tensor(rest)) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+
+
+def test_a_model_of_frozen_parameters_alone():
+    model = frozen()[0]
+    with pytest.warns(UserWarning, match="there is no tensor, or none that is trained; no penalty is given"):
+        assert rk.Penalty({"*": "l2"})(model) == 0.0
+
+
+def test_thawed_parameters_are_noticed():
+    model = frozen()
+    bound = PENALTY.bind(model)
+    model.requires_grad_(True)
+    with pytest.raises(RuntimeError, match=r"^0\.weight: .* got a new one, or one that is trained now"):
+        bound.value()
+
+
+def test_tensors_that_take_the_parameters_place_in_a_call():
+    """They are plain: whether they require a gradient is the caller's affair."""
+
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = small()
+
+        def forward(self):
+            return PENALTY(self.model)
+
+    loss = Loss()
+    values = {name: 2 * x.detach() for name, x in loss.named_parameters()}
+    right = PENALTY(values)
+    torch.testing.assert_close(torch.func.functional_call(loss, values, ()), right)
+    gradients = torch.func.grad(lambda values: torch.func.functional_call(loss, values, ()))(values)
+    for name, x in values.items():
+        torch.testing.assert_close(gradients[name], x)
+
+
+class Average(nn.Module):
+    """As other libraries wrap a model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.module = copy.deepcopy(model)
+        self.register_buffer("decay", torch.tensor(0.9))
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+WRAPPERS = {
+    "compile": compiled,
+    "DataParallel": nn.DataParallel,
+    "AveragedModel": AveragedModel,
+    "another library's": Average,
+    "checkpoint": checkpoint_wrapper,
+    "compiled DataParallel": lambda model: compiled(nn.DataParallel(model)),
+    "DataParallel of a compiled one": lambda model: nn.DataParallel(compiled(model)),
+    "averages of averages of a compiled one": lambda model: Average(AveragedModel(compiled(model))),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_names_are_those_of_the_module_inside(wrapper):
+    rules = {"0.*": rk.L2(0.1), "2.weight": rk.L1(0.1), "*": None}
+    model, penalty = small(), rk.Penalty(rules)
+    wrapped = WRAPPERS[wrapper](model)
+    assert penalty.per_tensor(wrapped) == penalty.per_tensor(model)
+    assert list(PENALTY.per_tensor(wrapped)) == [name for name, _ in model.named_parameters()]
+    assert penalty(wrapped).item() == penalty.bind(wrapped).value().item() == penalty(model).item()
+    parts = nn.ModuleDict({"a": wrapped, "b": nn.Linear(2, 2)})
+    if wrapper != "another library's" and not wrapper.startswith("averages"):
+        assert list(PENALTY.per_tensor(parts))[:2] == ["a.0.weight", "a.0.bias"]
+    bound = penalty.bind(wrapped)
+    wrapped.load_state_dict(twice(wrapped), assign=True)
+    with pytest.raises(RuntimeError, match=r"^0\.weight: expected what was bound"):
+        bound.value()
+
+
+def test_a_module_of_ones_own_that_is_called_module():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module, self.head = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    names = [name for name, _ in Own().named_parameters()]
+    assert names[0] == "module.weight"
+    assert list(PENALTY.per_tensor(Own())) == names
+    assert list(PENALTY.per_tensor(nn.Sequential(Own()))) == [f"0.{name}" for name in names]
+    assert list(PENALTY.per_tensor(Average(Own()))) == names
+
+
+def test_modules_in_a_mapping():
+    tree = {"encoder": small(), "heads": [nn.Linear(2, 2, bias=False), nn.DataParallel(nn.Linear(2, 2, bias=False))]}
+    names = [f"encoder/{name}" for name, _ in small().named_parameters()] + ["heads/0/weight", "heads/1/weight"]
+    assert list(PENALTY.per_tensor(tree)) == names
+    bound = PENALTY.bind(tree)
+    assert bound.value().item() == pytest.approx(PENALTY(tree).item())
+    tree["heads"][1].module.weight = nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(RuntimeError, match=r"^heads/1/weight: expected what was bound"):
+        bound.value()
+
+
+def test_state_dicts_keep_their_names():
+    state = compiled(small()).state_dict()
+    penalty = rk.Penalty({"0.*": "l2", "*": None})
+    with pytest.warns(UserWarning, match=re.escape("the nearest are '_orig_mod.0.weight', '_orig_mod.0.bias'.")):
+        assert penalty(state) == 0.0
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda pair: pickle.loads(pickle.dumps(pair))}
+
+
+@pytest.mark.parametrize("kind", ["module", "tensors"])
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copy_is_bound_to_the_copied_module(how, kind):
+    model = small() if kind == "module" else {"w": torch.ones(5)}
+    bound = PENALTY.bind(model)
+    before = bound.value()
+    copied, bound_copy = COPIES[how]((model, bound))
+    bound_copy.prox_(1.0)
+    torch.testing.assert_close(bound_copy.value(), before / 4)
+    torch.testing.assert_close(PENALTY(copied).detach(), before / 4)
+    assert bound.value() == before
+
+
+def test_modules_go_with_the_last_bound_penalty():
+    model = small()
+    bound = PENALTY.bind(model)
+    bound.prox_(0.1)
+    gone = [weakref.ref(model), *map(weakref.ref, model.parameters())]
+    del model
+    bound.value()
+    gc.collect()
+    assert all(each() is not None for each in gone)
+    del bound
+    gc.collect()
+    assert all(each() is None for each in gone)
+
+
+def test_a_call_does_not_keep_tensors_alive():
+    model, penalty = small(), rk.Penalty({"*": "l2"})
+    penalty(model).backward()
+    gone = [weakref.ref(x.untyped_storage()) for x in model.parameters()]
+    del model
+    gc.collect()
+    assert all(each() is None for each in gone)
