@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _LIBRARIES = {
     "numpy": "regkern.arrays.numpy",
     "keras": "regkern.arrays.keras",
-    "flax.nnx": "regkern.arrays.flax",
+    "flax": "regkern.arrays.flax",
     "equinox": "regkern.arrays.equinox",
     "torch.distributed.tensor": "regkern.arrays.dtensor",
     "torch": "regkern.arrays.torch",

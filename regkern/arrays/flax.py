@@ -1,10 +1,10 @@
 """Flax's trees: the modules, states and variables of NNX, which hold arrays of JAX, and the boxes of Linen."""
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
 import flax
-from flax import nnx
 from flax.core import meta
 
 from regkern.arrays import ADAPTERS
@@ -17,11 +17,13 @@ class FlaxAdapter(ChoosingAdapter):
     """Hands a variable's value on to the adapter of its library."""
 
     def owns(self, array_type: type) -> bool:
-        return issubclass(array_type, nnx.Variable)
+        nnx = _nnx()
+        return nnx is not None and issubclass(array_type, nnx.Variable)
 
     def named_arrays(self, model: Any) -> Iterable[tuple[Any, Any]] | None:
         """Name the parameters of a module or state, and not its statistics and random numbers; open a box."""
-        if isinstance(model, nnx.Module | nnx.State):
+        nnx = _nnx()
+        if nnx is not None and isinstance(model, nnx.Module | nnx.State):
             state = nnx.state(model) if isinstance(model, nnx.Module) else model
             return [(path, each) for path, each in nnx.to_flat_state(state) if isinstance(each, nnx.Param)]
         return [("", model.unbox())] if isinstance(model, meta.AxisMetadata) else None
@@ -29,6 +31,11 @@ class FlaxAdapter(ChoosingAdapter):
     def choose(self, x: Any) -> tuple[Adapter, Any]:
         value = x.get_value()
         return ADAPTERS[type(value)], value
+
+
+def _nnx() -> Any:
+    """Return NNX, if it is loaded: without it, nothing is of it."""
+    return sys.modules.get("flax.nnx")
 
 
 ADAPTER = FlaxAdapter()

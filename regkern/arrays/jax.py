@@ -346,8 +346,10 @@ class JaxAdapter(Adapter):
 
     def named_arrays(self, model: Any) -> Iterable[tuple[Any, Any]] | None:
         """Name what is in a node of a tree that JAX knows, whosoever class it is of."""
+        if jax.tree_util.default_registry.flatten_one_level(model) is None:
+            return None
         children = jax.tree_util.tree_flatten_with_path(model, is_leaf=lambda node: node is not model)[0]
-        return None if any(path == () for path, _ in children) else [(keys(path), child) for path, child in children]
+        return [(keys(path), child) for path, child in children]
 
     def penalty(self, formula: Formula, a: float, b: float, x: Any) -> Any:
         if _on_device(x):
