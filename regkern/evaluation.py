@@ -148,7 +148,7 @@ class Tensors:
         """Add each gradient, times a scale, to the array of its name, once all are found to be right."""
         self._need("grad")
         if not isinstance(grads, Mapping) or (missing := self._missing(grads)):
-            grads = reductions.Tree(grads).arrays  # nested, as the tensors were
+            grads = reductions.named_arrays(grads)  # nested, as the tensors were
             missing = self._missing(grads)
         if missing:
             raise ValueError(

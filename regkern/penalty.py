@@ -127,7 +127,7 @@ class Penalty:
             >>> Penalty({"*bias": None, "*kernle": "l2", "*": "l1"}).unused({"kernel": np.ones(5)})
             ['*bias', '*kernle']
         """
-        return self._unused(list(reductions.Tree(named).arrays))
+        return self._unused(list(reductions.named_arrays(named)))
 
     def get_config(self) -> dict[str, Any]:
         """Return ``{"rules": {glob: config or None}, "count_tied": bool}``, which JSON can hold."""
@@ -182,7 +182,7 @@ class Penalty:
             names, arrays = list(tree), list(tree.values())
             if last.fit(names, arrays):
                 return last, arrays
-        named = reductions.Tree(tree).arrays
+        named = reductions.named_arrays(tree)
         arrays = list(named.values())
         if last is None or not last.fit(list(named), arrays):
             last = Tensors(named, self._find(named), count_tied=self.count_tied, recorded=True)

@@ -277,6 +277,16 @@ def step_size(step: Any) -> float:
     return number
 
 
+def named_arrays(tree: Any) -> dict[str, Any]:
+    """Return what is in a mapping, a sequence or a model, by name.
+
+    Raises:
+        TypeError: it is no tree, a key is no name, or a leaf is no array.
+        ValueError: two arrays have the same name, or the tree is in itself.
+    """
+    return Tree(tree).arrays
+
+
 class Reading(NamedTuple):
     """How kernels read an array as part of a plan.
 

@@ -36,9 +36,20 @@ class _Adapters(dict[type, "Adapter"]):
     """Adapters by array type, which are found when a type is first seen."""
 
     def __missing__(self, array_type: type) -> Adapter:
-        adapter: Adapter = sys.modules[_find(array_type)].ADAPTER
+        module = owner(array_type)
+        if module is None:
+            raise no_array(array_type)
+        adapter: Adapter = sys.modules[module].ADAPTER
         self[array_type] = adapter
         return adapter
+
+
+def no_array(found: type) -> TypeError:
+    """Return the error that says that a type is that of no array."""
+    return TypeError(
+        f"x: expected an array of {' or '.join(_LIBRARIES)}; got {found.__name__}; "
+        "convert it first, for example by numpy.asarray(x, dtype='float32')."
+    )
 
 
 def _modules_for(cls: type) -> Iterator[str]:
@@ -61,21 +72,22 @@ def import_for(cls: type) -> tuple[str, ...]:
     return modules
 
 
-def _find(array_type: type) -> str:
-    """Import the adapter of an array's type and return the name of its module."""
+def owner(array_type: type) -> str | None:
+    """Import the adapter of an array's type and return the name of its module; None where it is the type of no array.
+
+    Raises:
+        TypeError: it is that of an array which is refused.
+    """
     with forks.loading:
         for module in _modules_for(array_type):
             if importlib.import_module(module).ADAPTER.owns(array_type):
                 return module
-    raise TypeError(
-        f"x: expected an array of {' or '.join(_LIBRARIES)}; got {array_type.__name__}; "
-        "convert it first, for example by numpy.asarray(x, dtype='float32')."
-    )
+    return None
 
 
 # What `torch.compiler.assume_constant_result` does, without torch: a graph that is being traced may be the first to
 # see a tensor, and imports cannot be traced.
-_find._dynamo_marked_constant = True  # type: ignore[attr-defined]
 import_for._dynamo_marked_constant = True  # type: ignore[attr-defined]
+owner._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 ADAPTERS = _Adapters()

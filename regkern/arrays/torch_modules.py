@@ -1,7 +1,6 @@
 """What PyTorch's modules train, and what tells whether that is the same still."""
 
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from itertools import chain
 from operator import attrgetter
 
@@ -14,23 +13,22 @@ from torch.optim.swa_utils import AveragedModel
 # checkpoints and Fabric; and names that a program's own modules may have as well.
 _INNER = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 _INNER_OR_OWN = {"module", "_module"}
-_MAY_BE_WRAPPED = re.compile(rf"(?:^|\.)(?:{'|'.join([*_INNER, *_INNER_OR_OWN])})\.")
 _WRAPPERS = DataParallel, DistributedDataParallel, AveragedModel
 
 _CONTENTS = attrgetter("_parameters", "_modules")
 _REQUIRES_GRAD = attrgetter("requires_grad")
 
 
-def trained(model: Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters that require a gradient, by their names in the module that wrappers have inside.
+def trained(model: Module) -> list[tuple[str, Tensor]]:
+    """Return the parameters that require a gradient, by their names in the module that wrappers have inside.
 
     A plain tensor in a parameter's place, as `torch.func.functional_call` puts it there, is trained by its caller.
     """
     named = [(name, x) for name, x in model.named_parameters() if x.requires_grad or not isinstance(x, Parameter)]
-    if any(_MAY_BE_WRAPPED.search(name) for name, _ in named):
+    if any(part in _INNER or part in _INNER_OR_OWN for name, _ in named for part in name.split(".")):
         wrapped = _wrapped(model)
         named = [(_without(wrapped, name), x) for name, x in named]
-    yield from named
+    return named
 
 
 def _wrapped(model: Module) -> set[str]:

@@ -10,7 +10,7 @@ from itertools import chain
 from operator import call
 from typing import Any
 
-from regkern.arrays import ADAPTERS, import_for
+from regkern.arrays import ADAPTERS, import_for, no_array, owner
 
 # A function that gives what a part of a tree holds now.
 Look = Callable[[], Iterable[Any]]
@@ -35,7 +35,7 @@ class Tree:
         self.arrays: dict[str, Any] = {}
         self._nodes: list[Callable[[], Look | None]] = []
         self._open: list[Any] = []  # what is being walked, from the root on
-        if root is None or _error(root) is None or not self._walk(root, ""):
+        if root is None or _is_array(root, "named") or not self._walk(root, ""):
             raise TypeError(
                 "named: expected a mapping of names to arrays, or a model, or a tree of these; "
                 f"got {type(root).__name__}; pass one, for example {{'kernel': x}}."
@@ -65,7 +65,9 @@ class Tree:
     def _take(self, child: Any, name: str) -> None:
         if child is None:
             return
-        if type(child) not in ADAPTERS and not self._is_array(child, name):
+        if type(child) not in ADAPTERS and not _is_array(child, name):
+            if not self._walk(child, name):
+                raise TypeError(f"{name}: {no_array(type(child))}")
             return
         if name in self.arrays:
             raise ValueError(
@@ -74,23 +76,12 @@ class Tree:
             )
         self.arrays[name] = child
 
-    def _is_array(self, child: Any, name: str) -> bool:
-        """Whether a child is an array; of what is none, take what is in it."""
-        if type(child) is dict:
-            return not self._walk(child, name)
-        error = _error(child)
-        if error is not None and not self._walk(child, name):
-            raise TypeError(f"{name}: {error}") from error
-        return error is None
 
-
-def _error(value: Any) -> TypeError | None:
-    """Return the error that says why a value is no array."""
+def _is_array(value: Any, name: str) -> bool:
     try:
-        ADAPTERS[type(value)]
-    except TypeError as error:
-        return error.with_traceback(None)  # whose frames would keep the tree until garbage is collected
-    return None
+        return type(value) is not dict and owner(type(value)) is not None
+    except TypeError as error:  # of a kind that is refused
+        raise TypeError(f"{name}: {error}") from error
 
 
 def _inside(node: Any) -> tuple[Iterable[tuple[Any, Any]], Callable[[], Look | None]] | None:
@@ -112,7 +103,7 @@ def _inside(node: Any) -> tuple[Iterable[tuple[Any, Any]], Callable[[], Look | N
 def _adapters_of(node: Any) -> Iterator[Any]:
     """Yield the adapters that may know a node as a model; JAX has a registry of anybody's classes."""
     modules = dict.fromkeys(import_for(type(node)))
-    if "jax" in sys.modules and not isinstance(node, Mapping | list | tuple):
+    if "jax" in sys.modules and not isinstance(node, (Mapping, list, tuple)):
         modules |= dict.fromkeys(import_for(sys.modules["jax"].Array))
     for module in modules:
         yield sys.modules[module].ADAPTER
