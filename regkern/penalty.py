@@ -244,19 +244,24 @@ class BoundPenalty:
     """
 
     def __init__(self, penalty: Penalty, named: Any) -> None:
-        tree = reductions.Tree(named)
-        self._bind(penalty, named, tree, penalty._find(tree.arrays))
-
-    def _bind(self, penalty: Penalty, named: Any, tree: reductions.Tree, regularizers: Sequence[Any]) -> None:
         self._penalty, self._named = penalty, named
-        self._arrays = list(tree.arrays.values())
-        self._names = list(tree.arrays)
-        self._watch = tree.watch()
-        self._tensors = Tensors(tree.arrays, regularizers, count_tied=penalty.count_tied, recorded=False)
+        tree = reductions.Tree(named)
+        self._bind(tree, penalty._find(tree.arrays))
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Bind a copy anew, to the copied tensors: what a plan has of memory is addresses."""
-        return _bound, (type(self), self._penalty, self._named)
+    def _bind(self, tree: reductions.Tree, regularizers: Sequence[Any]) -> Tensors:
+        self._arrays, self._names, self._watch = list(tree.arrays.values()), list(tree.arrays), tree.watch()
+        count_tied = self._penalty.count_tied
+        self._tensors: Tensors | None = Tensors(tree.arrays, regularizers, count_tied=count_tied, recorded=False)
+        return self._tensors
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what was bound to what: addresses mean nothing in another process, or to a copy."""
+        looked_up = "_arrays", "_names", "_watch", "_tensors"
+        return {name: value for name, value in vars(self).items() if name not in looked_up}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._tensors = None  # until the first use: a model that holds its own bound penalty is being copied still
 
     def value(self) -> Any:
         """Return the penalty, as a call of the `Penalty` does.
@@ -268,8 +273,7 @@ class BoundPenalty:
             RuntimeError: a tensor was replaced, added, taken out, frozen or trained again since it was bound, or its
                 memory resized, reshaped or replaced.
         """
-        self._check()
-        return self._tensors.value(self._arrays)
+        return self._checked().value(self._arrays)
 
     def per_tensor(self) -> dict[str, Any]:
         """Return each penalised tensor's penalty by name.
@@ -280,13 +284,13 @@ class BoundPenalty:
         Raises:
             RuntimeError: as for `value`.
         """
-        self._check()
-        return self._tensors.values(self._arrays)
+        return self._checked().values(self._arrays)
 
     def _repr_html_(self) -> str:
         """Return a table of the tensors' penalties as they are now: what a notebook shows."""
-        values = {name: float(value) for name, value in self.per_tensor().items()}
-        rows = [(name, repr(self._tensors.regularizer(name)), number(value)) for name, value in values.items()]
+        tensors = self._checked()
+        values = {name: float(value) for name, value in tensors.values(self._arrays).items()}
+        rows = [(name, repr(tensors.regularizer(name)), number(value)) for name, value in values.items()]
         return html_table(("tensor", "regularizer", "penalty"), [*rows, ("total", "", number(sum(values.values())))])
 
     def value_and_grad(self) -> tuple[Any, dict[str, Any]]:
@@ -299,8 +303,7 @@ class BoundPenalty:
             RuntimeError: as for `value`.
             TypeError: a user's callable has no `value_and_grad`; it names the tensor.
         """
-        self._check()
-        return self._tensors.value_and_grad(self._arrays)
+        return self._checked().value_and_grad(self._arrays)
 
     def add_grad(self, grads: Mapping[str, Any], scale: float = 1.0) -> None:
         """Add ``scale * dP/dx`` to every penalised tensor's array in `grads`, without a temporary.
@@ -314,8 +317,7 @@ class BoundPenalty:
             ValueError, TypeError: a name is missing, an array does not fit, a user's callable has no `grad`, or scale
                 is not finite. Nothing was written then.
         """
-        self._check()
-        self._tensors.add_grad(self._arrays, grads, reductions.finite("scale", scale))
+        self._checked().add_grad(self._arrays, grads, reductions.finite("scale", scale))
 
     def prox_(self, step: float) -> None:
         """Replace every penalised tensor by ``argmin_z step * P(z) + ||z - x||**2 / 2``, in place.
@@ -328,34 +330,34 @@ class BoundPenalty:
             ValueError, TypeError: a tensor cannot be written to, a regularizer has no proximal operator, or step is
                 negative or not finite. Nothing was written then.
         """
-        self._check()
-        self._tensors.prox(self._arrays, reductions.step_size(step))
+        self._checked().prox(self._arrays, reductions.step_size(step))
 
-    def _check(self) -> None:
-        """Raise RuntimeError unless the tree holds the same tensors, where they were."""
+    def _checked(self) -> Tensors:
+        """Return how the tensors are evaluated. Bind a copy to what was copied; what there was to tell has been told.
+
+        Raises:
+            RuntimeError: the tree does not hold the same tensors, or they are not where they were.
+        """
+        tensors = self._tensors
+        if tensors is None:
+            tree = reductions.Tree(self._named)
+            return self._bind(tree, self._penalty._find(tree.arrays, tell=False))
         if self._watch.changed():
             tree = reductions.Tree(self._named)
-            now, before = tree.arrays, dict(zip(self._names, self._arrays, strict=True))
-            for name in {**before, **now}:
-                if now.get(name) is not before.get(name):
-                    raise RuntimeError(
-                        f"{name}: expected what was bound; got {_change(name, before, now)}; bind the penalty again."
-                    )
+            before = dict(zip(self._names, self._arrays, strict=True))
+            for name in {**before, **tree.arrays}:
+                if tree.arrays.get(name) is not before.get(name):
+                    change = _change(name, before, tree.arrays)
+                    raise RuntimeError(f"{name}: expected what was bound; got {change}; bind the penalty again.")
             self._watch = tree.watch()  # something that is no tensor was replaced
-        self._tensors.check(self._arrays)
+        tensors.check(self._arrays)
+        return tensors
 
 
 def _change(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     if name not in now:
         return "nothing, since it was taken out, renamed or frozen"
     return "another in its place" if name in before else "a new one, or one that is trained now"
-
-
-def _bound(cls: type[BoundPenalty], penalty: Penalty, named: Any) -> BoundPenalty:
-    """Bind a penalty to a copy of what it was bound to; what there was to tell has been told."""
-    bound, tree = cls.__new__(cls), reductions.Tree(named)
-    bound._bind(penalty, named, tree, penalty._find(tree.arrays, tell=False))
-    return bound
 
 
 def _unused_text(glob: str, names: Sequence[str]) -> str:

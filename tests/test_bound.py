@@ -6,14 +6,14 @@ import pickle
 import re
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import regkern as rk
-from tests.forks import child
 from tests.named import RULES, everything, find
+from tests.processes import run
 
 
 @pytest.fixture(scope="module")
@@ -366,6 +366,27 @@ def test_a_copy_outlives_the_original():
     assert [np.full(2_000_000, 7.0).sum(), bound.value()] == [14_000_000.0, 2_000_000.0]
 
 
+class Trainer:
+    """It has weights, and their bound penalty in reach of them."""
+
+    def __init__(self):
+        self.weights = [np.ones(5)]
+        self.weights_of_others = {"w": self.weights}
+        self.bound = rk.Penalty({"*": rk.L2(1.0)}).bind(self.weights_of_others)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_of_what_has_a_bound_penalty(how):
+    trainer = Trainer()
+    assert trainer.bound.value() == 5.0
+    again = COPIES[how](COPIES[how](trainer))
+    again.weights[0][:] = 3.0
+    assert (again.bound.value(), trainer.bound.value()) == (45.0, 5.0)
+    again.weights[0] = np.ones(5)
+    with pytest.raises(RuntimeError, match=r"^w/0: expected what was bound; got another"):
+        again.bound.value()
+
+
 def test_a_copy_does_not_repeat_warnings():
     with pytest.warns(UserWarning, match="matches none"):
         bound = rk.Penalty({"y": "l1", "*": "l2"}).bind({"x": np.ones(3)})
@@ -380,30 +401,12 @@ def test_a_plan_is_not_copied():
             duplicate(planned.plan)
 
 
-def _value_in_child(bound):
-    return float(bound.value())
-
-
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_bound_penalty_goes_to_other_processes(method):
+def test_a_bound_penalty_goes_to_another_process(tmp_path):
     bound = rk.Penalty({"*": rk.L2(1.0)}).bind({"w": np.ones(5), "v": np.ones(3)})
     assert bound.value() == 8.0
-    with get_context(method).Pool(1) as pool:
-        assert pool.apply(_value_in_child, (bound,)) == 8.0
-
-
-def test_a_forked_child_has_weights_of_its_own():
-    weights = {"w": np.ones(5)}
-    bound = rk.Penalty({"*": rk.L2(1.0)}).bind(weights)
-    assert bound.value() == 5.0
-
-    def change():
-        bound.prox_(0.5)
-        return bound.value() == 1.25 and weights["w"].tolist() == [0.5] * 5
-
-    assert child(change)
-    assert bound.value() == 5.0
+    (tmp_path / "bound.pickle").write_bytes(pickle.dumps(bound))
+    code = "import pickle; print(pickle.load(open('bound.pickle', 'rb')).value())"
+    assert run(code, head="", options={"cwd": tmp_path}, PYTHONPATH=str(Path(rk.__file__).parents[1])) == "8.0\n"
 
 
 class Watched(np.ndarray):

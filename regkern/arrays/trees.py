@@ -103,8 +103,9 @@ def _inside(node: Any) -> tuple[Iterable[tuple[Any, Any]], Callable[[], Look | N
 def _adapters_of(node: Any) -> Iterator[Any]:
     """Yield the adapters that may know a node as a model; JAX has a registry of anybody's classes."""
     modules = dict.fromkeys(import_for(type(node)))
-    if "jax" in sys.modules and not isinstance(node, (Mapping, list, tuple)):
-        modules |= dict.fromkeys(import_for(sys.modules["jax"].Array))
+    arrays = getattr(sys.modules.get("jax"), "Array", None)
+    if arrays is not None and not isinstance(node, (Mapping, list, tuple)):
+        modules |= dict.fromkeys(import_for(arrays))
     for module in modules:
         yield sys.modules[module].ADAPTER
 
