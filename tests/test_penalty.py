@@ -298,9 +298,10 @@ def test_copies_after_a_call(duplicate):
 
 
 def test_what_was_told_is_not_in_a_pickle():
-    penalty = rk.Penalty({"*": None, "y": None})
+    penalty = rk.Penalty({"y": "l2", "*": None})
     before = pickle.dumps(penalty)
-    penalty({"x": np.ones(3)})
+    with pytest.warns(UserWarning, match="'y' matches none of 1 names"):
+        penalty({"x": np.ones(3)})
     penalty.bind({"x": np.ones(3)}).value()
     assert pickle.dumps(penalty) == before
 

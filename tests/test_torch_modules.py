@@ -119,6 +119,13 @@ def test_a_module_of_ones_own_that_is_called_module():
     assert list(PENALTY.per_tensor(nn.Sequential(Own()))) == [f"0.{name}" for name in names]
     assert list(PENALTY.per_tensor(Average(Own()))) == names
 
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = nn.Linear(2, 2, bias=False)
+
+    assert list(PENALTY.per_tensor(nn.Sequential(Block(), Block()))) == ["0.module.weight", "1.module.weight"]
+
 
 def test_modules_in_a_mapping():
     tree = {"encoder": small(), "heads": [nn.Linear(2, 2, bias=False), nn.DataParallel(nn.Linear(2, 2, bias=False))]}
