@@ -363,7 +363,7 @@ def _change(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str
 def _unused_text(glob: str, names: Sequence[str]) -> str:
     if not names:
         return f"rule {glob!r} matches nothing: there is no tensor, or none that is trained; no penalty is given."
-    return f"rule {glob!r} matches none of {len(names)} names and gives no penalty; {nearest(glob, names)}."
+    return f"rule {glob!r} matches no name and gives no penalty; {nearest(glob, names)}."
 
 
 def _glob(glob: Any) -> str:

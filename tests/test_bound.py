@@ -388,7 +388,7 @@ def test_a_copy_of_what_has_a_bound_penalty(how):
 
 
 def test_a_copy_does_not_repeat_warnings():
-    with pytest.warns(UserWarning, match="matches none"):
+    with pytest.warns(UserWarning, match="matches no name"):
         bound = rk.Penalty({"y": "l1", "*": "l2"}).bind({"x": np.ones(3)})
     assert copy.deepcopy(bound).value() == pickle.loads(pickle.dumps(bound)).value() == bound.value()
 
