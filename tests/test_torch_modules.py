@@ -10,6 +10,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.optim.swa_utils import AveragedModel
 
 import regkern as rk
+from tests.processes import run
 from tests.test_penalty_torch import PENALTY, small, twice
 
 
@@ -143,3 +144,41 @@ def test_state_dicts_keep_their_names():
     penalty = rk.Penalty({"0.*": "l2", "*": None})
     with pytest.warns(UserWarning, match=re.escape("the nearest are '_orig_mod.0.weight', '_orig_mod.0.bias'.")):
         assert penalty(state) == 0.0
+
+
+def test_modules_that_processes_share():
+    """DistributedDataParallel, FullyShardedDataParallel and fully_shard, each over one process."""
+    code = """
+import torch, torch.distributed as dist, regkern as rk
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+def small():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+penalty, names = rk.Penalty({"*": rk.L2(0.5)}), [name for name, _ in small().named_parameters()]
+right = penalty(small()).item()
+def sharded(model):
+    mesh = init_device_mesh("cpu", (1,))
+    return fully_shard([fully_shard(layer, mesh=mesh) for layer in model] and model, mesh=mesh)
+wrappers = {
+    "ddp": nn.parallel.DistributedDataParallel,
+    "fsdp": lambda model: FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True),
+    "fsdp2": sharded,
+}
+for name, wrap in wrappers.items():
+    model = small()
+    bound = penalty.bind(model)
+    wrapped = wrap(model)
+    assert list(penalty.per_tensor(wrapped)) == names, name
+    assert abs(penalty(wrapped).item() - right) < 1e-5, name
+    assert abs(penalty.bind(wrapped).value().item() - right) < 1e-5, name
+    try:  # another parameter, or the same at another place, or as it was
+        assert abs(bound.value().item() - right) < 1e-5, name
+    except RuntimeError as error:
+        assert "bind the penalty again" in str(error)
+dist.destroy_process_group()
+print("done")
+"""
+    assert run(code, head="").endswith("done\n")
