@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Self
 
 from regkern import reductions
-from regkern.regularizers import ElementwiseRegularizer, OrthogonalRegularizer
+from regkern.evaluation import Tensors
+from regkern.names import matches_any, nearest
 from regkern.rules import RuleError, Rules
 from regkern.serialization import deserialize, get, serialize
 from regkern.text import html_table, number
-
-if TYPE_CHECKING:
-    from regkern.arrays.adapter import Adapter
-    from regkern.arrays.plan import Plan, Weighted
-
-# Tensors whose gradients are recorded from which one launch pays: a plan for each call takes 0.25 ms, a call for each
-# tensor 15 us (measured in PyTorch on two cores of Zen 4).
-_RECORDED_TOGETHER = 16
 
 
 class Penalty:
@@ -56,26 +48,33 @@ class Penalty:
             )
         self.rules = Rules({_glob(glob): _regularizer(glob, identifier) for glob, identifier in rules.items()})
         self.count_tied = count_tied
-        self._unmatched: set[str] = set()
-        self._last: _Tensors | None = None
+        self._forget()
 
     def __call__(self, named: Any) -> Any:
         """Return the penalty of all tensors.
 
         Args:
-            named: a mapping of names to arrays, a `torch.nn.Module` (its named parameters), or a Keras 3 model
-                (its trainable variables by their paths).
+            named: a mapping of names to arrays, nested or not; a list or tuple; a model: a `torch.nn.Module` (its
+                named parameters), one of Keras 3 (its trainable variables by their paths) or tf_keras, a `tf.Module`,
+                a module or state of Flax's NNX (its `Param` alone), a module of Equinox (its floats); any other tree
+                that JAX knows; and what has such in it. Keys are joined by "/", None stands for nothing, and what a
+                library does not train, a frozen parameter, is no part of its model. Names are those of the module that
+                wrappers have inside: `torch.compile`, DataParallel, FSDP, moving averages.
 
         Returns:
             A 0-d scalar of the first penalised array's library: float64 if any of them is float64, else float32; 0.0
             where nothing is penalised. In PyTorch and JAX it can be differentiated as any other.
 
         Raises:
-            TypeError: a penalised tensor's dtype is not supported, or `named` is no collection of arrays.
-            ValueError: a tensor's rank is not one that its regularizer takes. Both name the tensor.
+            TypeError: a penalised tensor's dtype is not supported, a key is no name, or a leaf is no array.
+            ValueError: a tensor's rank is not one that its regularizer takes, or two have the same name. All name the
+                tensor.
+
+        Warns:
+            UserWarning: no rule matches a name, or a rule that has a regularizer matches none; once for each.
         """
-        named = reductions.named_arrays(named)
-        return self._tensors(named).value(list(named.values()))
+        tensors, arrays = self._tensors(named)
+        return tensors.value(arrays)
 
     def per_tensor(self, named: Any) -> dict[str, Any]:
         """Return each penalised tensor's penalty by name.
@@ -94,8 +93,8 @@ class Penalty:
             >>> Penalty({"*bias": None, "*": "l2"}).per_tensor({"kernel": np.ones(5), "bias": np.ones(5)})
             {'kernel': np.float64(0.05)}
         """
-        named = reductions.named_arrays(named)
-        return self._tensors(named).values(list(named.values()))
+        tensors, arrays = self._tensors(named)
+        return tensors.values(arrays)
 
     def bind(self, named: Any) -> BoundPenalty:
         """Look up names, memory and layouts once, for tensors that stay where they are: as in a training loop.
@@ -110,6 +109,25 @@ class Penalty:
             TypeError: a penalised tensor's dtype is not supported, or `named` is no collection of arrays.
         """
         return BoundPenalty(self, named)
+
+    def unused(self, named: Any) -> list[str]:
+        """Return the globs that match no name, those with None too; one whose names earlier rules take matches them.
+
+        Args:
+            named: tensors, as for a call.
+
+        Returns:
+            Globs, in the order of the rules.
+
+        Raises:
+            TypeError, ValueError: `named` is no collection of arrays, as for a call.
+
+        Examples:
+            >>> import numpy as np
+            >>> Penalty({"*bias": None, "*kernle": "l2", "*": "l1"}).unused({"kernel": np.ones(5)})
+            ['*bias', '*kernle']
+        """
+        return self._unused(list(reductions.named_arrays(named)))
 
     def get_config(self) -> dict[str, Any]:
         """Return ``{"rules": {glob: config or None}, "count_tied": bool}``, which JSON can hold."""
@@ -127,12 +145,14 @@ class Penalty:
             A penalty.
 
         Raises:
-            ValueError: a rule's config stands for nothing.
+            ValueError: it is no such mapping, or a rule's config stands for nothing.
 
         Examples:
             >>> Penalty.from_config({"rules": {"*bias": None, "*": {"class_name": "L2", "config": {"l2": 0.5}}}})
             Penalty({'*bias': None, '*': L2(l2=0.5)})
         """
+        if not isinstance(config, Mapping) or not isinstance(config.get("rules"), Mapping):
+            raise ValueError(f"config: expected a mapping with 'rules', as get_config returns it; got {config!r}.")
         rules = {glob: deserialize(each) for glob, each in config["rules"].items()}
         return cls(rules, count_tied=config.get("count_tied", False))
 
@@ -142,30 +162,62 @@ class Penalty:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what makes the penalty: addresses mean nothing in another process, or to a copy."""
-        return vars(self) | {"_last": None}
+        return {name: value for name, value in vars(self).items() if name not in ("_told", "_last")}
 
-    def _tensors(self, named: Mapping[str, Any]) -> _Tensors:
-        """Return the tensors' regularizers and plan: those of the last call, if they are the same, where they were.
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._told: set[tuple[str, str]] = set()
+        self._last: Tensors | None = None
+
+    def _tensors(self, tree: Any) -> tuple[Tensors, list[Any]]:
+        """Return how a tree is evaluated, as in the last call if it has the same arrays where they were, and these.
 
         Only the addresses are kept, so that a call does not prolong the life of what it was given.
         """
         last = self._last
-        if last is None or not last.fits(named):
-            last = _Tensors(self, named, recorded=True)
+        if last is not None and type(tree) is dict:  # if they are the same, it has been walked
+            names, arrays = list(tree), list(tree.values())
+            if last.fit(names, arrays):
+                return last, arrays
+        named = reductions.named_arrays(tree)
+        arrays = list(named.values())
+        if last is None or not last.fit(list(named), arrays):
+            last = Tensors(named, self._find(named), count_tied=self.count_tied, recorded=True)
             self._last = last if last.reusable else None
-        return last
+        return last, arrays
 
-    def _find(self, names: Sequence[str]) -> list[Any]:
-        """Return the regularizer of each name, or None; warn, once for each name, of those that no rule matches."""
+    def _find(self, named: Mapping[str, Any], *, tell: bool = True) -> list[Any]:
+        """Return the regularizer of each name, or None.
+
+        Warn, once for each, of names that no rule matches, and of rules with a regularizer that match no name.
+        """
+        names = list(named)
         found = [self.rules.find(name) for name in names]
-        new = {name for name, (glob, _) in zip(names, found, strict=True) if glob is None} - self._unmatched
-        if new:
-            self._unmatched |= new
-            warnings.warn(
-                f"no rule matches {', '.join(sorted(new))}: no penalty is given; '*': None at the end says so.",
-                stacklevel=5,
-            )
+        globs = [glob for glob, _ in found]
+        if tell:
+            new = sorted(name for name, glob in zip(names, globs, strict=True) if glob is None and self._is_new(name))
+            if new:
+                warnings.warn(
+                    f"no rule matches {', '.join(new)}: no penalty is given; '*': None at the end says so.",
+                    stacklevel=4,
+                )
+            for glob in self._unused(names, globs):
+                if self.rules.regularizers[glob] is not None and self._is_new(glob, "rule"):
+                    warnings.warn(_unused_text(glob, names), stacklevel=4)
         return [regularizer for _, regularizer in found]
+
+    def _unused(self, names: Sequence[str], used: Collection[str | None] = ()) -> list[str]:
+        used = set(used)
+        return [glob for glob in self.rules.regularizers if glob not in used and not matches_any(glob, names)]
+
+    def _is_new(self, what: str, kind: str = "name") -> bool:
+        """Whether something is to be told for the first time."""
+        new = (kind, what) not in self._told
+        self._told.add((kind, what))
+        return new
 
 
 class BoundPenalty:
@@ -192,9 +244,24 @@ class BoundPenalty:
     """
 
     def __init__(self, penalty: Penalty, named: Any) -> None:
-        named = reductions.named_arrays(named)
-        self._arrays = list(named.values())
-        self._tensors = _Tensors(penalty, named, recorded=False)
+        self._penalty, self._named = penalty, named
+        tree = reductions.Tree(named)
+        self._bind(tree, penalty._find(tree.arrays))
+
+    def _bind(self, tree: reductions.Tree, regularizers: Sequence[Any]) -> Tensors:
+        self._arrays, self._names, self._watch = list(tree.arrays.values()), list(tree.arrays), tree.watch()
+        count_tied = self._penalty.count_tied
+        self._tensors: Tensors | None = Tensors(tree.arrays, regularizers, count_tied=count_tied, recorded=False)
+        return self._tensors
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what was bound to what: addresses mean nothing in another process, or to a copy."""
+        looked_up = "_arrays", "_names", "_watch", "_tensors"
+        return {name: value for name, value in vars(self).items() if name not in looked_up}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._tensors = None  # until the first use: a model that holds its own bound penalty is being copied still
 
     def value(self) -> Any:
         """Return the penalty, as a call of the `Penalty` does.
@@ -203,10 +270,10 @@ class BoundPenalty:
             A 0-d scalar.
 
         Raises:
-            RuntimeError: a tensor's memory was resized, reshaped or replaced since it was bound.
+            RuntimeError: a tensor was replaced, added, taken out, frozen or trained again since it was bound, or its
+                memory resized, reshaped or replaced.
         """
-        self._tensors.check(self._arrays)
-        return self._tensors.value(self._arrays)
+        return self._checked().value(self._arrays)
 
     def per_tensor(self) -> dict[str, Any]:
         """Return each penalised tensor's penalty by name.
@@ -217,13 +284,13 @@ class BoundPenalty:
         Raises:
             RuntimeError: as for `value`.
         """
-        self._tensors.check(self._arrays)
-        return self._tensors.values(self._arrays)
+        return self._checked().values(self._arrays)
 
     def _repr_html_(self) -> str:
         """Return a table of the tensors' penalties as they are now: what a notebook shows."""
-        values = {name: float(value) for name, value in self.per_tensor().items()}
-        rows = [(name, repr(self._tensors.regularizer(name)), number(value)) for name, value in values.items()]
+        tensors = self._checked()
+        values = {name: float(value) for name, value in tensors.values(self._arrays).items()}
+        rows = [(name, repr(tensors.regularizer(name)), number(value)) for name, value in values.items()]
         return html_table(("tensor", "regularizer", "penalty"), [*rows, ("total", "", number(sum(values.values())))])
 
     def value_and_grad(self) -> tuple[Any, dict[str, Any]]:
@@ -236,14 +303,13 @@ class BoundPenalty:
             RuntimeError: as for `value`.
             TypeError: a user's callable has no `value_and_grad`; it names the tensor.
         """
-        self._tensors.check(self._arrays)
-        return self._tensors.value_and_grad(self._arrays)
+        return self._checked().value_and_grad(self._arrays)
 
     def add_grad(self, grads: Mapping[str, Any], scale: float = 1.0) -> None:
         """Add ``scale * dP/dx`` to every penalised tensor's array in `grads`, without a temporary.
 
         Args:
-            grads: arrays by name, each with its tensor's shape and dtype; further names do no harm.
+            grads: arrays by name, each with its tensor's shape and dtype, nested or not; further names do no harm.
             scale: a finite factor.
 
         Raises:
@@ -251,8 +317,7 @@ class BoundPenalty:
             ValueError, TypeError: a name is missing, an array does not fit, a user's callable has no `grad`, or scale
                 is not finite. Nothing was written then.
         """
-        self._tensors.check(self._arrays)
-        self._tensors.add_grad(self._arrays, grads, reductions.finite("scale", scale))
+        self._checked().add_grad(self._arrays, grads, reductions.finite("scale", scale))
 
     def prox_(self, step: float) -> None:
         """Replace every penalised tensor by ``argmin_z step * P(z) + ||z - x||**2 / 2``, in place.
@@ -265,213 +330,40 @@ class BoundPenalty:
             ValueError, TypeError: a tensor cannot be written to, a regularizer has no proximal operator, or step is
                 negative or not finite. Nothing was written then.
         """
-        self._tensors.check(self._arrays)
-        self._tensors.prox(self._arrays, reductions.step_size(step))
+        self._checked().prox(self._arrays, reductions.step_size(step))
+
+    def _checked(self) -> Tensors:
+        """Return how the tensors are evaluated. Bind a copy to what was copied; what there was to tell has been told.
+
+        Raises:
+            RuntimeError: the tree does not hold the same tensors, or they are not where they were.
+        """
+        tensors = self._tensors
+        if tensors is None:
+            tree = reductions.Tree(self._named)
+            return self._bind(tree, self._penalty._find(tree.arrays, tell=False))
+        if self._watch.changed():
+            tree = reductions.Tree(self._named)
+            before = dict(zip(self._names, self._arrays, strict=True))
+            for name in {**before, **tree.arrays}:
+                if tree.arrays.get(name) is not before.get(name):
+                    change = _change(name, before, tree.arrays)
+                    raise RuntimeError(f"{name}: expected what was bound; got {change}; bind the penalty again.")
+            self._watch = tree.watch()  # something that is no tensor was replaced
+        tensors.check(self._arrays)
+        return tensors
 
 
-class _Planned(NamedTuple):
-    """Tensors that are evaluated together: where they are among all, their plan, and what records its value."""
-
-    indices: list[int]
-    plan: Plan
-    recorder: Adapter | None
+def _change(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    if name not in now:
+        return "nothing, since it was taken out, renamed or frozen"
+    return "another in its place" if name in before else "a new one, or one that is trained now"
 
 
-class _Tensors:
-    """Which tensors are penalised, and how: plans for those whose memory kernels can read, and others that are called.
-
-    Arrays are passed to each evaluation, all that were named; here are only their places among them.
-    """
-
-    def __init__(self, penalty: Penalty, named: Mapping[str, Any], *, recorded: bool) -> None:
-        self._names, arrays = list(named), list(named.values())
-        self._regularizers = penalty._find(self._names)
-        self._distinct: list[Any] = []
-        self._plans: list[_Planned] = []
-        self._others: list[int] = []
-        self.reusable = True
-        groups: dict[Any, list[tuple[int, reductions.Reading]]] = {}
-        for i in self._counted(arrays, penalty.count_tied):
-            elementwise = isinstance(self._regularizers[i], ElementwiseRegularizer)
-            reading = reductions.reading(arrays[i], recorded=recorded) if elementwise else None
-            if reading is None:
-                self._others.append(i)
-            else:
-                groups.setdefault((reading.recorder, reading.home), []).append((i, reading))
-            self.reusable = self.reusable and reading is not None and reading.itself
-        for (recorder, _), group in groups.items():
-            indices = [i for i, _ in group]
-            if recorder is None or len(group) >= _RECORDED_TOGETHER:
-                self._plans.append(_Planned(indices, self._plan(group), recorder))
-            else:
-                self._others += indices
-        self._others.sort()
-
-    def _counted(self, arrays: Sequence[Any], count_tied: bool) -> Iterator[int]:
-        """Yield which arrays are penalised: those with the same memory once, unless tied ones are counted."""
-        seen = set()
-        for i, (name, x, regularizer) in enumerate(zip(self._names, arrays, self._regularizers, strict=True)):
-            if regularizer is None:
-                continue
-            with _naming(name):
-                place = reductions.place(x)
-            if count_tied or place not in seen:
-                seen.add(place)
-                yield i
-            else:
-                self.reusable = False  # in the next call, it may be elsewhere
-
-    def _plan(self, group: Sequence[tuple[int, reductions.Reading]]) -> Plan:
-        members = []
-        for i, reading in group:
-            regularizer = self._regularizers[i]
-            if regularizer not in self._distinct:
-                self._distinct.append(regularizer)
-            members.append((self._names[i], reading.adapter, reading.array, self._distinct.index(regularizer)))
-        return reductions.plan(members)
-
-    def fits(self, named: Mapping[str, Any]) -> bool:
-        """Whether these are the same tensors under the same names, where they were."""
-        if self._names != list(named):
-            return False
-        arrays = list(named.values())
-        return all(plan.fits(_taken(arrays, indices)) for indices, plan, _ in self._plans)
-
-    def regularizer(self, name: str) -> Any:
-        """Return a tensor's regularizer."""
-        return self._regularizers[self._names.index(name)]
-
-    def check(self, arrays: Sequence[Any]) -> None:
-        """Raise RuntimeError unless the arrays are where they were."""
-        for indices, plan, _ in self._plans:
-            plan.check(_taken(arrays, indices))
-
-    def value(self, arrays: Sequence[Any]) -> Any:
-        values = []
-        for indices, plan, recorder in self._plans:
-            taken = _taken(arrays, indices)
-            value = recorder.record(plan, self._penalties(), taken) if recorder else plan.value(self._penalties())
-            values.append((taken[0], value))
-        values += [(arrays[i], self._call(i, "__call__", arrays[i])) for i in self._others]
-        return _total(values)
-
-    def values(self, arrays: Sequence[Any]) -> dict[str, Any]:
-        found: dict[int, Any] = {}
-        for indices, plan, recorder in self._plans:
-            if recorder is None:
-                found |= zip(indices, plan.values(self._penalties()), strict=True)
-            else:
-                found |= {i: self._call(i, "__call__", arrays[i]) for i in indices}
-        found |= {i: self._call(i, "__call__", arrays[i]) for i in self._others}
-        return {self._names[i]: found[i] for i in sorted(found)}
-
-    def value_and_grad(self, arrays: Sequence[Any]) -> tuple[Any, dict[str, Any]]:
-        self._need("value_and_grad")
-        values: list[Any] = []
-        grads: dict[int, Any] = {}
-        for indices, plan, _ in self._plans:
-            taken = _taken(arrays, indices)
-            value, outs = plan.value_and_grad(self._penalties(), taken)
-            values.append((taken[0], value))
-            grads |= zip(indices, outs, strict=True)
-        for i in self._others:
-            value, grads[i] = self._call(i, "value_and_grad", arrays[i])
-            values.append((arrays[i], value))
-        return _total(values), {self._names[i]: grads[i] for i in sorted(grads)}
-
-    def add_grad(self, arrays: Sequence[Any], grads: Mapping[str, Any], scale: float) -> None:
-        self._need("grad")
-        missing = [self._names[i] for i in self._evaluated() if self._names[i] not in grads]
-        if missing:
-            raise ValueError(
-                f"grads: expected an array for each penalised tensor; got none for {', '.join(missing)}; "
-                "add them, or give these names None by a rule."
-            )
-        for i in self._others:
-            with _naming(self._names[i]):
-                reductions.check_out(arrays[i], grads[self._names[i]])
-        targets = [
-            plan.targets(_taken(arrays, indices), [grads[self._names[i]] for i in indices])
-            for indices, plan, _ in self._plans
-        ]
-        for planned, target in zip(self._plans, targets, strict=True):
-            planned.plan.add_grad(self._penalties(), target, scale)
-        for i in self._others:
-            self._call(i, "grad", arrays[i], out=grads[self._names[i]], scale=scale, accumulate=True)
-
-    def prox(self, arrays: Sequence[Any], step: float) -> None:
-        self._need("prox")
-        for i in self._evaluated():
-            if not _has_prox(self._regularizers[i]):
-                raise TypeError(
-                    f"{self._names[i]}: expected a regularizer with a proximal operator; "
-                    f"got {self._regularizers[i]!r}; give this name None by a rule, and use its gradient."
-                )
-        for i in self._others:
-            with _naming(self._names[i]):
-                reductions.check_out(arrays[i], arrays[i])
-        own = [_taken(arrays, planned.indices) for planned in self._plans]
-        targets = [planned.plan.targets(each, each) for planned, each in zip(self._plans, own, strict=True)]
-        for planned, target in zip(self._plans, targets, strict=True):
-            planned.plan.prox(self._penalties(), target, step)
-        for i in self._others:
-            self._call(i, "prox", arrays[i], step, out=arrays[i])
-
-    def _evaluated(self) -> list[int]:
-        return [i for planned in self._plans for i in planned.indices] + self._others
-
-    def _penalties(self) -> list[Weighted]:
-        return [regularizer._formula for regularizer in self._distinct]
-
-    def _need(self, method: str) -> None:
-        for i in self._others:
-            if not hasattr(self._regularizers[i], method):
-                raise TypeError(
-                    f"{self._names[i]}: expected a regularizer with {method}; got {self._regularizers[i]!r}, "
-                    "which has a value alone; define it, or give this name None by a rule."
-                )
-
-    def _call(self, i: int, method: str, *arguments: Any, **keywords: Any) -> Any:
-        with _naming(self._names[i]):
-            return getattr(self._regularizers[i], method)(*arguments, **keywords)
-
-
-def _has_prox(regularizer: Any) -> bool:
-    if isinstance(regularizer, ElementwiseRegularizer):
-        return regularizer._formula[0].prox is not None
-    return not isinstance(regularizer, OrthogonalRegularizer)
-
-
-def _taken(arrays: Sequence[Any], indices: Sequence[int]) -> Sequence[Any]:
-    if len(indices) == len(arrays):  # of a thousand small arrays, another list would cost half of the launch
-        return arrays
-    return [arrays[i] for i in indices]
-
-
-def _total(values: Sequence[tuple[Any, Any]]) -> Any:
-    """Add scalars, each beside an array that it belongs to, on the first one's device; 0.0 for none."""
-    if not values:
-        return 0.0
-    total = values[0][1]
-    try:
-        for x, value in values[1:]:
-            total = total + reductions.beside(x, value, total)
-    except (TypeError, RuntimeError) as error:
-        kinds = ", ".join(dict.fromkeys(type(value).__module__.partition(".")[0] for _, value in values))
-        raise TypeError(
-            f"named: expected arrays whose penalties can be added; got those of {kinds}, which cannot ({error}); "
-            "call per_tensor, or give each library a Penalty of its own."
-        ) from error
-    return total
-
-
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Begin the text of an error on a tensor with its name."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{name}: {error}") from error
+def _unused_text(glob: str, names: Sequence[str]) -> str:
+    if not names:
+        return f"rule {glob!r} matches nothing: there is no tensor, or none that is trained; no penalty is given."
+    return f"rule {glob!r} matches no name and gives no penalty; {nearest(glob, names)}."
 
 
 def _glob(glob: Any) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from regkern.arrays import ADAPTERS
-from regkern.arrays import named_arrays as named_arrays
+from regkern.arrays.trees import Tree as Tree
 from regkern.dtypes import DTYPES, DType
 from regkern.kernels import formulas
 from regkern.kernels.formulas import Formula
@@ -275,6 +275,16 @@ def step_size(step: Any) -> float:
     if number < 0:
         raise ValueError(f"step: expected a non-negative finite number; got {step!r}.")
     return number
+
+
+def named_arrays(tree: Any) -> dict[str, Any]:
+    """Return what is in a mapping, a sequence or a model, by name.
+
+    Raises:
+        TypeError: it is no tree, a key is no name, or a leaf is no array.
+        ValueError: two arrays have the same name, or the tree is in itself.
+    """
+    return Tree(tree).arrays
 
 
 class Reading(NamedTuple):

@@ -233,14 +233,14 @@ def deserialize(config: Any, custom_objects: Mapping[str, Any] | None = None, us
         return None
     if isinstance(config, str):
         return _from_name(config, custom_objects)
-    if not isinstance(config, dict) or not isinstance(config.get("class_name"), str):
+    if not isinstance(config, dict) or not isinstance(config.get("class_name"), str) or "config" not in config:
         raise _not_interpreted(config)
     if config["class_name"] == "function":
-        return _from_name(config.get("config"), custom_objects)
+        return _from_name(config["config"], custom_objects)
     found = _find_class(config, custom_objects)
     if not inspect.isclass(found):
         return found
-    arguments = config.get("config", {})
+    arguments = config["config"]
     if not isinstance(arguments, dict):
         raise _not_interpreted(config)
     return found.from_config(arguments) if hasattr(found, "from_config") else found(**arguments)

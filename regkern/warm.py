@@ -17,7 +17,8 @@ def warmup(
 
     Processes that share the cache folder, which the environment variable `REGKERN_CACHE_DIR` names, load kernels and
     compile none: for container images, and for folders that are read-only later. Kernels belong to a kind of CPU: call
-    it on the kind that the deployment has, or set Numba's `NUMBA_CPU_NAME` in both.
+    it on the kind that the deployment has, or set Numba's `NUMBA_CPU_NAME` and `NUMBA_CPU_FEATURES` in both: alone, a
+    name keeps the features of the CPU that compiles.
 
     Args:
         regularizers: what `regkern.get` takes, of regkern's own classes. Factors matter in so far as `L1L2` with one

@@ -517,5 +517,5 @@ def test_variables_of_one_name_are_refused():
 
     layer = Twins(name="twins")
     layer(tensor(np.ones((1, 2), np.float32)))
-    with pytest.raises(ValueError, match=r"model: expected a name of its own for each variable; got two .*scale"):
+    with pytest.raises(ValueError, match=r"named: expected a name of its own for each array; got two .*scale"):
         rk.Penalty({"*": rk.L2(0.1)})(layer)

@@ -145,6 +145,11 @@ NOT_INTERPRETED = [
     {"config": {}},
     {"class_name": 3, "config": {}},
     {"class_name": "Dense", "config": {}},
+    {"class_name": "L2"},
+    {"module": "keras.regularizers", "class_name": "L2", "registered_name": None},
+    {"class_name": "L2", "l2": 0.5},
+    {"class_name": "L2", "config": None},
+    {"class_name": "function"},
     {"class_name": "L2", "config": "l2"},
     {"class_name": "os.system", "config": "true"},
     {"module": "os", "class_name": "system", "config": "true", "registered_name": None},
@@ -160,7 +165,7 @@ NOT_INTERPRETED = [
 @pytest.mark.parametrize("identifier", NOT_INTERPRETED, ids=str)
 def test_what_stands_for_nothing(identifier):
     function = isinstance(identifier, dict) and identifier.get("class_name") == "function"
-    shown = re.escape(repr(identifier["config"] if function else identifier))
+    shown = re.escape(repr(identifier["config"] if function and "config" in identifier else identifier))
     with pytest.raises(ValueError, match=f"^Could not interpret regularizer identifier: {shown}; expected"):
         rk.get(identifier)
 
@@ -296,7 +301,17 @@ def test_custom_objects_with_and_without_from_config():
 
 
 def test_a_config_without_arguments():
-    assert repr(rk.get({"class_name": "L2"})) == "L2(l2=0.01)"
+    assert repr(rk.get({"class_name": "L2", "config": {}})) == "L2(l2=0.01)"
+
+
+def test_a_config_without_a_config():
+    """Keras refuses it too, for its own classes and for those that were registered."""
+    for config in ({"class_name": "L2"}, {"class_name": "custom"}, {"class_name": "Tests>Registered"}):
+        for call in (rk.get, rk.deserialize, lambda config: rk.Penalty({"*": config})):
+            with pytest.raises(ValueError, match="Could not interpret regularizer identifier"):
+                call(config)
+    with pytest.raises(ValueError, match="Could not interpret regularizer identifier"):
+        rk.deserialize({"class_name": "custom"}, custom_objects={"custom": Custom})
 
 
 def test_functions():

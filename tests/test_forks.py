@@ -187,3 +187,16 @@ def run_file(folder, code, method, **environment):
 def test_who_was_forked_and_who_was_not():
     code = FORK + "from regkern.kernels import forks; print(forks.forked, child(lambda: forks.forked, True))"
     assert run(code) == "False 0\n"
+
+
+def test_a_bound_penalty_in_a_child_has_weights_of_its_own():
+    code = f"""{FORK}
+weights = dict(w=np.ones(5), v=[np.ones(300_000, np.float32)])
+bound = rk.Penalty({{"*": rk.L2(1.0)}}).bind(weights)
+before = bound.value()
+def change():
+    bound.prox_(0.5)
+    return bound.value(), weights["w"].tolist()
+print(child(change, (before / 4, [0.5] * 5)), bound.value() == before == 300_005.0, weights["w"].tolist())
+"""
+    assert run(code) == "0 True [1.0, 1.0, 1.0, 1.0, 1.0]\n"

@@ -1,4 +1,5 @@
-"""Keras: configs of either are read by the other, and `keras_checks.py` holds on every backend and under tf_keras."""
+"""Keras: configs of either are read by the other, and `keras_checks.py` and
+`keras_models.py` hold on every backend and under tf_keras."""
 
 import importlib.util
 import os
@@ -67,6 +68,7 @@ def test_checks(name):
         "-p",
         "no:xdist",
         "tests/keras_checks.py",
+        "tests/keras_models.py",
     ]
     root = Path(__file__).parent.parent
     result = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)

@@ -1,5 +1,7 @@
 """TensorFlow tensors and variables: eagerly, under gradient tapes, in graphs, under XLA and in SavedModels."""
 
+import copy
+import pickle
 import tracemalloc
 
 import numpy as np
@@ -316,3 +318,32 @@ def test_a_mapping():
         np.testing.assert_array_equal(gradients[name], regularizer.grad(weights[name].numpy()))
     expected = sum(reference.value(rules[name], weights[name].numpy()) for name in weights)
     assert_close(value.numpy(), expected, "float32")
+
+
+class Layers(tf.Module):
+    """Variables without names of their own, which TensorFlow calls the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = tf.Variable(tf.ones(3))
+        self.b = [tf.Variable(tf.ones(3)), tf.Variable(tf.ones(2), trainable=False)]
+        self.c = tf.Variable(1.0, name="own")
+
+
+def test_variables_of_a_module_without_names():
+    module, penalty = Layers(), rk.Penalty({"*": rk.L2(0.5)})
+    assert {name: float(value) for name, value in penalty.per_tensor(module).items()} == {
+        "a": 1.5,
+        "b/0": 1.5,
+        "own": 0.5,
+    }
+    assert float(tf.function(lambda: penalty(module))()) == 3.5
+    bound = penalty.bind({"m": [module]})
+    module.a.assign(2 * tf.ones(3))
+    assert float(bound.value()) == 8.0
+    for copied in (copy.deepcopy(bound), pickle.loads(pickle.dumps(bound))):
+        copied.prox_(1.0)
+        assert (float(copied.value()), float(bound.value())) == (2.0, 8.0)
+    module.a = tf.Variable(tf.ones(3))
+    with pytest.raises(RuntimeError, match=r"^m/0/a: expected what was bound; got another in its place"):
+        bound.value()

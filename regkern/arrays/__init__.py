@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from regkern.kernels import forks
 
 if TYPE_CHECKING:
     from regkern.arrays.adapter import Adapter
 
-# Of two that know a type, the first has it: a Keras model may be a module of torch, a DTensor is a tensor.
+# Of two that know a type, the first has it: a Keras model may be a module of torch, a DTensor is a tensor, a module of
+# NNX or Equinox is a tree of JAX.
 _LIBRARIES = {
     "numpy": "regkern.arrays.numpy",
     "keras": "regkern.arrays.keras",
+    "flax": "regkern.arrays.flax",
+    "equinox": "regkern.arrays.equinox",
     "torch.distributed.tensor": "regkern.arrays.dtensor",
     "torch": "regkern.arrays.torch",
     "jax": "regkern.arrays.jax",
@@ -33,9 +36,20 @@ class _Adapters(dict[type, "Adapter"]):
     """Adapters by array type, which are found when a type is first seen."""
 
     def __missing__(self, array_type: type) -> Adapter:
-        adapter: Adapter = sys.modules[_find(array_type)].ADAPTER
+        module = owner(array_type)
+        if module is None:
+            raise no_array(array_type)
+        adapter: Adapter = sys.modules[module].ADAPTER
         self[array_type] = adapter
         return adapter
+
+
+def no_array(found: type) -> TypeError:
+    """Return the error that says that a type is that of no array."""
+    return TypeError(
+        f"x: expected an array of {' or '.join(_LIBRARIES)}; got {found.__name__}; "
+        "convert it first, for example by numpy.asarray(x, dtype='float32')."
+    )
 
 
 def _modules_for(cls: type) -> Iterator[str]:
@@ -49,51 +63,31 @@ def _modules_for(cls: type) -> Iterator[str]:
         yield "regkern.arrays.cuda_interface"
 
 
-def _find(array_type: type) -> str:
-    """Import the adapter of an array's type and return the name of its module."""
+def import_for(cls: type) -> tuple[str, ...]:
+    """Import the adapters' modules of the libraries that a class comes from, and return their names."""
+    with forks.loading:
+        modules = tuple(_modules_for(cls))
+        for module in modules:
+            importlib.import_module(module)
+    return modules
+
+
+def owner(array_type: type) -> str | None:
+    """Import the adapter of an array's type and return the name of its module; None where it is the type of no array.
+
+    Raises:
+        TypeError: it is that of an array which is refused.
+    """
     with forks.loading:
         for module in _modules_for(array_type):
             if importlib.import_module(module).ADAPTER.owns(array_type):
                 return module
-    raise TypeError(
-        f"x: expected an array of {' or '.join(_LIBRARIES)}; got {array_type.__name__}; "
-        "convert it first, for example by numpy.asarray(x, dtype='float32')."
-    )
+    return None
 
 
 # What `torch.compiler.assume_constant_result` does, without torch: a graph that is being traced may be the first to
 # see a tensor, and imports cannot be traced.
-_find._dynamo_marked_constant = True  # type: ignore[attr-defined]
+import_for._dynamo_marked_constant = True  # type: ignore[attr-defined]
+owner._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 ADAPTERS = _Adapters()
-
-
-def named_arrays(model: Any) -> Mapping[str, Any]:
-    """Return a mapping as it is, and of a library's model the arrays that it trains, by name.
-
-    Raises:
-        TypeError: it is neither.
-        ValueError: two arrays of a model have the same name.
-    """
-    if isinstance(model, Mapping):
-        return model
-    for module in _modules_for(type(model)):
-        named = importlib.import_module(module).ADAPTER.named_arrays(model)
-        if named is not None:
-            return _by_name(named)
-    raise TypeError(
-        "named: expected a mapping of names to arrays, or a model of PyTorch, Keras or TensorFlow; "
-        f"got {type(model).__name__}; pass one, for example {{'kernel': x}}."
-    )
-
-
-def _by_name(named: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    arrays: dict[str, Any] = {}
-    for name, array in named:
-        if name in arrays:
-            raise ValueError(
-                f"model: expected a name of its own for each variable; got two that are called {name!r}; "
-                "name the layers, or pass a mapping of names to arrays."
-            )
-        arrays[name] = array
-    return arrays

@@ -50,8 +50,15 @@ class Adapter(ABC):
         raise NotImplementedError
 
     def named_arrays(self, model: Any) -> Iterable[tuple[str, Any]] | None:
-        """Return the arrays that a model of this library trains, with their names; None for what is no such model."""
+        """Return what a model of this library trains, with the names; None for what is no such model.
+
+        What is no array is a part of the model that has such in it.
+        """
         return None
+
+    def look(self, model: Any) -> Callable[[], Iterable[Any]]:
+        """Return a function that gives what a model holds now: other objects when an array of it was replaced."""
+        return lambda: [each for _, each in self.named_arrays(model) or ()]
 
     @abstractmethod
     def penalty(self, formula: Formula, a: float, b: float, x: Any) -> Any:

@@ -10,7 +10,7 @@ import functools
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -344,6 +344,13 @@ class JaxAdapter(Adapter):
     def owns(self, array_type: type) -> bool:
         return issubclass(array_type, jax.Array | jax.core.Tracer)
 
+    def named_arrays(self, model: Any) -> Iterable[tuple[Any, Any]] | None:
+        """Name what is in a node of a tree that JAX knows, whosoever class it is of."""
+        if jax.tree_util.default_registry.flatten_one_level(model) is None:
+            return None
+        children = jax.tree_util.tree_flatten_with_path(model, is_leaf=lambda node: node is not model)[0]
+        return [(keys(path), child) for path, child in children]
+
     def penalty(self, formula: Formula, a: float, b: float, x: Any) -> Any:
         if _on_device(x):
             return _device().penalty(formula, a, b, x)
@@ -410,6 +417,12 @@ class JaxAdapter(Adapter):
     def group_lasso(self, operation: Operation, factor: float, x: Any, out: Any, *, columns: bool) -> tuple[Any, Any]:
         _refuse(out, operation is ADD_GRADIENT)
         return _group_lasso(operation, factor, _checked(x), columns)
+
+
+def keys(path: Iterable[Any]) -> tuple[Any, ...]:
+    """Return what the keys of a path hold, by the names that JAX's classes for them have."""
+    names = "key", "name", "idx"
+    return tuple(next((getattr(each, name) for name in names if hasattr(each, name)), str(each)) for each in path)
 
 
 @functools.cache

@@ -5,12 +5,14 @@ compute dtype. A symbolic tensor becomes Keras's own operations.
 """
 
 from collections.abc import Callable, Iterable
+from operator import attrgetter
 from typing import Any
 
 import keras
 
 from regkern.arrays import ADAPTERS
 from regkern.arrays.adapter import Adapter, ChoosingAdapter, require
+from regkern.arrays.layers import distinct, through_layers
 from regkern.arrays.operations import OperationsAdapter
 from regkern.dtypes import DTYPES
 from regkern.kernels.formulas import Formula
@@ -102,7 +104,8 @@ class KerasAdapter(ChoosingAdapter):
     def named_arrays(self, model: Any) -> Iterable[tuple[str, Any]] | None:
         if not isinstance(model, Layer):
             return None
-        return ((variable.path, variable) for variable in model.trainable_variables)
+        named = [(variable.path, variable) for variable in model.trainable_variables]
+        return distinct(named, lambda: through_layers(model, attrgetter("name")))
 
     def choose(self, x: Any) -> tuple[Adapter, Any]:
         if isinstance(x, KerasTensor):

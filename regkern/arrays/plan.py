@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
 
 import numpy as np
 
@@ -84,6 +84,9 @@ class Plan(ABC):
         self._targets: dict[bool, Known] = {}
         dtypes = {view.dtype for view in self._arrays.views}
         self.dtype = FLOAT64 if FLOAT64 in dtypes else FLOAT32
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("plan: expected to stay where its arrays are; got a copy, which has addresses; make it anew.")
 
     def fits(self, arrays: Sequence[Any]) -> bool:
         """Whether these are the plan's arrays, where they were."""

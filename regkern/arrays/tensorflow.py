@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from regkern.arrays.adapter import Adapter, ChoosingAdapter, require
+from regkern.arrays.layers import distinct, through_layers
 from regkern.arrays.numpy import NumpyAdapter
 from regkern.arrays.operations import OperationsAdapter
 from regkern.dtypes import DTYPES
@@ -315,11 +316,20 @@ class TensorflowAdapter(ChoosingAdapter):
         """Name the variables of a `tf.Module`, as tf_keras's models are."""
         if not isinstance(model, tf.Module):
             return None
-        return ((variable.name.removesuffix(":0"), variable) for variable in model.trainable_variables)
+        named = [(variable.name.removesuffix(":0"), variable) for variable in model.trainable_variables]
+        return distinct(named, lambda: _longer_names(model))
 
     def choose(self, x: Any) -> tuple[Adapter, Any]:
         tensor = tf.convert_to_tensor(x)
         return (KERNELS if _is_plain(tensor) else OPERATIONS), tensor
+
+
+def _longer_names(model: Any) -> Iterable[tuple[str, Any]]:
+    """Return the variables of a module: in tf_keras by the names of its layers, else by those of its attributes."""
+    if hasattr(model, "_flatten_layers"):
+        return through_layers(model, lambda variable: variable.name.rpartition("/")[2].removesuffix(":0"))
+    found = model._flatten(predicate=lambda each: isinstance(each, tf.Variable), with_path=True)
+    return [("/".join(map(str, path)), variable) for path, variable in found]
 
 
 ADAPTER = TensorflowAdapter()
