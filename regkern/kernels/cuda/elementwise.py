@@ -39,11 +39,14 @@ from regkern.kernels.cuda.compile import (
     widen_float16,
 )
 from regkern.kernels.formulas import Formula
-from regkern.kernels.operations import Operation
+from regkern.kernels.operations import ADD_GRADIENT, SUMS_AND_GRADIENT, Operation
 
 # Threads of a block, and loads that a thread has under way at once, each with sums of its own. Neither was measured.
 THREADS = 256
 UNROLL = 4
+# What has half as many under way, two and then two, in the same order of additions: all four at once would take the
+# registers of a fourth block of a multiprocessor, and on some devices more than that.
+_IN_HALVES = (SUMS_AND_GRADIENT, ADD_GRADIENT)
 # Blocks at most, whatever the device, so that devices agree on the bits: 8 for each multiprocessor of an H100 or H200.
 # Not measured.
 MAX_BLOCKS = 8 * 132
@@ -173,10 +176,12 @@ def make_flat_loop(operation: Operation, formula: Formula, dtype: DType, accumul
     aligned differently.
     """
     add_element, update_element, total = _make_element(operation, formula, dtype, accumulator)
-    add_lanes, update_lanes = _make_add_lanes(add_element), _make_update_lanes(update_element, lanes_of(dtype))
+    add_lanes = _make_add_lanes(add_element, lanes_of(dtype))
+    update_lanes = _make_update_lanes(update_element, lanes_of(dtype))
     load, store = make_load(dtype.carrier), make_store(dtype.carrier)
     start, add_up = _make_start(accumulator), _make_add_up(total)
-    sums, writes, itemsize, lanes = operation.sums, operation.writes, dtype.itemsize, lanes_of(dtype)
+    sums, writes, halves = operation.sums, operation.writes, operation in _IN_HALVES
+    itemsize, lanes = dtype.itemsize, lanes_of(dtype)
 
     @device
     def loop(x, out, n, first, step, a, b):
@@ -203,14 +208,21 @@ def make_flat_loop(operation: Operation, formula: Formula, dtype: DType, accumul
                 head + (j + 2 * step) * lanes,
                 head + (j + 3 * step) * lanes,
             )
-            x0, x1, x2, x3 = load(x, at0), load(x, at1), load(x, at2), load(x, at3)
+            x0, x1 = load(x, at0), load(x, at1)
+            if not halves:
+                x2, x3 = load(x, at2), load(x, at3)
             if sums:
                 sums0, sums1 = add_lanes(sums0, x0), add_lanes(sums1, x1)
-                sums2, sums3 = add_lanes(sums2, x2), add_lanes(sums3, x3)
             if writes:
-                old0, old1, old2, old3 = load(out, at0), load(out, at1), load(out, at2), load(out, at3)
+                old0, old1 = load(out, at0), load(out, at1)
                 store(out, at0, update_lanes(x0, old0, a, b))
                 store(out, at1, update_lanes(x1, old1, a, b))
+            if halves:
+                x2, x3 = load(x, at2), load(x, at3)
+            if sums:
+                sums2, sums3 = add_lanes(sums2, x2), add_lanes(sums3, x3)
+            if writes:
+                old2, old3 = load(out, at2), load(out, at3)
                 store(out, at2, update_lanes(x2, old2, a, b))
                 store(out, at3, update_lanes(x3, old3, a, b))
             j += 4 * step
@@ -380,16 +392,26 @@ def _keep(element, old, a, b):
     return old
 
 
-def _make_add_lanes(add_element):
-    """Make ``add(sums, lanes) -> sums``."""
+def _make_add_lanes(add_element, lanes: int):
+    """Make ``add(sums, lanes) -> sums``, one lane after the other.
+
+    Numba does not unroll a loop over a tuple: it would find each element by branches as the loop runs.
+    """
+    if lanes == 1:
+
+        @device
+        def one(sums, x):
+            return add_element(sums, x[0])
+
+        return one
+    half = lanes // 2
+    add_half = _make_add_lanes(add_element, half)
 
     @device
-    def add(sums, lanes):
-        for element in lanes:
-            sums = add_element(sums, element)
-        return sums
+    def both(sums, x):
+        return add_half(add_half(sums, x[:half]), x[half:])
 
-    return add
+    return both
 
 
 def _make_update_lanes(update, lanes: int):
