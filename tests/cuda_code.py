@@ -7,7 +7,9 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from regkern.kernels.cuda.compile import assemble, compile_ptx
+from regkern.kernels.cache import load, store
+from regkern.kernels.cuda.compile import Ptx, assemble, compile_ptx
+from regkern.kernels.cuda.launch import kept_path
 
 # 16 bytes by one instruction: four words or two, whose kind is written differently for newer devices.
 LOAD, STORE = (re.compile(rf"\b{way}\.global\.(?:v4\.[a-z]32|v2\.[a-z]64)") for way in ("ld", "st"))
@@ -16,8 +18,17 @@ _FRAME, _REGISTERS = 0x11, 0x2F  # EIATTR_FRAME_SIZE and EIATTR_REGCOUNT of a cu
 
 @functools.cache
 def compiled(kernel, capability):
-    """Compile a kernel and return its PTX, which no kernel may spill to, or add up in any order of its own."""
-    ptx = compile_ptx(kernel.body, kernel.arguments, capability)
+    """Compile a kernel, once for all tests that share a cache folder, and return its PTX.
+
+    No kernel may spill, or add up in any order of its own.
+    """
+    path = kept_path(kernel, "sm_{}{}".format(*capability)).with_suffix(".kernel-ptx")
+    kept = load(path)
+    if kept is None:
+        ptx = compile_ptx(kernel.body, kernel.arguments, capability)
+        store(path, f"{ptx.entry}\n{ptx.code}".encode())
+    else:
+        ptx = Ptx(*reversed(kept.decode().split("\n", 1)))
     assert re.search(rf"\.target sm_{capability[0]}{capability[1]}\b", ptx.code)
     assert f".visible .entry {ptx.entry}(" in ptx.code
     assert not re.search(r"\.local\b", ptx.code), "a stack in local memory"

@@ -48,10 +48,8 @@ def _loaded(driver: Driver, device: int, body: Body) -> Any:
 
 def machine_code(body: Body, compute_capability: tuple[int, int]) -> Code:
     """Compile a kernel for devices of a compute capability, or load it from the cache. It takes no device."""
-    key = (sys.version, _SOURCES, _versions(), str(body.arguments))
-    digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     architecture = "sm_{}{}".format(*compute_capability)
-    path = cache_folder() / f"{body.name}-{architecture}-{digest}.kernel"
+    path = kept_path(body, architecture)
     kept = load(path)
     if kept is not None:
         entry, cubin = kept.split(b"\n", 1)
@@ -60,6 +58,13 @@ def machine_code(body: Body, compute_capability: tuple[int, int]) -> Code:
     code = Code(assemble(ptx.code, architecture), ptx.entry, parameters(body.arguments))
     store(path, code.entry.encode() + b"\n" + code.cubin)
     return code
+
+
+def kept_path(body: Body, architecture: str) -> Path:
+    """Return where a kernel's machine code is kept: a name of its own for all that it depends on."""
+    key = (sys.version, _SOURCES, _versions(), str(body.arguments))
+    digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+    return cache_folder() / f"{body.name}-{architecture}-{digest}.kernel"
 
 
 @functools.cache

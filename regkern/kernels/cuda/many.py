@@ -24,7 +24,7 @@ def count_chunks(n: int) -> int:
 
 
 @functools.cache
-def chunks_kernel(operation: Operation, formula: Formula, dtype: DType, chunk: int = CHUNK) -> Body:
+def chunks_kernel(operation: Operation, formula: Formula, dtype: DType) -> Body:
     """Make the kernel of one block for each chunk: ``(chunks, arrays, outs, factors, scale, partial)``.
 
     `outs` are addresses, one for each array; `factors` are rows of two float64; `scale` is a number on the device by
@@ -38,7 +38,7 @@ def chunks_kernel(operation: Operation, formula: Formula, dtype: DType, chunk: i
         x, n, row = arrays[4 * array] + start * itemsize, arrays[4 * array + 1] - start, arrays[4 * array + 2]
         out = outs[array] + start * itemsize if writes else x
         a, b = scaled(factors[2 * row], factors[2 * row + 1], scale)
-        taken = min(n, chunk)
+        taken = min(n, CHUNK)
         sum0, sum1 = loop(to_pointer(x), to_pointer(out), taken, cuda.threadIdx.x, cuda.blockDim.x, a, b)
         if sums:
             sum0, sum1 = block_sums(sum0, sum1)
@@ -73,14 +73,14 @@ def penalty_of_all() -> Body:
 
 
 @functools.cache
-def penalty_of_each(result_type: str, chunk: int = CHUNK) -> Body:
+def penalty_of_each(result_type: str) -> Body:
     """Make the kernel of one block for each array: ``(arrays, factors, partial, penalties)``."""
     narrow = make_narrow_result(result_type)
 
     def kernel(arrays, factors, partial, penalties):
         array = cuda.blockIdx.x
         n, row, first = arrays[4 * array + 1], arrays[4 * array + 2], arrays[4 * array + 3]
-        count = (n + chunk - 1) // chunk
+        count = (n + CHUNK - 1) // CHUNK
         sum0 = sum1 = 0.0
         i = cuda.threadIdx.x
         while i < count:

@@ -1,19 +1,27 @@
-"""Checks of CuPy's arrays, and of others with CUDA's array interface, which the simulator stands in for a device of.
+"""CuPy's arrays and others with CUDA's array interface, for whose device the interpreter of PTX stands in.
 
 The arrays are CuPy's own, over memory of the host: no device is needed to make them.
 """
+
+import importlib.util
 
 import numpy as np
 import pytest
 
 import regkern as rk
-from regkern.arrays import ADAPTERS, cuda_interface
+from regkern.arrays import ADAPTERS
+
+if not (importlib.util.find_spec("numba_cuda") and importlib.util.find_spec("cupy")):
+    pytest.skip("numba-cuda or cupy is not installed", allow_module_level=True)
+
+import cupy
+
+from regkern.arrays import cuda_interface
 from regkern.arrays import cupy as adapter_module
 from tests import reference
 from tests.cases import LAYOUTS, NUMPY_DTYPES, REGULARIZERS, make
-from tests.cuda_simulator import install
+from tests.cuda_device import install
 
-cupy = pytest.importorskip("cupy")
 REGULARIZER = REGULARIZERS["L1L2"]
 STEP = 0.7
 
