@@ -25,7 +25,7 @@ def compiled(kernel, capability):
     path = kept_path(kernel, "sm_{}{}".format(*capability)).with_suffix(".kernel-ptx")
     kept = load(path)
     if kept is None:
-        ptx = compile_ptx(kernel.body, kernel.arguments, capability)
+        ptx = compile_ptx(kernel.make(capability), kernel.arguments, capability)
         store(path, f"{ptx.entry}\n{ptx.code}".encode())
     else:
         ptx = Ptx(*reversed(kept.decode().split("\n", 1)))

@@ -8,7 +8,7 @@ memory for what was written before it is read. What it does not know raises NotI
 import ctypes
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
@@ -90,20 +90,11 @@ class Instruction:
         return self.modifiers[-1]
 
 
-@dataclass
 class Kernel:
     """A kernel's code, from its PTX."""
 
-    parameters: list[str] = field(default_factory=list)
-    registers: dict[str, np.dtype] = field(default_factory=dict)
-    shared: dict[str, int] = field(default_factory=dict)
-    shared_bytes: int = 0
-    code: list[Instruction] = field(default_factory=list)
-    labels: dict[str, int] = field(default_factory=dict)
-
     def __init__(self, ptx):
-        self.parameters, self.registers, self.shared, self.code, self.labels = [], {}, {}, [], {}
-        self.shared_bytes = 0
+        self.registers, self.shared, self.labels, self.code, self.shared_bytes = {}, {}, {}, [], 0
         ptx = re.sub(r"//[^\n]*", "", ptx)
         for align, name, size in re.findall(r"\.shared\s+\.align\s+(\d+)\s+\.b8\s+(\w+)\[(\d+)\]", ptx):
             self.shared[name] = -(-self.shared_bytes // int(align)) * int(align)
@@ -415,10 +406,6 @@ def _multiply(dtype, modifiers, x, y):
     return x * y
 
 
-def _multiply_and_add(dtype, modifiers, x, y, z):
-    return _multiply(dtype, modifiers, x, y) + np.asarray(z)
-
-
 def _fused(dtype, modifiers, x, y, z):
     """Round once, but where the sum is within half a unit of the wider type from a tie."""
     wide = np.longdouble if dtype.itemsize == 8 else np.float64
@@ -430,10 +417,6 @@ def _divide(dtype, modifiers, x, y):
         return x / y
     quotient = np.abs(x) // np.abs(y)  # towards zero
     return np.where((x < 0) != (y < 0), -quotient, quotient).astype(dtype) if dtype.kind == "i" else quotient
-
-
-def _remainder(dtype, modifiers, x, y):
-    return np.fmod(x, y)
 
 
 def _plain(function, float_function=None):
@@ -457,15 +440,9 @@ _ARITHMETIC = {
     "max": _plain(np.maximum, np.fmax),
     "sqrt": _plain(np.sqrt),
     "rcp": _plain(np.reciprocal),
+    "rem": _plain(np.fmod),
     "cvta": _plain(np.copy),
     "mul": _multiply,
-    "mad": _multiply_and_add,
     "fma": _fused,
     "div": _divide,
-    "rem": _remainder,
 }
-
-
-def launch(ptx, blocks, threads, arguments, memory=None):
-    """Run a kernel."""
-    Machine(Kernel(ptx), memory or Memory(), blocks, threads, arguments).run()

@@ -18,8 +18,6 @@ if importlib.util.find_spec("numba_cuda") is None:
     pytest.skip("numba-cuda is not installed: pip install 'regkern[cuda13]'", allow_module_level=True)
 
 from regkern.kernels.cuda.elementwise import (
-    COMPENSATED,
-    IN_FLOAT64,
     THREADS,
     UNROLL,
     flat_kernel,
@@ -32,33 +30,33 @@ from tests.cuda_code import compiled
 from tests.cuda_device import CAPABILITY
 from tests.ptx import DeviceError, Kernel, Machine, Memory
 
+# A device whose sums are compensated, but for those of float64.
+WITHOUT_FAST_FLOAT64 = (8, 9)
 REGULARIZER = REGULARIZERS["L1L2"]
 STEP = 0.7
 
 
-def launch(body, blocks, arguments, read_only=()):
+def launch(body, blocks, arguments, read_only=(), capability=CAPABILITY):
     """Run a kernel over arrays, where numbers and views are passed as they are; it may reach nothing else."""
     arrays = [each for each in arguments if isinstance(each, np.ndarray)]
     reached = [each for each in arrays if not any(each is other for other in read_only)]
     passed = [each.__array_interface__["data"][0] if isinstance(each, np.ndarray) else each for each in arguments]
-    Machine(Kernel(compiled(body, CAPABILITY)), Memory(reached, read_only), blocks, body.threads, passed).run()
+    Machine(Kernel(compiled(body, capability)), Memory(reached, read_only), blocks, body.threads, passed).run()
 
 
-def run(body, dtype, blocks, x, out, *sizes, factors, read_only=()):
+def run(body, dtype, blocks, x, out, *sizes, factors, read_only=(), capability=CAPABILITY):
     """Run both stages and return the penalty and the two sums."""
     partial, result = np.full(2 * blocks, np.nan), np.full(3, np.nan, DTYPES[dtype].result)
-    launch(body, blocks, (x, out, *sizes, *factors, 0, partial, result[:1], result[1:]), read_only)
+    launch(body, blocks, (x, out, *sizes, *factors, 0, partial, result[:1], result[1:]), read_only, capability)
     if blocks > 1:
         last = last_stage(DTYPES[dtype].result)
         launch(last, 1, (partial, blocks, *factors, result[:1], result[1:]), [partial])
     return result
 
 
-def flat(operation, dtype, x, out, blocks, factors, formula=ABS_SQUARE, accumulator=None):
-    body = flat_kernel(operation, formula, DTYPES[dtype], accumulator)
-    return run(
-        body, dtype, blocks, x, out, x.size, factors=factors, read_only=() if out is x and operation.writes else [x]
-    )
+def flat(operation, dtype, x, out, blocks, factors, formula=ABS_SQUARE, capability=CAPABILITY):
+    body, read_only = flat_kernel(operation, formula, DTYPES[dtype]), [] if out is x else [x]
+    return run(body, dtype, blocks, x, out, x.size, factors=factors, read_only=read_only, capability=capability)
 
 
 def aligned(size, dtype, offset):
@@ -147,26 +145,46 @@ def test_gradients_and_prox_of_every_alignment(dtype, offsets):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("special", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("accumulator", [IN_FLOAT64, COMPENSATED], ids=lambda accumulator: accumulator.name)
-def test_nan_and_infinity_pass(dtype, special, accumulator):
-    if dtype == "float64" and accumulator is COMPENSATED:
-        with pytest.raises(ValueError, match="IN_FLOAT64"):
-            flat_kernel(SUMS, ABS_SQUARE, DTYPES[dtype], accumulator)
-        return
+@pytest.mark.parametrize("capability", [CAPABILITY, WITHOUT_FAST_FLOAT64])
+def test_nan_and_infinity_pass(dtype, special, capability):
     x = values(100, dtype)
     x[57] = special
     out = np.zeros_like(x)
-    result = flat(SUMS_AND_GRADIENT, dtype, x, out, 1, FACTORS, accumulator=accumulator)
+    result = flat(SUMS_AND_GRADIENT, dtype, x, out, 1, FACTORS, capability=capability)
     np.testing.assert_array_equal(result, np.full(3, abs(special), result.dtype))
     assert_written(out[:57], reference.gradient(REGULARIZER, x[:57]), dtype)
     np.testing.assert_array_equal(np.float64(out[57]), np.float64(x[57]))
     np.testing.assert_array_equal(flat(SUMS, dtype, x, x, 1, (0.0, 0.0), COUNTS)[2], 1)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_compensated_sums(dtype):
-    x = np.ascontiguousarray(np.abs(values(20_011, dtype, seed=1)) + NUMPY_DTYPES[dtype].type(1))
-    assert_sums(flat(SUMS, dtype, x, x, 1, FACTORS, accumulator=COMPENSATED), x, dtype)
+DISTRIBUTIONS = {
+    "uniform": lambda rng, size: rng.random(size),
+    "normal": lambda rng, size: rng.standard_normal(size),
+    "constant": lambda rng, size: np.full(size, 0.1),
+    "spiked": lambda rng, size: np.where(rng.random(size) < 1e-3, 1e4, 1e-3),
+    "falling": lambda rng, size: np.geomspace(1e6, 1e-6, size),
+}
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_compensated_sums_keep_one_unit_in_the_last_place(dtype, name):
+    size = 200_003
+    x = aligned(size, dtype, 1)
+    x[:] = DISTRIBUTIONS[name](np.random.default_rng(1), size)
+    result = flat(SUMS, dtype, x, x, 2, FACTORS, capability=WITHOUT_FAST_FLOAT64)
+    wide = x.astype(np.longdouble)
+    for found, exact in zip(result[1:], (np.abs(wide).sum(), np.square(wide).sum()), strict=True):
+        assert abs(np.longdouble(found) - exact) <= np.spacing(np.float32(exact))
+
+
+@pytest.mark.parametrize("capability", [CAPABILITY, WITHOUT_FAST_FLOAT64])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_are_the_same_bits_with_a_gradient(dtype, capability):
+    x = values(40_000, dtype, offset=1)
+    alone = flat(SUMS, dtype, x, x, 2, FACTORS, capability=capability)
+    with_gradient = flat(SUMS_AND_GRADIENT, dtype, x, aligned(x.size, dtype, 1), 2, FACTORS, capability=capability)
+    np.testing.assert_array_equal(alone, with_gradient)
 
 
 def walk(x, out):

@@ -159,7 +159,7 @@ def test_strides_that_are_no_multiples_are_refused_before_a_launch():
     ids=lambda body: body.name,
 )
 def test_parameters_are_passed_as_the_kernel_has_them(body):
-    ptx = launch.compile_ptx(body.body, body.arguments, (9, 0)).code
+    ptx = launch.compile_ptx(body.make((9, 0)), body.arguments, (9, 0)).code
     kinds = [line.split()[1] for line in ptx.splitlines() if ".param" in line and line.lstrip().startswith(".param")]
     assert ["d" if kind == ".f64" else "q" for kind in kinds] == list(parameters(body.arguments))
 

@@ -13,9 +13,9 @@ import functools
 import math
 
 from regkern.dtypes import DType
-from regkern.kernels.cuda.compile import FLOAT64 as FLOAT64_PARAMETER
-from regkern.kernels.cuda.compile import INT64, cuda, device, float_type, pointer, to_float64
-from regkern.kernels.cuda.elementwise import Body, block_sums, make_narrow, make_narrow_result, make_widen, scaled
+from regkern.kernels.cuda.arithmetic import make_narrow, make_narrow_result, make_widen
+from regkern.kernels.cuda.compile import FLOAT64, INT64, cuda, device, float_type, pointer, to_float64
+from regkern.kernels.cuda.elementwise import Body, block_sums, scaled
 
 # Rows and columns of a tile; a thread has four of its elements. A block has TILE * TILE // 4 threads.
 TILE = 32
@@ -31,7 +31,7 @@ def count_tiles(n: int) -> int:
 @device
 def _block_total(value):
     """Return the sum over a block's threads, in all of them."""
-    shared = cuda.shared.array(1, FLOAT64_PARAMETER)
+    shared = cuda.shared.array(1, FLOAT64)
     total, _ = block_sums(value, 0.0)
     if cuda.threadIdx.x == 0:
         shared[0] = total
@@ -72,7 +72,7 @@ def inverse_norms(dtype: DType) -> Body:
             inverse[row] = factor
 
     arguments = (pointer(dtype.carrier), INT64, INT64, INT64, pointer("float64"))
-    return Body(f"inverse_norms-{dtype.name}", kernel, arguments)
+    return Body(f"inverse_norms-{dtype.name}", lambda capability: kernel, arguments)
 
 
 @functools.cache
@@ -130,7 +130,7 @@ def tile_sums(dtype: DType) -> Body:
 
     sizes = (INT64, INT64, INT64, INT64)
     arguments = (pointer(dtype.carrier), *sizes, pointer("float64"), pointer("float64"))
-    return Body(f"tile_sums-{dtype.name}", kernel, arguments, threads)
+    return Body(f"tile_sums-{dtype.name}", lambda capability: kernel, arguments, threads)
 
 
 @functools.cache
@@ -152,7 +152,7 @@ def unit_rows(dtype: DType) -> Body:
             k += cuda.blockDim.x
 
     arguments = (pointer(dtype.carrier), INT64, INT64, INT64, pointer(dtype.result), pointer("float64"))
-    return Body(f"unit_rows-{dtype.name}", kernel, arguments)
+    return Body(f"unit_rows-{dtype.name}", lambda capability: kernel, arguments)
 
 
 @functools.cache
@@ -186,7 +186,8 @@ def fold_cosines(dtype: DType, signs: bool) -> Body:
 
     name = "signs" if signs else "sums"
     sizes = (INT64, INT64, INT64, INT64)
-    return Body(f"fold_cosines_{name}-{dtype.name}", kernel, (pointer(dtype.result), *sizes, pointer("float64")))
+    arguments = (pointer(dtype.result), *sizes, pointer("float64"))
+    return Body(f"fold_cosines_{name}-{dtype.name}", lambda capability: kernel, arguments)
 
 
 @functools.cache
@@ -219,6 +220,6 @@ def project(dtype: DType, accumulate: bool) -> Body:
             k += cuda.blockDim.x
 
     work = pointer(dtype.result)
-    scalars = (INT64, FLOAT64_PARAMETER, pointer(dtype.result))
+    scalars = (INT64, FLOAT64, pointer(dtype.result))
     arguments = (work, work, pointer("float64"), *scalars, pointer(dtype.carrier), INT64, INT64)
-    return Body(f"project{'_and_add' * accumulate}-{dtype.name}", kernel, arguments)
+    return Body(f"project{'_and_add' * accumulate}-{dtype.name}", lambda capability: kernel, arguments)

@@ -54,7 +54,7 @@ def machine_code(body: Body, compute_capability: tuple[int, int]) -> Code:
     if kept is not None:
         entry, cubin = kept.split(b"\n", 1)
         return Code(cubin, entry.decode(), parameters(body.arguments))
-    ptx = compile_ptx(body.body, body.arguments, compute_capability)
+    ptx = compile_ptx(body.make(compute_capability), body.arguments, compute_capability)
     code = Code(assemble(ptx.code, architecture), ptx.entry, parameters(body.arguments))
     store(path, code.entry.encode() + b"\n" + code.cubin)
     return code
