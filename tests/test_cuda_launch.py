@@ -147,10 +147,29 @@ def test_each_device_loads_a_kernel_once():
 
 
 def test_strides_that_are_no_multiples_are_refused_before_a_launch():
-    x, arrays = np.empty(3, [("a", "u1"), ("b", "f4")])["b"], Arrays()
+    x, arrays = np.empty(3, [("a", "f4"), ("b", "u1")])["a"], Arrays()
     with pytest.raises(ValueError, match="multiples of 4 bytes"):
         arrays.penalty(ABS_SQUARE, 1.0, 1.0, x)
     assert not arrays.launched
+
+
+def test_addresses_that_a_device_does_not_load_from_are_refused_before_a_launch():
+    misaligned = np.zeros(49, np.uint8)[1:].view(np.float32).reshape(3, 4)
+    x, arrays = np.zeros((3, 4), np.float32), Arrays()
+    for name, call in [
+        ("x", lambda: arrays.penalty(ABS_SQUARE, 1.0, 1.0, misaligned)),
+        ("x", lambda: arrays.grad(ABS_SQUARE, 1.0, 1.0, misaligned, x, False)),
+        ("out", lambda: arrays.grad(ABS_SQUARE, 1.0, 1.0, x, misaligned, True)),
+        ("out", lambda: arrays.prox(ABS_SQUARE, 1.0, 1.0, misaligned, misaligned)),
+        ("x", lambda: arrays.orthogonal(1.0, misaligned, columns=False, flatten=False)),
+        ("out", lambda: arrays.orthogonal_grad(1.0, x, misaligned, columns=False, flatten=False, accumulate=True)),
+        ("x", lambda: arrays.reader(misaligned)),
+    ]:
+        with pytest.raises(ValueError, match=f"^{name}: expected an address that is a multiple of 4 bytes.* got one"):
+            call()
+    assert not arrays.launched
+    arrays.penalty(ABS_SQUARE, 1.0, 1.0, misaligned[:0])  # nothing is loaded
+    assert len(arrays.launched) == 1
 
 
 @pytest.mark.parametrize(
