@@ -4,6 +4,8 @@ What is launched reads and writes the addresses that it is given, so that arrays
 memory can be passed for arrays on a device.
 """
 
+import functools
+
 from regkern.kernels.cuda import launch
 from regkern.kernels.cuda.launch import Place
 from tests.cuda_code import compiled
@@ -12,11 +14,17 @@ from tests.ptx import Kernel, Machine, Memory
 CAPABILITY = (9, 0)
 
 
+@functools.cache
+def interpreted(body, capability=CAPABILITY):
+    """Return a kernel as the interpreter takes it."""
+    return Kernel(compiled(body, capability))
+
+
 class Device:
     """A driver that runs what is launched, and notes on which stream."""
 
     def __init__(self):
-        self.streams = []
+        self.streams, self.capturing = [], False
 
     def compute_capability(self, device):
         return CAPABILITY
@@ -24,8 +32,11 @@ class Device:
     def device_of(self, address):
         return 0
 
+    def is_capturing(self, device, stream):
+        return self.capturing
+
     def load(self, device, body):
-        return Kernel(compiled(body, CAPABILITY))
+        return interpreted(body)
 
     def launch(self, device, stream, kernel, blocks, threads, arguments):
         self.streams.append(stream)

@@ -27,7 +27,7 @@ from regkern.kernels.cuda.elementwise import (
 )
 from regkern.kernels.cuda.gram import count_tiles, fold_cosines, inverse_norms, project, tile_sums, unit_rows
 from tests.cuda_code import compiled
-from tests.cuda_device import CAPABILITY
+from tests.cuda_device import CAPABILITY, interpreted
 from tests.ptx import DeviceError, Kernel, Machine, Memory
 
 # A device whose sums are compensated, but for those of float64.
@@ -41,7 +41,7 @@ def launch(body, blocks, arguments, read_only=(), capability=CAPABILITY):
     arrays = [each for each in arguments if isinstance(each, np.ndarray)]
     reached = [each for each in arrays if not any(each is other for other in read_only)]
     passed = [each.__array_interface__["data"][0] if isinstance(each, np.ndarray) else each for each in arguments]
-    Machine(Kernel(compiled(body, capability)), Memory(reached, read_only), blocks, body.threads, passed).run()
+    Machine(interpreted(body, capability), Memory(reached, read_only), blocks, body.threads, passed).run()
 
 
 def run(body, dtype, blocks, x, out, *sizes, factors, read_only=(), capability=CAPABILITY):
@@ -210,8 +210,9 @@ def test_strided(name):
     memory = Memory([out, partial, result], [x])
     addresses = x.__array_interface__["data"][0] + start, out.ctypes.data + out_start
     results = result.ctypes.data, result[1:].ctypes.data
-    kernel = Kernel(compiled(body, CAPABILITY))
-    Machine(kernel, memory, 2, THREADS, (*addresses, x.size, *sizes, *FACTORS, 0, partial.ctypes.data, *results)).run()
+    Machine(
+        interpreted(body), memory, 2, THREADS, (*addresses, x.size, *sizes, *FACTORS, 0, partial.ctypes.data, *results)
+    ).run()
     launch(last_stage(DTYPES[dtype].result), 1, (partial, 2, *FACTORS, result[:1], result[1:]), [partial])
     assert_sums(result, x, dtype)
     assert_written(out, reference.gradient(REGULARIZER, x), dtype)

@@ -234,6 +234,19 @@ def test_recorded_tensors_are_few_launches_forward_and_backward(place, monkeypat
         assert_near(x.grad, 3 * reference.gradient(REGULARIZER, wide(x)), x)
 
 
+def test_tables_of_many_tensors_travel_before_a_graph_is_captured(place):
+    named = {"kernel": tensor("float32"), "bias": tensor("float32", (4,))}
+    bound = rk.Penalty({"*": REGULARIZER}).bind(named)
+    place.driver.capturing = True
+    with pytest.raises(RuntimeError, match="a plan's tables on the device before a graph is captured"):
+        bound.value()
+    assert not place.driver.streams
+    place.driver.capturing = False
+    value = bound.value()
+    place.driver.capturing = True
+    assert bound.value() == value
+
+
 def test_the_same_memory_counts_once(named):
     x = named[f"kernel{SIZES[-1]}"]
     assert list(rk.Penalty({"*": REGULARIZER}).per_tensor({"x": x, "tied": x.view(2, -1).view(-1)})) == ["x"]

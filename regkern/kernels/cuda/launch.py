@@ -28,18 +28,33 @@ class Place(NamedTuple):
     stream: int
 
 
+def check_not_capturing(place: Place, what: str) -> None:
+    """Raise where a graph is captured, which does not hold what is not done on the stream, or spoils it.
+
+    Raises:
+        RuntimeError: what is launched now goes into a graph.
+    """
+    if place.driver.is_capturing(place.device, place.stream):
+        raise RuntimeError(
+            f"regkern: expected {what} on the device before a graph is captured; got the first call that needs them, "
+            "while one is; make the same call once before."
+        )
+
+
 def launch(place: Place, body: Body, blocks: int, arguments: tuple[int | float, ...]) -> None:
     """Launch a kernel and return at once, without a copy and without waiting for anything."""
     driver, device, stream = place
-    driver.launch(device, stream, _loaded(driver, device, body), blocks, body.threads, arguments)
+    driver.launch(device, stream, _loaded(place, body), blocks, body.threads, arguments)
 
 
 _kernels: dict[tuple[Driver, int, Body], Any] = {}
 
 
-def _loaded(driver: Driver, device: int, body: Body) -> Any:
+def _loaded(place: Place, body: Body) -> Any:
+    driver, device, _ = place
     kernel = _kernels.get((driver, device, body))
     if kernel is None:
+        check_not_capturing(place, "kernels")
         with forks.loading:
             kernel = driver.load(device, machine_code(body, driver.compute_capability(device)))
             _kernels[driver, device, body] = kernel
