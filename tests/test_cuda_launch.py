@@ -33,10 +33,14 @@ class Recorder:
     """A driver with two devices, of compute capabilities 8.0 and 9.0, that only notes what it is asked."""
 
     def __init__(self):
-        self.loaded, self.launched = [], []
+        self.loaded, self.launched, self.capturing = [], [], False
 
     def compute_capability(self, device):
         return [(8, 0), (9, 0)][device]
+
+    def is_capturing(self, device, stream):
+        assert (device, stream) == (0, 7) or not self.capturing
+        return self.capturing
 
     def load(self, device, code):
         assert code.cubin.startswith(b"\x7fELF")
@@ -146,11 +150,43 @@ def test_each_device_loads_a_kernel_once():
     assert [device for device, _ in first.recorder.loaded] == [0, 1]
 
 
+def test_kernels_are_loaded_before_a_graph_is_captured():
+    x, arrays = np.empty(10, np.float32), Arrays()
+    arrays.recorder.capturing = True
+    with pytest.raises(RuntimeError, match=r"^regkern: expected kernels on the device before a graph is captured; got"):
+        arrays.penalty(ABS_SQUARE, 1.0, 1.0, x)
+    assert not arrays.recorder.loaded
+    arrays.recorder.capturing = False
+    arrays.penalty(ABS_SQUARE, 1.0, 1.0, x)
+    arrays.recorder.capturing = True
+    arrays.penalty(ABS_SQUARE, 1.0, 1.0, x)
+    assert len(arrays.launched) == 2
+
+
 def test_strides_that_are_no_multiples_are_refused_before_a_launch():
-    x, arrays = np.empty(3, [("a", "u1"), ("b", "f4")])["b"], Arrays()
+    x, arrays = np.empty(3, [("a", "f4"), ("b", "u1")])["a"], Arrays()
     with pytest.raises(ValueError, match="multiples of 4 bytes"):
         arrays.penalty(ABS_SQUARE, 1.0, 1.0, x)
     assert not arrays.launched
+
+
+def test_addresses_that_a_device_does_not_load_from_are_refused_before_a_launch():
+    misaligned = np.zeros(49, np.uint8)[1:].view(np.float32).reshape(3, 4)
+    x, arrays = np.zeros((3, 4), np.float32), Arrays()
+    for name, call in [
+        ("x", lambda: arrays.penalty(ABS_SQUARE, 1.0, 1.0, misaligned)),
+        ("x", lambda: arrays.grad(ABS_SQUARE, 1.0, 1.0, misaligned, x, False)),
+        ("out", lambda: arrays.grad(ABS_SQUARE, 1.0, 1.0, x, misaligned, True)),
+        ("out", lambda: arrays.prox(ABS_SQUARE, 1.0, 1.0, misaligned, misaligned)),
+        ("x", lambda: arrays.orthogonal(1.0, misaligned, columns=False, flatten=False)),
+        ("out", lambda: arrays.orthogonal_grad(1.0, x, misaligned, columns=False, flatten=False, accumulate=True)),
+        ("x", lambda: arrays.reader(misaligned)),
+    ]:
+        with pytest.raises(ValueError, match=f"^{name}: expected an address that is a multiple of 4 bytes.* got one"):
+            call()
+    assert not arrays.launched
+    arrays.penalty(ABS_SQUARE, 1.0, 1.0, misaligned[:0])  # nothing is loaded
+    assert len(arrays.launched) == 1
 
 
 @pytest.mark.parametrize(
@@ -159,7 +195,7 @@ def test_strides_that_are_no_multiples_are_refused_before_a_launch():
     ids=lambda body: body.name,
 )
 def test_parameters_are_passed_as_the_kernel_has_them(body):
-    ptx = launch.compile_ptx(body.body, body.arguments, (9, 0)).code
+    ptx = launch.compile_ptx(body.make((9, 0)), body.arguments, (9, 0)).code
     kinds = [line.split()[1] for line in ptx.splitlines() if ".param" in line and line.lstrip().startswith(".param")]
     assert ["d" if kind == ".f64" else "q" for kind in kinds] == list(parameters(body.arguments))
 
@@ -193,6 +229,7 @@ class Library:
             ("cuCtxGetCurrent", self.current, POINTER(c_void_p)),
             ("cuCtxPushCurrent_v2", self.push, c_void_p),
             ("cuCtxPopCurrent_v2", self.pop, POINTER(c_void_p)),
+            ("cuStreamIsCapturing", self.is_capturing, c_void_p, POINTER(c_int)),
             ("cuModuleLoadData", self.load, POINTER(c_void_p), c_char_p),
             ("cuModuleGetFunction", self.find, POINTER(c_void_p), c_void_p, c_char_p),
             ("cuPointerGetAttribute", self.pointer, POINTER(c_int), c_int, c_uint64),
@@ -231,6 +268,11 @@ class Library:
         self.contexts.pop()
         return 0
 
+    def is_capturing(self, stream, status):
+        assert self.contexts[-1] == 1041
+        status[0] = {8: 0, 9: 1}[stream]
+        return 0
+
     def load(self, module, image):
         self.calls.append(("load", self.contexts[-1], image))
         module[0] = 5
@@ -263,6 +305,7 @@ def test_the_drivers_library_is_called_with_packed_arguments_in_the_devices_cont
     driver = LibCuda(library)
     assert driver.compute_capability(1) == (10, 0)
     assert driver.device_of(1 << 40) == 1
+    assert [driver.is_capturing(1, stream) for stream in (8, 9)] == [False, True]
     kernel = driver.load(1, Code(b"code", "a_kernel", "qqd"))
     library.contexts.append(77)  # what another library has made current
     driver.launch(1, 9, kernel, 3, 256, (1 << 40, -5, 0.5))

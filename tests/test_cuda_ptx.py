@@ -7,45 +7,70 @@ import pytest
 
 from regkern.dtypes import DTYPES
 from regkern.kernels.formulas import ABS_SQUARE
-from regkern.kernels.operations import OPERATIONS, SUMS, SUMS_AND_GRADIENT
+from regkern.kernels.operations import ADD_GRADIENT, GRADIENT, OPERATIONS, PROX, SUMS, SUMS_AND_GRADIENT
 
 if importlib.util.find_spec("numba_cuda") is None:
     pytest.skip("numba-cuda is not installed: pip install 'regkern[cuda13]'", allow_module_level=True)
 
-from regkern.kernels.cuda.compile import compile_ptx, compute_capabilities
-from regkern.kernels.cuda.elementwise import COMPENSATED, UNROLL, flat_kernel, last_stage, strided_kernel
+from regkern.kernels.cuda.arithmetic import COMPENSATED, accumulator_of
+from regkern.kernels.cuda.compile import compute_capabilities
+from regkern.kernels.cuda.elementwise import (
+    THREADS,
+    UNROLL,
+    flat_kernel,
+    lanes_of,
+    last_stage,
+    strided_kernel,
+)
 from regkern.kernels.cuda.gram import fold_cosines, inverse_norms, project, tile_sums, unit_rows
 from regkern.kernels.cuda.many import chunks_kernel, penalty_of_all, penalty_of_each
+from tests.cuda_code import LOAD, STORE, assembled, compiled, disassembler, main_loop, main_loop_of_machine, registers
 
 NEWEST = max(compute_capabilities())
-CAPABILITIES = [(8, 0), (9, 0), NEWEST]
-# 16 bytes by one instruction: four words or two, whose kind is written differently for newer devices.
-LOAD, STORE = (re.compile(rf"\b{way}\.global\.(?:v4\.[a-z]32|v2\.[a-z]64)") for way in ("ld", "st"))
+CAPABILITIES = [(8, 0), (8, 9), (9, 0), NEWEST]
 EVERY_OPERATION = pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
 EVERY_CAPABILITY = pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda cc: "{}.{}".format(*cc))
 
 
-def compiled(kernel, capability):
-    """Compile a kernel and return its PTX, which no kernel may spill to, or add up in any order of its own."""
-    ptx = compile_ptx(kernel.body, kernel.arguments, capability)
-    assert re.search(rf"\.target sm_{capability[0]}{capability[1]}\b", ptx.code)
-    assert f".visible .entry {ptx.entry}(" in ptx.code
-    assert not re.search(r"\.local\b", ptx.code), "a stack in local memory"
-    assert not re.search(r"\b(atom|red)\.", ptx.code), "an atomic operation"
-    assert not re.search(r"\bcall\b", ptx.code), "a function that was not inlined"
-    masks = re.findall(r"shfl\.sync\.down\.b32[^;]*, (-?\w+);", ptx.code)
-    assert set(masks) <= {"-1"}, "a shuffle without all lanes"
-    return ptx.code
+# Of one element: how often a main loop adds, products with a sum included, and how often it compares.
+ADDS_AND_COMPARES = {SUMS: (2, 0), GRADIENT: (1, 2), ADD_GRADIENT: (2, 2), SUMS_AND_GRADIENT: (3, 2), PROX: (1, 2)}
+# A compensated sum takes four additions of a term, which the formula has two of.
+COMPENSATION = 6
+# Instructions of an element at most, loop and addresses included: with sums in float64, and with compensated ones.
+INSTRUCTIONS = {SUMS: (6, 11), SUMS_AND_GRADIENT: (17, 23)}
+MULTIPROCESSOR = 1 << 16  # registers
+
+
+def elements_of(operation, dtype, loads):
+    """Return how many elements the 16-byte loads of a loop take."""
+    return loads * lanes_of(DTYPES[dtype]) // (2 if operation is ADD_GRADIENT else 1)
 
 
 @EVERY_CAPABILITY
 @pytest.mark.parametrize("dtype", DTYPES)
 @EVERY_OPERATION
-def test_flat_kernels_move_16_bytes_at_once(operation, dtype, capability):
-    ptx = compiled(flat_kernel(operation, ABS_SQUARE, DTYPES[dtype]), capability)
-    assert len(LOAD.findall(ptx)) >= UNROLL
-    assert len(STORE.findall(ptx)) >= (UNROLL if operation.writes else 0)
+def test_main_loops_are_unrolled(operation, dtype, capability):
+    kernel = flat_kernel(operation, ABS_SQUARE, DTYPES[dtype])
+    ptx = compiled(kernel, capability)
+    loop = "\n".join(main_loop(ptx))
+    elements, (adds, compares) = elements_of(operation, dtype, len(LOAD.findall(loop))), ADDS_AND_COMPARES[operation]
+    compensated = accumulator_of(DTYPES[dtype], capability) is COMPENSATED
+    adds += COMPENSATION * (compensated and operation.sums)
+    assert elements >= UNROLL * lanes_of(DTYPES[dtype])
+    assert len(STORE.findall(loop)) * lanes_of(DTYPES[dtype]) == elements * operation.writes
+    added = len(re.findall(r"\b(?:add|sub|fma)\.(?:rn\.)?f(?:32|64)", loop))
+    assert 0 <= added - adds * elements < UNROLL, "more than what does not change in the loop"
+    assert len(re.findall(r"\bsetp\.\w+\.f(?:32|64)", loop)) == compares * elements
+    assert len(re.findall(r"\bbra\b", loop)) == 1
     assert ("shfl.sync.down" in ptx) == operation.sums
+
+    cubin = assembled(kernel, capability)
+    assert MULTIPROCESSOR // (registers(cubin) * THREADS) >= 3
+    if operation in INSTRUCTIONS and disassembler():
+        loop = main_loop_of_machine(cubin)
+        elements = elements_of(operation, dtype, sum(".128" in line and "LDG" in line for line in loop))
+        assert elements >= UNROLL * lanes_of(DTYPES[dtype])
+        assert len(loop) <= INSTRUCTIONS[operation][compensated] * elements
 
 
 @pytest.mark.parametrize("dims", [1, 3])
@@ -59,15 +84,6 @@ def test_strided_kernels(operation, dtype, dims):
 @pytest.mark.parametrize("result_type", ["float32", "float64"])
 def test_the_last_stage(result_type, capability):
     compiled(last_stage(result_type), capability)
-
-
-def test_compensated_sums_add_no_float64_for_each_element():
-    def additions(dtype, accumulator):
-        ptx = compiled(flat_kernel(SUMS, ABS_SQUARE, DTYPES[dtype], accumulator), (9, 0))
-        return len(re.findall(r"\b(?:add|fma)\.(?:rn\.)?f64", ptx))
-
-    # Those of a block's sums alone, though a load holds twice as many elements of float16.
-    assert additions("float16", COMPENSATED) == additions("float32", COMPENSATED) < additions("float32", None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

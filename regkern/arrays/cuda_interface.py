@@ -86,8 +86,7 @@ def _view(x: Any) -> Any:
         raise TypeError("x: expected an array without a mask; got one with a mask; fill it first.")
     dtype, shape, (address, _) = np.dtype(interface["typestr"]), tuple(interface["shape"]), interface["data"]
     strides = interface.get("strides")
-    device = driver().device_of(address) if address else cupy.cuda.device.get_device_id()
-    memory = cupy.cuda.UnownedMemory(address, _extent(shape, strides, dtype.itemsize), x, device)
+    memory = cupy.cuda.UnownedMemory(address, _extent(shape, strides, dtype.itemsize), x, _device_of(address))
     return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0), strides=strides)
 
 
@@ -112,13 +111,22 @@ def _view_out(out: Any) -> Any:
 
 @contextmanager
 def _stream_of(x: Any) -> Iterator[None]:
-    """Make the stream that x's interface names CuPy's current one."""
-    stream = x.__cuda_array_interface__.get("stream")
+    """Make the stream that x's interface names CuPy's current one on x's device."""
+    interface = x.__cuda_array_interface__
+    stream = interface.get("stream")
     if stream is None:
         yield
     else:
-        with cupy.cuda.ExternalStream(stream):  # 1 and 2 mean the default streams, to CUDA as to the interface
+        device = _device_of(interface["data"][0])
+        # 1 and 2 mean the default streams, to CUDA as to the interface.
+        with cupy.cuda.Device(device), cupy.cuda.ExternalStream(stream, device):
             yield
+
+
+def _device_of(address: int) -> int:
+    """Return the device in whose memory an address lies; the current one for that of an empty array."""
+    device: int = driver().device_of(address) if address else cupy.cuda.device.get_device_id()
+    return device
 
 
 def _like(x: Any, result: Any) -> Any:

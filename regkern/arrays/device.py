@@ -15,7 +15,7 @@ import numpy as np
 from regkern.arrays.adapter import KernelAdapter
 from regkern.arrays.device_gram import Matrices, matrices_of, mean_cosine, mean_cosine_gradient
 from regkern.arrays.device_plan import DevicePlan
-from regkern.arrays.layout import Strides, check_alike, check_memory, walk
+from regkern.arrays.layout import Strides, View, check_alike, check_memory, walk
 from regkern.arrays.plan import Member, Plan
 from regkern.dtypes import DType
 from regkern.kernels.cuda.elementwise import (
@@ -62,6 +62,7 @@ class DeviceAdapter(KernelAdapter):
 
     def reader(self, x: Any) -> tuple[DeviceAdapter, Any] | None:
         view = self.view(x)
+        _check_aligned(view, "x")
         steps = walk(view.shape, view.strides, view.strides, view.dtype.itemsize)
         contiguous = steps.start == 0 and steps.dims == 0  # in memory, as in the array
         return (self, x) if contiguous else None
@@ -91,6 +92,7 @@ class DeviceAdapter(KernelAdapter):
                 f"make it by {maker}."
             )
         (address, dtype, shape, strides), target = self.view(x), self.view(out)
+        _check_aligned(target, "out")
         check_memory(shape, dtype.itemsize, (address, strides), (target.address, target.strides))
 
     def penalty(self, formula: Formula, a: float, b: float, x: Any) -> Any:
@@ -153,8 +155,9 @@ class DeviceAdapter(KernelAdapter):
         return mean_cosine_gradient(self, factor, x, matrices, outs, scale=scale, accumulate=accumulate)
 
     def _matrices(self, x: Any, columns: bool) -> Matrices:
-        address, dtype, shape, strides = self.view(x)
-        return matrices_of(address, dtype, shape, strides, columns)
+        view = self.view(x)
+        _check_aligned(view, "x")
+        return matrices_of(*view, columns)
 
     def run(
         self,
@@ -175,6 +178,7 @@ class DeviceAdapter(KernelAdapter):
             Where the operation sums, the penalty, a 0-d array on the device, or the formula's two sums.
         """
         source = self.view(x)
+        _check_aligned(source, "x")
         target = source if out is x else self.view(out)
         result_type = result_type or source.dtype.result
         start, out_start, body, sizes, blocks = _prepared(
@@ -191,6 +195,16 @@ class DeviceAdapter(KernelAdapter):
         if partial is not None:
             launch(place, last_stage(result_type), 1, (partial_address, blocks, a, b, *results))
         return result
+
+
+def _check_aligned(view: View, name: str) -> None:
+    """Raise unless a device can load the elements, which it would answer by giving up the whole context."""
+    beyond = view.address % view.dtype.itemsize
+    if beyond and 0 not in view.shape:
+        raise ValueError(
+            f"{name}: expected an address that is a multiple of {view.dtype.itemsize} bytes, as CUDA devices load "
+            f"{view.dtype.name}; got one that is {beyond} bytes beyond; pass a copy."
+        )
 
 
 class _Prepared(NamedTuple):

@@ -11,7 +11,7 @@ from regkern.arrays.layout import View, walk
 from regkern.arrays.plan import Member, Plan, Weighted
 from regkern.dtypes import DType
 from regkern.kernels.cuda.elementwise import NULL, last_stage
-from regkern.kernels.cuda.launch import Place, launch
+from regkern.kernels.cuda.launch import Place, check_not_capturing, launch
 from regkern.kernels.cuda.many import CHUNK, chunks_kernel, count_chunks, penalty_of_all, penalty_of_each
 from regkern.kernels.formulas import Formula
 from regkern.kernels.operations import GRADIENT, SUMS, SUMS_AND_GRADIENT, Operation
@@ -80,7 +80,7 @@ class DevicePlan(Plan):
         """Return the factors on the device. They travel when they have changed."""
         if self._factors is None or self._factors[0] != penalties:
             table = np.array([(a, b) for _, a, b in penalties], np.float64)
-            self._factors = list(penalties), self._adapter.upload(self._home, table.ravel())
+            self._factors = list(penalties), _upload(self._adapter, self._home, table.ravel())
         return self._factors[1]
 
     def _grouped(self, penalties: Sequence[Weighted]) -> list[_Group]:
@@ -131,6 +131,12 @@ class DevicePlan(Plan):
         return result
 
 
+def _upload(adapter: DeviceAdapter, home: Any, table: np.ndarray[Any, Any]) -> Any:
+    """Return a table on the device. In a graph, its memory on the host would be read again by each replay."""
+    check_not_capturing(adapter.place(home), "a plan's tables")
+    return adapter.upload(home, table)
+
+
 class _Group:
     """The arrays of a plan with one dtype and one formula, as tables on the device."""
 
@@ -155,13 +161,13 @@ class _Group:
         rows = [
             (views[i].address, size, penalties[i], first) for i, size, first in zip(indices, sizes, firsts, strict=True)
         ]
-        self.chunks = adapter.upload(home, np.stack([owners, starts], axis=1).astype(np.int64).ravel())
-        self.arrays = adapter.upload(home, np.array(rows, np.int64).ravel())
+        self.chunks = _upload(adapter, home, np.stack([owners, starts], axis=1).astype(np.int64).ravel())
+        self.arrays = _upload(adapter, home, np.array(rows, np.int64).ravel())
         self._outs: tuple[list[int], Any] | None = None
 
     def upload_outs(self, outs: Sequence[View]) -> Any:
         """Return the addresses of what is written, on the device. They travel when they have changed."""
         addresses = [outs[i].address for i in self.indices]
         if self._outs is None or self._outs[0] != addresses:
-            self._outs = addresses, self._adapter.upload(self._home, np.array(addresses, np.int64))
+            self._outs = addresses, _upload(self._adapter, self._home, np.array(addresses, np.int64))
         return self._outs[1]

@@ -51,11 +51,8 @@ def _abs_terms(magnitude: float) -> tuple[float, float]:
 
 
 def _abs_derivative(v: float, a: float, b: float) -> float:
-    if v > 0.0:
-        return a
-    if v < 0.0:
-        return -a
-    return v  # zero has derivative zero, NaN stays
+    minus = -a  # taken before it is known to be needed, so that no compiler branches to it
+    return a if v > 0.0 else (minus if v < 0.0 else v)  # zero has derivative zero, NaN stays
 
 
 def _abs_prox(v: float, clipped: float, a: float, b: float) -> float:
@@ -81,12 +78,8 @@ def _abs_square_terms(magnitude: float) -> tuple[float, float]:
 
 
 def _abs_square_derivative(v: float, a: float, b: float) -> float:
-    d = 2.0 * b * v
-    if v > 0.0:
-        return d + a
-    if v < 0.0:
-        return d - a
-    return d
+    minus = -a
+    return 2.0 * b * v + (a if v > 0.0 else (minus if v < 0.0 else v))
 
 
 def _abs_square_prox(v: float, clipped: float, a: float, b: float) -> float:

@@ -2,14 +2,11 @@
 
 That target is a package of its own, with a successor (numba-cuda-mlir): a change of provider is a change of this file.
 Kernels take plain pointers and numbers, so that their code can be launched by anything that launches CUDA functions.
-With `NUMBA_ENABLE_CUDASIM=1` they run as Python, one thread of Python per CUDA thread, over `Memory` for pointers.
 """
 
 import contextlib
-import ctypes
 import importlib.util
 import re
-import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -18,7 +15,7 @@ import numpy as np
 from llvmlite import ir
 from numba import cuda as _numba_cuda
 from numba import types
-from numba.core import config
+from numba.cuda.extending import intrinsic
 
 from regkern.kernels import forks
 
@@ -28,7 +25,6 @@ if importlib.util.find_spec("numba_cuda") is None:
         "install it by pip install 'regkern[cuda13]'."
     )
 
-SIMULATED = bool(config.ENABLE_CUDASIM)
 # Bytes that one load of a thread takes at most.
 VECTOR_BYTES = 16
 
@@ -130,253 +126,132 @@ def _compiling_for(compute_capability: tuple[int, int]) -> Iterator[None]:
         dispatcher.get_current_device = current
 
 
-class Memory:
-    """A pointer of the simulator: elements of an array, one after the other, of which the pointer is at one."""
-
-    def __init__(self, elements: np.ndarray[Any, Any], at: int = 0) -> None:
-        self.elements, self.at = elements, at
-
-    @property
-    def address(self) -> int:
-        """Where the pointer points to."""
-        return int(self.elements.ctypes.data + self.at * self.elements.itemsize)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.elements[self._place(index)]
-
-    def __setitem__(self, index: int, value: Any) -> None:
-        self.elements[self._place(index)] = value
-
-    def _place(self, index: int) -> int:
-        place = self.at + int(index)
-        if not 0 <= place < len(self.elements):
-            raise IndexError(f"a kernel left its memory: element {place} of {len(self.elements)}")
-        return place
+cuda = _numba_cuda
 
 
-# Elements on either side of an address that the simulator is given. What lies there is not known to it.
-_WINDOW = 1 << 20
+def device(function: Any) -> Any:
+    """Make a function that kernels call."""
+    return _numba_cuda.jit(function, device=True)
 
 
-class _Null(Memory):
-    @property
-    def address(self) -> int:
-        return 0
+@intrinsic
+def address_of(typing_context, pointer):
+    """Return the address that a pointer holds."""
+
+    def codegen(context, builder, signature, arguments):
+        return builder.ptrtoint(arguments[0], ir.IntType(64))
+
+    return types.int64(pointer), codegen
 
 
-NULL = _Null(np.zeros(0))
+@device
+def shuffle_down(value: Any, offset: Any) -> Any:
+    """Return the value of the lane that is `offset` further in the warp. All lanes of the warp call it."""
+    return cuda.shfl_down_sync(_FULL_WARP, value, offset)
 
 
-def memory_at(address: int, type_name: str) -> Memory:
-    """Return a pointer to memory of the host, for the simulator."""
-    if address == 0:
-        return NULL
-    dtype = np.dtype(type_name)
-    if address % dtype.itemsize:
-        raise ValueError(f"a pointer to {type_name} at an address that is not aligned")
-    window: Any = (ctypes.c_char * (2 * _WINDOW * dtype.itemsize)).from_address(address - _WINDOW * dtype.itemsize)
-    elements: np.ndarray[Any, Any] = np.frombuffer(window, dtype)
-    return Memory(elements, _WINDOW)
+def _instruction(template: str, constraints: str, result: Any, argument: Any) -> Any:
+    """Make a function of one PTX instruction."""
+
+    @intrinsic
+    def convert(typing_context, value):
+        def codegen(context, builder, signature, arguments):
+            function = ir.FunctionType(context.get_value_type(result), [context.get_value_type(argument)])
+            return builder.call(ir.InlineAsm(function, template, constraints), arguments)
+
+        return result(argument), codegen
+
+    return convert
 
 
-def simulate(body: Callable[..., Any], blocks: int, threads: int, arguments: tuple[Any, ...]) -> None:
-    """Run a kernel in the simulator."""
-    _numba_cuda.jit(body)[blocks, threads](*arguments)
+# Inline PTX: NVVM's half and bfloat types differ between its versions.
+widen_float16 = _instruction("cvt.f32.f16 $0, $1;", "=f,h", types.float32, types.uint16)
+narrow_float16 = _instruction("cvt.rn.f16.f32 $0, $1;", "=h,f", types.uint16, types.float32)
+narrow_bfloat16 = _instruction("cvt.rn.bf16.f32 $0, $1;", "=h,f", types.uint16, types.float32)
 
 
-if SIMULATED:
-    from numba.cuda.simulator.kernel import _get_kernel_context
+@intrinsic
+def widen_bfloat16(typing_context, bits):
+    """Return the float32 of a bfloat16's bits."""
 
-    class _Context:
-        """`numba.cuda` inside of a kernel. The simulator's own way swaps globals, which its threads undo for others."""
+    def codegen(context, builder, signature, arguments):
+        word = builder.shl(builder.zext(arguments[0], ir.IntType(32)), ir.IntType(32)(16))
+        return builder.bitcast(word, ir.FloatType())
 
-        def __getattr__(self, name: str) -> Any:
-            return getattr(_get_kernel_context(), name)
+    return types.float32(types.uint16), codegen
 
-    cuda: Any = _Context()
 
-    def device(function: Any) -> Any:
-        """Make a function that kernels call."""
-        return function
+def make_pointer(carrier: str) -> Any:
+    """Make ``pointer(address)``, the opposite of `address_of`."""
 
-    def address_of(memory: Any) -> Any:
-        """Return the address that a pointer holds."""
-        return memory.address
+    @intrinsic
+    def to_pointer(typing_context, address):
+        def codegen(context, builder, signature, arguments):
+            # By way of global memory's own kind of pointers, so that loads and stores need not ask which it is.
+            in_global_memory = builder.inttoptr(arguments[0], ir.PointerType(_WORDS[carrier], addrspace=1))
+            return builder.addrspacecast(in_global_memory, ir.PointerType(_WORDS[carrier]))
 
-    def shuffle_down(value: Any, offset: Any) -> Any:
-        """Return the value of the lane that is `offset` further in the warp. All threads of a block call it."""
-        thread: Any = threading.current_thread()
-        # Two places in turn: when one is written again, all threads have met once more, and have read it.
-        thread.turn = not getattr(thread, "turn", False)
-        values = thread._manager.__dict__.setdefault(f"shuffled {thread.turn}", {})
-        me = thread.thread_id
-        values[me] = value
-        cuda.syncthreads()
-        return values[me + offset] if me % 32 + offset < 32 else value
+        return types.CPointer(_CARRIERS[carrier])(types.int64), codegen
 
-    def widen_float16(bits: Any) -> Any:
-        """Return the float32 of a float16's bits."""
-        return np.float32(np.uint16(bits).view(np.float16))
+    return to_pointer
 
-    def widen_bfloat16(bits: Any) -> Any:
-        """Return the float32 of a bfloat16's bits."""
-        return (np.uint32(bits) << np.uint32(16)).view(np.float32)
 
-    def narrow_float16(value: Any) -> Any:
-        """Return the bits of the nearest float16."""
-        return np.float32(value).astype(np.float16).view(np.uint16)
+def _vector_at(builder: Any, pointer: Any, i: Any, carrier: str) -> tuple[Any, Any, int]:
+    """Return a pointer to 16 bytes as a vector of words, the type of a word, and how many elements it holds.
 
-    def narrow_bfloat16(value: Any) -> Any:
-        """Return the bits of the nearest bfloat16."""
-        from ml_dtypes import bfloat16
+    A vector of 16-bit words would be loaded in two halves.
+    """
+    word, elements = (ir.IntType(32), 2) if carrier == "uint16" else (_WORDS[carrier], 1)
+    vector = ir.VectorType(word, VECTOR_BYTES // (np.dtype(carrier).itemsize * elements))
+    return builder.bitcast(builder.gep(pointer, [i]), vector.as_pointer()), word, elements
 
-        return np.float32(value).astype(bfloat16).view(np.uint16)
 
-    def make_pointer(carrier: str) -> Any:
-        """Make ``pointer(address)``, the opposite of `address_of`."""
-        return lambda address: memory_at(int(address), carrier)
+def make_load(carrier: str) -> Any:
+    """Make ``load(pointer, i)``: 16 bytes from element i on, which is aligned, as a tuple of elements."""
 
-    def make_load(carrier: str) -> Any:
-        """Make ``load(pointer, i)``: 16 bytes from element i on, which is aligned, as a tuple of elements."""
+    @intrinsic
+    def load(typing_context, pointer, i):
         lanes = VECTOR_BYTES // np.dtype(carrier).itemsize
-
-        def load(memory: Any, i: Any) -> Any:
-            if (memory.address + i * np.dtype(carrier).itemsize) % VECTOR_BYTES:
-                raise ValueError("a load of 16 bytes at an address that is not aligned")
-            return tuple(memory[i + lane] for lane in range(lanes))
-
-        return load
-
-    def make_store(carrier: str) -> Any:
-        """Make ``store(pointer, i, elements)``, the counterpart of ``load``."""
-
-        def store(memory: Any, i: Any, elements: Any) -> None:
-            if (memory.address + i * np.dtype(carrier).itemsize) % VECTOR_BYTES:
-                raise ValueError("a store of 16 bytes at an address that is not aligned")
-            for lane, element in enumerate(elements):
-                memory[i + lane] = element
-
-        return store
-
-else:
-    from numba.cuda.extending import intrinsic
-
-    cuda = _numba_cuda
-
-    def device(function: Any) -> Any:
-        """Make a function that kernels call."""
-        return _numba_cuda.jit(function, device=True)
-
-    @intrinsic
-    def address_of(typing_context, pointer):
-        """Return the address that a pointer holds."""
+        result = types.UniTuple(_CARRIERS[carrier], lanes)
 
         def codegen(context, builder, signature, arguments):
-            return builder.ptrtoint(arguments[0], ir.IntType(64))
+            at, word, per_word = _vector_at(builder, *arguments, carrier)
+            vector = builder.load(at, align=VECTOR_BYTES)
+            elements = [builder.extract_element(vector, ir.IntType(32)(k)) for k in range(lanes // per_word)]
+            if per_word == 2:
+                halves = [half for each in elements for half in (each, builder.lshr(each, word(16)))]
+                elements = [builder.trunc(half, ir.IntType(16)) for half in halves]
+            return context.make_tuple(builder, result, elements)
 
-        return types.int64(pointer), codegen
+        return result(pointer, types.int64), codegen
 
-    @device
-    def shuffle_down(value: Any, offset: Any) -> Any:
-        """Return the value of the lane that is `offset` further in the warp. All lanes of the warp call it."""
-        return cuda.shfl_down_sync(_FULL_WARP, value, offset)
+    return load
 
-    def _instruction(template: str, constraints: str, result: Any, argument: Any) -> Any:
-        """Make a function of one PTX instruction."""
 
-        @intrinsic
-        def convert(typing_context, value):
-            def codegen(context, builder, signature, arguments):
-                function = ir.FunctionType(context.get_value_type(result), [context.get_value_type(argument)])
-                return builder.call(ir.InlineAsm(function, template, constraints), arguments)
-
-            return result(argument), codegen
-
-        return convert
-
-    # Inline PTX: NVVM's half and bfloat types differ between its versions.
-    widen_float16 = _instruction("cvt.f32.f16 $0, $1;", "=f,h", types.float32, types.uint16)
-    narrow_float16 = _instruction("cvt.rn.f16.f32 $0, $1;", "=h,f", types.uint16, types.float32)
-    narrow_bfloat16 = _instruction("cvt.rn.bf16.f32 $0, $1;", "=h,f", types.uint16, types.float32)
+def make_store(carrier: str) -> Any:
+    """Make ``store(pointer, i, elements)``, the counterpart of ``load``."""
 
     @intrinsic
-    def widen_bfloat16(typing_context, bits):
-        """Return the float32 of a bfloat16's bits."""
+    def store(typing_context, pointer, i, elements):
+        lanes = VECTOR_BYTES // np.dtype(carrier).itemsize
+        argument = types.UniTuple(_CARRIERS[carrier], lanes)
 
         def codegen(context, builder, signature, arguments):
-            word = builder.shl(builder.zext(arguments[0], ir.IntType(32)), ir.IntType(32)(16))
-            return builder.bitcast(word, ir.FloatType())
+            at, word, per_word = _vector_at(builder, *arguments[:2], carrier)
+            words = [builder.extract_value(arguments[2], lane) for lane in range(lanes)]
+            if per_word == 2:
+                halves = [builder.zext(half, word) for half in words]
+                pairs = zip(halves[::2], halves[1::2], strict=True)
+                words = [builder.or_(low, builder.shl(high, word(16))) for low, high in pairs]
+            vector = ir.Constant(at.type.pointee, ir.Undefined)
+            for k, each in enumerate(words):
+                vector = builder.insert_element(vector, each, ir.IntType(32)(k))
+            builder.store(vector, at, align=VECTOR_BYTES)
+            return context.get_dummy_value()
 
-        return types.float32(types.uint16), codegen
+        return types.void(pointer, types.int64, argument), codegen
 
-    def make_pointer(carrier: str) -> Any:
-        """Make ``pointer(address)``, the opposite of `address_of`."""
-
-        @intrinsic
-        def to_pointer(typing_context, address):
-            def codegen(context, builder, signature, arguments):
-                # By way of global memory's own kind of pointers, so that loads and stores need not ask which it is.
-                in_global_memory = builder.inttoptr(arguments[0], ir.PointerType(_WORDS[carrier], addrspace=1))
-                return builder.addrspacecast(in_global_memory, ir.PointerType(_WORDS[carrier]))
-
-            return types.CPointer(_CARRIERS[carrier])(types.int64), codegen
-
-        return to_pointer
-
-    def _vector_at(builder: Any, pointer: Any, i: Any, carrier: str) -> tuple[Any, Any, int]:
-        """Return a pointer to 16 bytes as a vector of words, the type of a word, and how many elements it holds.
-
-        A vector of 16-bit words would be loaded in two halves.
-        """
-        word, elements = (ir.IntType(32), 2) if carrier == "uint16" else (_WORDS[carrier], 1)
-        vector = ir.VectorType(word, VECTOR_BYTES // (np.dtype(carrier).itemsize * elements))
-        return builder.bitcast(builder.gep(pointer, [i]), vector.as_pointer()), word, elements
-
-    def make_load(carrier: str) -> Any:
-        """Make ``load(pointer, i)``: 16 bytes from element i on, which is aligned, as a tuple of elements."""
-
-        @intrinsic
-        def load(typing_context, pointer, i):
-            lanes = VECTOR_BYTES // np.dtype(carrier).itemsize
-            result = types.UniTuple(_CARRIERS[carrier], lanes)
-
-            def codegen(context, builder, signature, arguments):
-                at, word, per_word = _vector_at(builder, *arguments, carrier)
-                vector = builder.load(at, align=VECTOR_BYTES)
-                elements = [builder.extract_element(vector, ir.IntType(32)(k)) for k in range(lanes // per_word)]
-                if per_word == 2:
-                    halves = [half for each in elements for half in (each, builder.lshr(each, word(16)))]
-                    elements = [builder.trunc(half, ir.IntType(16)) for half in halves]
-                return context.make_tuple(builder, result, elements)
-
-            return result(pointer, types.int64), codegen
-
-        return load
-
-    def make_store(carrier: str) -> Any:
-        """Make ``store(pointer, i, elements)``, the counterpart of ``load``."""
-
-        @intrinsic
-        def store(typing_context, pointer, i, elements):
-            lanes = VECTOR_BYTES // np.dtype(carrier).itemsize
-            argument = types.UniTuple(_CARRIERS[carrier], lanes)
-
-            def codegen(context, builder, signature, arguments):
-                at, word, per_word = _vector_at(builder, *arguments[:2], carrier)
-                words = [builder.extract_value(arguments[2], lane) for lane in range(lanes)]
-                if per_word == 2:
-                    halves = [builder.zext(half, word) for half in words]
-                    pairs = zip(halves[::2], halves[1::2], strict=True)
-                    words = [builder.or_(low, builder.shl(high, word(16))) for low, high in pairs]
-                vector = ir.Constant(at.type.pointee, ir.Undefined)
-                for k, each in enumerate(words):
-                    vector = builder.insert_element(vector, each, ir.IntType(32)(k))
-                builder.store(vector, at, align=VECTOR_BYTES)
-                return context.get_dummy_value()
-
-            return types.void(pointer, types.int64, argument), codegen
-
-        return store
+    return store
 
 
 @device

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 _DEVICE_OF_POINTER = 9  # CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 _END, _BUFFER_POINTER, _BUFFER_SIZE = 0, 1, 2  # CU_LAUNCH_PARAM_*
+_NOT_CAPTURING = 0  # CU_STREAM_CAPTURE_STATUS_NONE
 _LARGEST_PARAMETERS = 4096  # bytes, on every device
 
 
@@ -38,6 +39,9 @@ class Driver(Protocol):
 
     def device_of(self, address: int) -> int:
         """Return the device in whose memory an address lies."""
+
+    def is_capturing(self, device: int, stream: int) -> bool:
+        """Return whether what is launched on a stream goes into a graph, to run later."""
 
     def load(self, device: int, code: Code) -> Any:
         """Load a kernel for a device."""
@@ -110,6 +114,16 @@ class LibCuda:
         pointer = ctypes.c_uint64(address)
         self._check(self._library.cuPointerGetAttribute(ctypes.byref(device), _DEVICE_OF_POINTER, pointer))
         return device.value
+
+    def is_capturing(self, device: int, stream: int) -> bool:
+        """Return whether what is launched on a stream goes into a graph, to run later."""
+        status = ctypes.c_int()
+        self._enter(device)
+        try:
+            self._check(self._library.cuStreamIsCapturing(ctypes.c_void_p(stream), ctypes.byref(status)))
+        finally:
+            self._leave()
+        return status.value != _NOT_CAPTURING
 
     def load(self, device: int, code: Code) -> _Kernel:
         """Load a kernel for a device. It stays loaded until the process ends."""

@@ -14,13 +14,19 @@ where they are not wanted. What an operation has no use for is not touched and m
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-from regkern.dtypes import BFLOAT16, FLOAT16, FLOAT64, DType
-from regkern.kernels.cuda.compile import (
-    FLOAT64 as FLOAT64_PARAMETER,
+from regkern.dtypes import DType
+from regkern.kernels.cuda.arithmetic import (
+    Accumulator,
+    Capability,
+    accumulator_of,
+    make_narrow,
+    make_narrow_result,
+    make_widen,
 )
 from regkern.kernels.cuda.compile import (
+    FLOAT64,
     INT64,
     VECTOR_BYTES,
     address_of,
@@ -28,22 +34,20 @@ from regkern.kernels.cuda.compile import (
     device,
     make_load,
     make_store,
-    narrow_bfloat16,
-    narrow_float16,
     numbers,
     pointer,
     shuffle_down,
-    to_float32,
     to_float64,
-    widen_bfloat16,
-    widen_float16,
 )
 from regkern.kernels.formulas import Formula
-from regkern.kernels.operations import Operation
+from regkern.kernels.operations import ADD_GRADIENT, SUMS_AND_GRADIENT, Operation
 
 # Threads of a block, and loads that a thread has under way at once, each with sums of its own. Neither was measured.
 THREADS = 256
 UNROLL = 4
+# What has half as many under way, two and then two, in the same order of additions: all four at once would take the
+# registers of a fourth block of a multiprocessor, and on some devices more than that.
+_IN_HALVES = (SUMS_AND_GRADIENT, ADD_GRADIENT)
 # Blocks at most, whatever the device, so that devices agree on the bits: 8 for each multiprocessor of an H100 or H200.
 # Not measured.
 MAX_BLOCKS = 8 * 132
@@ -59,78 +63,15 @@ class Body:
 
     Attributes:
         name: unique among all.
-        body: its code.
+        make: makes its code for devices of a compute capability.
         arguments: its parameters' types.
         threads: of a block.
     """
 
     name: str
-    body: Callable[..., Any]
+    make: Callable[[Capability], Callable[..., Any]]
     arguments: tuple[Any, ...]
     threads: int = THREADS
-
-
-class Accumulator(NamedTuple):
-    """How a thread adds up: ``start() -> state``, ``add(state, term) -> state``, ``total(state) -> float64``.
-
-    Attributes:
-        name: identifies it in the kernel cache.
-        widen: makes a float32 the type in which terms are evaluated.
-    """
-
-    name: str
-    widen: Any
-    start: Any
-    add: Any
-    total: Any
-
-
-@device
-def _start_float64():
-    return 0.0
-
-
-@device
-def _add_float64(state, term):
-    return state + term
-
-
-@device
-def _start_compensated():
-    return to_float32(0.0), to_float32(0.0)
-
-
-@device
-def _add_compensated(state, term):
-    """Add and keep what rounding takes away (Knuth, The Art of Computer Programming 2, section 4.2.2, theorem B)."""
-    high, low = state
-    term = to_float32(term)
-    total = high + term
-    back = total - high
-    return total, low + ((high - (total - back)) + (term - back))
-
-
-@device
-def _total_compensated(state):
-    high, low = state
-    # Beyond finite numbers, what rounding took away is NaN.
-    return to_float64(high) + to_float64(low) if high - high == 0.0 else to_float64(high)
-
-
-# Devices for data centres add float64 at half of float32's rate, others at 1/64.
-IN_FLOAT64 = Accumulator("float64", to_float64, _start_float64, _add_float64, to_float64)
-# Terms are rounded to float32, and overflow there, but not their sum, by less than half a unit in the last place.
-COMPENSATED = Accumulator("compensated", to_float32, _start_compensated, _add_compensated, _total_compensated)
-
-
-def _accumulator(dtype: DType, accumulator: Accumulator | None) -> Accumulator:
-    """Return the accumulator for a dtype's sums.
-
-    Both meet one unit in the last place of float32 at 1e8 elements; which is faster on which devices was not measured.
-    """
-    if dtype is FLOAT64 and accumulator is COMPENSATED:
-        raise ValueError("accumulator: expected IN_FLOAT64 for float64; got COMPENSATED, which rounds to float32.")
-    return accumulator or IN_FLOAT64
 
 
 def count_blocks(n: int, lanes: int, threads: int = THREADS) -> int:
@@ -144,39 +85,39 @@ def lanes_of(dtype: DType) -> int:
 
 
 @functools.cache
-def flat_kernel(
-    operation: Operation,
-    formula: Formula,
-    dtype: DType,
-    accumulator: Accumulator | None = None,
-    result_type: str | None = None,
-) -> Body:
+def flat_kernel(operation: Operation, formula: Formula, dtype: DType, result_type: str | None = None) -> Body:
     """Make the kernel of contiguous arrays: ``(x, out, n, a, b, scale, partial, penalty, sums)``."""
-    chosen, result_type = _accumulator(dtype, accumulator), result_type or dtype.result
-    loop, finish = make_flat_loop(operation, formula, dtype, chosen), _make_finish(result_type)
-    adds = operation.sums
+    result_type = result_type or dtype.result
+    finish, adds = _make_finish(result_type), operation.sums
 
-    def kernel(x, out, n, a, b, scale, partial, penalty, sums):
-        scaled_a, scaled_b = scaled(a, b, scale)
-        sum0, sum1 = loop(x, out, n, cuda.grid(1), cuda.gridsize(1), scaled_a, scaled_b)
-        if adds:
-            finish(sum0, sum1, a, b, partial, penalty, sums)
+    def make(capability: Capability) -> Any:
+        loop = make_flat_loop(operation, formula, dtype, capability)
 
-    name = _name("flat", operation, formula, dtype, chosen, result_type)
-    return Body(name, kernel, _arguments(dtype, result_type, INT64))
+        def kernel(x, out, n, a, b, scale, partial, penalty, sums):
+            scaled_a, scaled_b = scaled(a, b, scale)
+            sum0, sum1 = loop(x, out, n, cuda.grid(1), cuda.gridsize(1), scaled_a, scaled_b)
+            if adds:
+                finish(sum0, sum1, a, b, partial, penalty, sums)
+
+        return kernel
+
+    return Body(_name("flat", operation, formula, dtype, result_type), make, _arguments(dtype, result_type, INT64))
 
 
-def make_flat_loop(operation: Operation, formula: Formula, dtype: DType, accumulator: Accumulator = IN_FLOAT64):
+def make_flat_loop(operation: Operation, formula: Formula, dtype: DType, capability: Capability):
     """Make ``loop(x, out, n, first, step, a, b) -> (sum0, sum1)``: what one thread does of n contiguous elements.
 
     Elements before and after those that 16-byte loads can take are taken one by one; so are all where x and out are
     aligned differently.
     """
+    accumulator = accumulator_of(dtype, capability)
     add_element, update_element, total = _make_element(operation, formula, dtype, accumulator)
-    add_lanes, update_lanes = _make_add_lanes(add_element), _make_update_lanes(update_element, lanes_of(dtype))
+    add_lanes = _make_add_lanes(add_element, lanes_of(dtype))
+    update_lanes = _make_update_lanes(update_element, lanes_of(dtype))
     load, store = make_load(dtype.carrier), make_store(dtype.carrier)
     start, add_up = _make_start(accumulator), _make_add_up(total)
-    sums, writes, itemsize, lanes = operation.sums, operation.writes, dtype.itemsize, lanes_of(dtype)
+    sums, writes, halves = operation.sums, operation.writes, operation in _IN_HALVES
+    itemsize, lanes = dtype.itemsize, lanes_of(dtype)
 
     @device
     def loop(x, out, n, first, step, a, b):
@@ -203,14 +144,21 @@ def make_flat_loop(operation: Operation, formula: Formula, dtype: DType, accumul
                 head + (j + 2 * step) * lanes,
                 head + (j + 3 * step) * lanes,
             )
-            x0, x1, x2, x3 = load(x, at0), load(x, at1), load(x, at2), load(x, at3)
+            x0, x1 = load(x, at0), load(x, at1)
+            if not halves:
+                x2, x3 = load(x, at2), load(x, at3)
             if sums:
                 sums0, sums1 = add_lanes(sums0, x0), add_lanes(sums1, x1)
-                sums2, sums3 = add_lanes(sums2, x2), add_lanes(sums3, x3)
             if writes:
-                old0, old1, old2, old3 = load(out, at0), load(out, at1), load(out, at2), load(out, at3)
+                old0, old1 = load(out, at0), load(out, at1)
                 store(out, at0, update_lanes(x0, old0, a, b))
                 store(out, at1, update_lanes(x1, old1, a, b))
+            if halves:
+                x2, x3 = load(x, at2), load(x, at3)
+            if sums:
+                sums2, sums3 = add_lanes(sums2, x2), add_lanes(sums3, x3)
+            if writes:
+                old2, old3 = load(out, at2), load(out, at3)
                 store(out, at2, update_lanes(x2, old2, a, b))
                 store(out, at3, update_lanes(x3, old3, a, b))
             j += 4 * step
@@ -236,56 +184,56 @@ def make_flat_loop(operation: Operation, formula: Formula, dtype: DType, accumul
 
 @functools.cache
 def strided_kernel(
-    operation: Operation,
-    formula: Formula,
-    dtype: DType,
-    dims: int,
-    accumulator: Accumulator | None = None,
-    result_type: str | None = None,
+    operation: Operation, formula: Formula, dtype: DType, dims: int, result_type: str | None = None
 ) -> Body:
     """Make the kernel of strided arrays: ``(x, out, n, layout, a, b, scale, partial, penalty, sums)``.
 
     The layout is a tuple of 3 * dims numbers: lengths, strides of x, strides of out, the strides counted in elements;
     the last dimension is the one whose elements neighbouring threads take.
     """
-    chosen, result_type = _accumulator(dtype, accumulator), result_type or dtype.result
-    add_element, update_element, total = _make_element(operation, formula, dtype, chosen)
-    start, add_up, finish = _make_start(chosen), _make_add_up(total), _make_finish(result_type)
-    offsets = _make_offsets(dims - 1, dims)
+    result_type = result_type or dtype.result
+    finish, offsets = _make_finish(result_type), _make_offsets(dims - 1, dims)
     adds, writes = operation.sums, operation.writes
 
-    def kernel(x, out, n, layout, a, b, scale, partial, penalty, sums):
-        i, step = cuda.grid(1), cuda.gridsize(1)
-        scaled_a, scaled_b = scaled(a, b, scale)
-        sums0, sums1, sums2, sums3 = start(), start(), start(), start()
-        while i < n - 3 * step:
-            at0, to0 = offsets(i, layout)
-            at1, to1 = offsets(i + step, layout)
-            at2, to2 = offsets(i + 2 * step, layout)
-            at3, to3 = offsets(i + 3 * step, layout)
-            x0, x1, x2, x3 = x[at0], x[at1], x[at2], x[at3]
-            if adds:
-                sums0, sums1 = add_element(sums0, x0), add_element(sums1, x1)
-                sums2, sums3 = add_element(sums2, x2), add_element(sums3, x3)
-            if writes:
-                out[to0] = update_element(x0, out[to0], scaled_a, scaled_b)
-                out[to1] = update_element(x1, out[to1], scaled_a, scaled_b)
-                out[to2] = update_element(x2, out[to2], scaled_a, scaled_b)
-                out[to3] = update_element(x3, out[to3], scaled_a, scaled_b)
-            i += 4 * step
-        while i < n:
-            at0, to0 = offsets(i, layout)
-            if adds:
-                sums0 = add_element(sums0, x[at0])
-            if writes:
-                out[to0] = update_element(x[at0], out[to0], scaled_a, scaled_b)
-            i += step
-        if adds:
-            sum0, sum1 = add_up(sums0, sums1, sums2, sums3)
-            finish(sum0, sum1, a, b, partial, penalty, sums)
+    def make(capability: Capability) -> Any:
+        accumulator = accumulator_of(dtype, capability)
+        add_element, update_element, total = _make_element(operation, formula, dtype, accumulator)
+        start, add_up = _make_start(accumulator), _make_add_up(total)
 
-    name = _name(f"strided{dims}", operation, formula, dtype, chosen, result_type)
-    return Body(name, kernel, _arguments(dtype, result_type, INT64, numbers("int64", 3 * dims)))
+        def kernel(x, out, n, layout, a, b, scale, partial, penalty, sums):
+            i, step = cuda.grid(1), cuda.gridsize(1)
+            scaled_a, scaled_b = scaled(a, b, scale)
+            sums0, sums1, sums2, sums3 = start(), start(), start(), start()
+            while i < n - 3 * step:
+                at0, to0 = offsets(i, layout)
+                at1, to1 = offsets(i + step, layout)
+                at2, to2 = offsets(i + 2 * step, layout)
+                at3, to3 = offsets(i + 3 * step, layout)
+                x0, x1, x2, x3 = x[at0], x[at1], x[at2], x[at3]
+                if adds:
+                    sums0, sums1 = add_element(sums0, x0), add_element(sums1, x1)
+                    sums2, sums3 = add_element(sums2, x2), add_element(sums3, x3)
+                if writes:
+                    out[to0] = update_element(x0, out[to0], scaled_a, scaled_b)
+                    out[to1] = update_element(x1, out[to1], scaled_a, scaled_b)
+                    out[to2] = update_element(x2, out[to2], scaled_a, scaled_b)
+                    out[to3] = update_element(x3, out[to3], scaled_a, scaled_b)
+                i += 4 * step
+            while i < n:
+                at0, to0 = offsets(i, layout)
+                if adds:
+                    sums0 = add_element(sums0, x[at0])
+                if writes:
+                    out[to0] = update_element(x[at0], out[to0], scaled_a, scaled_b)
+                i += step
+            if adds:
+                sum0, sum1 = add_up(sums0, sums1, sums2, sums3)
+                finish(sum0, sum1, a, b, partial, penalty, sums)
+
+        return kernel
+
+    name = _name(f"strided{dims}", operation, formula, dtype, result_type)
+    return Body(name, make, _arguments(dtype, result_type, INT64, numbers("int64", 3 * dims)))
 
 
 @functools.cache
@@ -304,46 +252,18 @@ def last_stage(result_type: str) -> Body:
         if cuda.threadIdx.x == 0:
             write(sum0, sum1, a, b, penalty, sums)
 
-    factors, results = (FLOAT64_PARAMETER, FLOAT64_PARAMETER), (pointer(result_type), pointer(result_type))
-    return Body(f"last_stage-{result_type}", kernel, (pointer("float64"), INT64, *factors, *results))
+    factors, results = (FLOAT64, FLOAT64), (pointer(result_type), pointer(result_type))
+    return Body(f"last_stage-{result_type}", lambda capability: kernel, (pointer("float64"), INT64, *factors, *results))
 
 
-def _name(
-    layout: str, operation: Operation, formula: Formula, dtype: DType, accumulator: Accumulator, result_type: str
-) -> str:
-    sums = [accumulator.name, result_type] if operation.sums else []
-    return "-".join([operation.name, formula.name, dtype.name, *sums, layout])
+def _name(layout: str, operation: Operation, formula: Formula, dtype: DType, result_type: str) -> str:
+    return "-".join([operation.name, formula.name, dtype.name, *[result_type] * operation.sums, layout])
 
 
 def _arguments(dtype: DType, result_type: str, *layout: Any) -> tuple[Any, ...]:
-    elements, factors = pointer(dtype.carrier), (FLOAT64_PARAMETER, FLOAT64_PARAMETER, pointer(dtype.result))
+    elements, factors = pointer(dtype.carrier), (FLOAT64, FLOAT64, pointer(dtype.result))
     results = pointer(result_type), pointer(result_type)
     return elements, elements, *layout, *factors, pointer("float64"), *results
-
-
-def make_widen(dtype: DType):
-    """Make ``widen(carrier)``: float64 for float64, float32 for the rest, exact for every value."""
-    return {FLOAT16: widen_float16, BFLOAT16: widen_bfloat16, FLOAT64: to_float64}.get(dtype, to_float32)
-
-
-def make_narrow(dtype: DType):
-    """Make ``narrow(float64) -> carrier``, to the nearest value, by way of float32 for 16-bit floats."""
-    if dtype is FLOAT64:
-        return to_float64
-    if dtype not in (FLOAT16, BFLOAT16):
-        return to_float32
-    narrow_float32 = narrow_float16 if dtype is FLOAT16 else narrow_bfloat16
-
-    @device
-    def narrow(value):
-        return narrow_float32(to_float32(value))
-
-    return narrow
-
-
-def make_narrow_result(result_type: str):
-    """Make ``narrow(float64)`` to the type of a result."""
-    return to_float64 if result_type == "float64" else to_float32
 
 
 def _make_element(operation: Operation, formula: Formula, dtype: DType, accumulator: Accumulator):
@@ -380,16 +300,26 @@ def _keep(element, old, a, b):
     return old
 
 
-def _make_add_lanes(add_element):
-    """Make ``add(sums, lanes) -> sums``."""
+def _make_add_lanes(add_element, lanes: int):
+    """Make ``add(sums, lanes) -> sums``, one lane after the other.
+
+    Numba does not unroll a loop over a tuple: it would find each element by branches as the loop runs.
+    """
+    if lanes == 1:
+
+        @device
+        def one(sums, x):
+            return add_element(sums, x[0])
+
+        return one
+    half = lanes // 2
+    add_half = _make_add_lanes(add_element, half)
 
     @device
-    def add(sums, lanes):
-        for element in lanes:
-            sums = add_element(sums, element)
-        return sums
+    def both(sums, x):
+        return add_half(add_half(sums, x[:half]), x[half:])
 
-    return add
+    return both
 
 
 def _make_update_lanes(update, lanes: int):
@@ -446,7 +376,7 @@ def _make_offsets(axis: int, dims: int):
 @device
 def block_sums(sum0, sum1):
     """Return the sums over a block's threads, in its first warp; all of them call it."""
-    shared = cuda.shared.array(_SLOTS, FLOAT64_PARAMETER)
+    shared = cuda.shared.array(_SLOTS, FLOAT64)
     lane, warp = cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
     sum0, sum1 = warp_sums(sum0, sum1)
     if lane == 0:

@@ -13,9 +13,9 @@ import functools
 import math
 
 from regkern.dtypes import DType
-from regkern.kernels.cuda.compile import FLOAT64 as FLOAT64_PARAMETER
-from regkern.kernels.cuda.compile import INT64, cuda, device, float_type, pointer, to_float64
-from regkern.kernels.cuda.elementwise import Body, block_sums, make_narrow, make_narrow_result, make_widen, scaled
+from regkern.kernels.cuda.arithmetic import make_narrow, make_narrow_result, make_widen
+from regkern.kernels.cuda.compile import FLOAT64, INT64, cuda, device, float_type, pointer, to_float64
+from regkern.kernels.cuda.elementwise import Body, block_sums, scaled
 
 # Rows and columns of a tile; a thread has four of its elements. A block has TILE * TILE // 4 threads.
 TILE = 32
@@ -23,15 +23,15 @@ PER_THREAD = 4
 DEPTH = 16
 
 
-def count_tiles(n: int, tile: int = TILE) -> int:
+def count_tiles(n: int) -> int:
     """Return how many tiles cover n rows; their square is the number of blocks."""
-    return -(-n // tile)
+    return -(-n // TILE)
 
 
 @device
 def _block_total(value):
     """Return the sum over a block's threads, in all of them."""
-    shared = cuda.shared.array(1, FLOAT64_PARAMETER)
+    shared = cuda.shared.array(1, FLOAT64)
     total, _ = block_sums(value, 0.0)
     if cuda.threadIdx.x == 0:
         shared[0] = total
@@ -72,37 +72,36 @@ def inverse_norms(dtype: DType) -> Body:
             inverse[row] = factor
 
     arguments = (pointer(dtype.carrier), INT64, INT64, INT64, pointer("float64"))
-    return Body(f"inverse_norms-{dtype.name}", kernel, arguments)
+    return Body(f"inverse_norms-{dtype.name}", lambda capability: kernel, arguments)
 
 
 @functools.cache
-def tile_sums(dtype: DType, tile: int = TILE) -> Body:
+def tile_sums(dtype: DType) -> Body:
     """Make the kernel of ``count_tiles(n) ** 2`` blocks.
 
     Its parameters: ``(x, n, d, row_stride, depth_stride, inverse, partial)``; `partial` takes two float64 for each
     block, the sum of |cosine| over the pairs i < j of its tile and 0, for the last stage of sums.
     """
-    threads = tile * tile // PER_THREAD
-    rows_apart, slots = tile // PER_THREAD, tile * DEPTH
+    threads, rows_apart, slots = TILE * TILE // PER_THREAD, TILE // PER_THREAD, TILE * DEPTH
     widen, narrow = make_widen(dtype), make_narrow_result(dtype.result)
     shared_type = float_type(dtype.result)
 
     def kernel(x, n, d, row_stride, depth_stride, inverse, partial):
         left = cuda.shared.array(slots, shared_type)
         right = cuda.shared.array(slots, shared_type)
-        tiles = (n + tile - 1) // tile
+        tiles = (n + TILE - 1) // TILE
         tile_row, tile_column = cuda.blockIdx.x // tiles, cuda.blockIdx.x % tiles
         thread = cuda.threadIdx.x
         total = 0.0
         if tile_row <= tile_column:  # of all threads of a block or of none
-            row, column = thread // tile, thread % tile
+            row, column = thread // TILE, thread % TILE
             dot0 = dot1 = dot2 = dot3 = narrow(0.0)
             start = 0
             while start < d:
                 slot = thread
                 while slot < slots:
-                    k, i = start + slot // tile, slot % tile
-                    at_left, at_right = tile_row * tile + i, tile_column * tile + i
+                    k, i = start + slot // TILE, slot % TILE
+                    at_left, at_right = tile_row * TILE + i, tile_column * TILE + i
                     u = v = 0.0
                     if k < d and at_left < n:
                         u = to_float64(widen(x[at_left * row_stride + k * depth_stride])) * inverse[at_left]
@@ -112,15 +111,15 @@ def tile_sums(dtype: DType, tile: int = TILE) -> Body:
                     slot += threads
                 cuda.syncthreads()
                 for k in range(DEPTH):
-                    v = right[k * tile + column]
-                    dot0 += left[k * tile + row] * v
-                    dot1 += left[k * tile + row + rows_apart] * v
-                    dot2 += left[k * tile + row + 2 * rows_apart] * v
-                    dot3 += left[k * tile + row + 3 * rows_apart] * v
+                    v = right[k * TILE + column]
+                    dot0 += left[k * TILE + row] * v
+                    dot1 += left[k * TILE + row + rows_apart] * v
+                    dot2 += left[k * TILE + row + 2 * rows_apart] * v
+                    dot3 += left[k * TILE + row + 3 * rows_apart] * v
                 cuda.syncthreads()
                 start += DEPTH
             # Rows beyond the matrix are zero, so that their cosines add nothing.
-            i, j = tile_row * tile + row, tile_column * tile + column
+            i, j = tile_row * TILE + row, tile_column * TILE + column
             total += abs(to_float64(dot0)) if i < j else 0.0
             total += abs(to_float64(dot1)) if i + rows_apart < j else 0.0
             total += abs(to_float64(dot2)) if i + 2 * rows_apart < j else 0.0
@@ -131,7 +130,7 @@ def tile_sums(dtype: DType, tile: int = TILE) -> Body:
 
     sizes = (INT64, INT64, INT64, INT64)
     arguments = (pointer(dtype.carrier), *sizes, pointer("float64"), pointer("float64"))
-    return Body(f"tile_sums-{dtype.name}", kernel, arguments, threads)
+    return Body(f"tile_sums-{dtype.name}", lambda capability: kernel, arguments, threads)
 
 
 @functools.cache
@@ -153,7 +152,7 @@ def unit_rows(dtype: DType) -> Body:
             k += cuda.blockDim.x
 
     arguments = (pointer(dtype.carrier), INT64, INT64, INT64, pointer(dtype.result), pointer("float64"))
-    return Body(f"unit_rows-{dtype.name}", kernel, arguments)
+    return Body(f"unit_rows-{dtype.name}", lambda capability: kernel, arguments)
 
 
 @functools.cache
@@ -187,7 +186,8 @@ def fold_cosines(dtype: DType, signs: bool) -> Body:
 
     name = "signs" if signs else "sums"
     sizes = (INT64, INT64, INT64, INT64)
-    return Body(f"fold_cosines_{name}-{dtype.name}", kernel, (pointer(dtype.result), *sizes, pointer("float64")))
+    arguments = (pointer(dtype.result), *sizes, pointer("float64"))
+    return Body(f"fold_cosines_{name}-{dtype.name}", lambda capability: kernel, arguments)
 
 
 @functools.cache
@@ -220,6 +220,6 @@ def project(dtype: DType, accumulate: bool) -> Body:
             k += cuda.blockDim.x
 
     work = pointer(dtype.result)
-    scalars = (INT64, FLOAT64_PARAMETER, pointer(dtype.result))
+    scalars = (INT64, FLOAT64, pointer(dtype.result))
     arguments = (work, work, pointer("float64"), *scalars, pointer(dtype.carrier), INT64, INT64)
-    return Body(f"project{'_and_add' * accumulate}-{dtype.name}", kernel, arguments)
+    return Body(f"project{'_and_add' * accumulate}-{dtype.name}", lambda capability: kernel, arguments)

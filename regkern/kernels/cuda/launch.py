@@ -28,18 +28,33 @@ class Place(NamedTuple):
     stream: int
 
 
+def check_not_capturing(place: Place, what: str) -> None:
+    """Raise where a graph is captured, which does not hold what is not done on the stream, or spoils it.
+
+    Raises:
+        RuntimeError: what is launched now goes into a graph.
+    """
+    if place.driver.is_capturing(place.device, place.stream):
+        raise RuntimeError(
+            f"regkern: expected {what} on the device before a graph is captured; got the first call that needs them, "
+            "while one is; make the same call once before."
+        )
+
+
 def launch(place: Place, body: Body, blocks: int, arguments: tuple[int | float, ...]) -> None:
     """Launch a kernel and return at once, without a copy and without waiting for anything."""
     driver, device, stream = place
-    driver.launch(device, stream, _loaded(driver, device, body), blocks, body.threads, arguments)
+    driver.launch(device, stream, _loaded(place, body), blocks, body.threads, arguments)
 
 
 _kernels: dict[tuple[Driver, int, Body], Any] = {}
 
 
-def _loaded(driver: Driver, device: int, body: Body) -> Any:
+def _loaded(place: Place, body: Body) -> Any:
+    driver, device, _ = place
     kernel = _kernels.get((driver, device, body))
     if kernel is None:
+        check_not_capturing(place, "kernels")
         with forks.loading:
             kernel = driver.load(device, machine_code(body, driver.compute_capability(device)))
             _kernels[driver, device, body] = kernel
@@ -48,18 +63,23 @@ def _loaded(driver: Driver, device: int, body: Body) -> Any:
 
 def machine_code(body: Body, compute_capability: tuple[int, int]) -> Code:
     """Compile a kernel for devices of a compute capability, or load it from the cache. It takes no device."""
-    key = (sys.version, _SOURCES, _versions(), str(body.arguments))
-    digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     architecture = "sm_{}{}".format(*compute_capability)
-    path = cache_folder() / f"{body.name}-{architecture}-{digest}.kernel"
+    path = kept_path(body, architecture)
     kept = load(path)
     if kept is not None:
         entry, cubin = kept.split(b"\n", 1)
         return Code(cubin, entry.decode(), parameters(body.arguments))
-    ptx = compile_ptx(body.body, body.arguments, compute_capability)
+    ptx = compile_ptx(body.make(compute_capability), body.arguments, compute_capability)
     code = Code(assemble(ptx.code, architecture), ptx.entry, parameters(body.arguments))
     store(path, code.entry.encode() + b"\n" + code.cubin)
     return code
+
+
+def kept_path(body: Body, architecture: str) -> Path:
+    """Return where a kernel's machine code is kept: a name of its own for all that it depends on."""
+    key = (sys.version, _SOURCES, _versions(), str(body.arguments))
+    digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+    return cache_folder() / f"{body.name}-{architecture}-{digest}.kernel"
 
 
 @functools.cache

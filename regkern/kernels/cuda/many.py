@@ -6,10 +6,12 @@ chunk. Sums have two stages in a fixed order: of chunks, and of a table's chunks
 """
 
 import functools
+from typing import Any
 
 from regkern.dtypes import DType
+from regkern.kernels.cuda.arithmetic import Capability, make_narrow_result
 from regkern.kernels.cuda.compile import INT64, cuda, make_pointer, pointer
-from regkern.kernels.cuda.elementwise import Body, block_sums, make_flat_loop, make_narrow_result, scaled
+from regkern.kernels.cuda.elementwise import Body, block_sums, make_flat_loop, scaled
 from regkern.kernels.formulas import Formula
 from regkern.kernels.operations import Operation
 
@@ -24,30 +26,34 @@ def count_chunks(n: int) -> int:
 
 
 @functools.cache
-def chunks_kernel(operation: Operation, formula: Formula, dtype: DType, chunk: int = CHUNK) -> Body:
+def chunks_kernel(operation: Operation, formula: Formula, dtype: DType) -> Body:
     """Make the kernel of one block for each chunk: ``(chunks, arrays, outs, factors, scale, partial)``.
 
     `outs` are addresses, one for each array; `factors` are rows of two float64; `scale` is a number on the device by
     which the factors of what is written are multiplied, or null for 1. `partial` takes two float64 for each chunk.
     """
-    loop, sums, writes = make_flat_loop(operation, formula, dtype), operation.sums, operation.writes
-    to_pointer, itemsize = make_pointer(dtype.carrier), dtype.itemsize
+    sums, writes, itemsize, to_pointer = operation.sums, operation.writes, dtype.itemsize, make_pointer(dtype.carrier)
 
-    def kernel(chunks, arrays, outs, factors, scale, partial):
-        array, start = chunks[2 * cuda.blockIdx.x], chunks[2 * cuda.blockIdx.x + 1]
-        x, n, row = arrays[4 * array] + start * itemsize, arrays[4 * array + 1] - start, arrays[4 * array + 2]
-        out = outs[array] + start * itemsize if writes else x
-        a, b = scaled(factors[2 * row], factors[2 * row + 1], scale)
-        taken = min(n, chunk)
-        sum0, sum1 = loop(to_pointer(x), to_pointer(out), taken, cuda.threadIdx.x, cuda.blockDim.x, a, b)
-        if sums:
-            sum0, sum1 = block_sums(sum0, sum1)
-            if cuda.threadIdx.x == 0:
-                partial[2 * cuda.blockIdx.x], partial[2 * cuda.blockIdx.x + 1] = sum0, sum1
+    def make(capability: Capability) -> Any:
+        loop = make_flat_loop(operation, formula, dtype, capability)
+
+        def kernel(chunks, arrays, outs, factors, scale, partial):
+            array, start = chunks[2 * cuda.blockIdx.x], chunks[2 * cuda.blockIdx.x + 1]
+            x, n, row = arrays[4 * array] + start * itemsize, arrays[4 * array + 1] - start, arrays[4 * array + 2]
+            out = outs[array] + start * itemsize if writes else x
+            a, b = scaled(factors[2 * row], factors[2 * row + 1], scale)
+            taken = min(n, CHUNK)
+            sum0, sum1 = loop(to_pointer(x), to_pointer(out), taken, cuda.threadIdx.x, cuda.blockDim.x, a, b)
+            if sums:
+                sum0, sum1 = block_sums(sum0, sum1)
+                if cuda.threadIdx.x == 0:
+                    partial[2 * cuda.blockIdx.x], partial[2 * cuda.blockIdx.x + 1] = sum0, sum1
+
+        return kernel
 
     tables = (pointer("int64"), pointer("int64"), pointer("int64"), pointer("float64"))
     name = f"chunks-{operation.name}-{formula.name}-{dtype.name}"
-    return Body(name, kernel, (*tables, pointer(dtype.result), pointer("float64")))
+    return Body(name, make, (*tables, pointer(dtype.result), pointer("float64")))
 
 
 @functools.cache
@@ -69,18 +75,18 @@ def penalty_of_all() -> Body:
             total[0], total[1] = penalty, 0.0
 
     tables = (pointer("int64"), INT64, pointer("int64"), pointer("float64"))
-    return Body("penalty_of_all", kernel, (*tables, pointer("float64"), pointer("float64")))
+    return Body("penalty_of_all", lambda capability: kernel, (*tables, pointer("float64"), pointer("float64")))
 
 
 @functools.cache
-def penalty_of_each(result_type: str, chunk: int = CHUNK) -> Body:
+def penalty_of_each(result_type: str) -> Body:
     """Make the kernel of one block for each array: ``(arrays, factors, partial, penalties)``."""
     narrow = make_narrow_result(result_type)
 
     def kernel(arrays, factors, partial, penalties):
         array = cuda.blockIdx.x
         n, row, first = arrays[4 * array + 1], arrays[4 * array + 2], arrays[4 * array + 3]
-        count = (n + chunk - 1) // chunk
+        count = (n + CHUNK - 1) // CHUNK
         sum0 = sum1 = 0.0
         i = cuda.threadIdx.x
         while i < count:
@@ -92,4 +98,4 @@ def penalty_of_each(result_type: str, chunk: int = CHUNK) -> Body:
             penalties[array] = narrow(factors[2 * row] * sum0 + factors[2 * row + 1] * sum1)
 
     tables = (pointer("int64"), pointer("float64"), pointer("float64"), pointer(result_type))
-    return Body(f"penalty_of_each-{result_type}", kernel, tables)
+    return Body(f"penalty_of_each-{result_type}", lambda capability: kernel, tables)

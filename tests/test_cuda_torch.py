@@ -1,18 +1,25 @@
-"""Checks of torch's tensors on a device, which the simulator stands in for: CPU tensors are taken for its own."""
+"""Torch's tensors on a device, for which the interpreter of PTX stands in: CPU tensors are taken for its own."""
+
+import importlib.util
 
 import numpy as np
 import pytest
-import torch
 
 import regkern as rk
-from regkern.arrays import device_gram, device_plan
+
+if not (importlib.util.find_spec("numba_cuda") and importlib.util.find_spec("torch")):
+    pytest.skip("numba-cuda or torch is not installed", allow_module_level=True)
+
+import torch
+
+from regkern.arrays import device_gram
 from regkern.arrays import torch as host
 from regkern.arrays.torch_cuda import KERNELS
-from regkern.kernels.cuda import gram, many
 from regkern.kernels.cuda.launch import Place
+from regkern.kernels.cuda.many import CHUNK
 from tests import reference
 from tests.cases import REGULARIZERS
-from tests.cuda_simulator import install
+from tests.cuda_device import install
 
 REGULARIZER = REGULARIZERS["L1L2"]
 STEP = 0.7
@@ -26,8 +33,6 @@ def place(monkeypatch):
     monkeypatch.setattr(type(KERNELS), "place", lambda self, x: place)
     monkeypatch.setattr(host.TorchAdapter, "on_host", lambda self, x: None)
     monkeypatch.setattr(host, "_kernels", lambda x: KERNELS if host._is_plain(x) else None)
-    monkeypatch.setattr(device_gram, "count_tiles", lambda n: gram.count_tiles(n, 16))
-    monkeypatch.setattr(device_gram, "tile_sums", lambda dtype: gram.tile_sums(dtype, 16))
     return place
 
 
@@ -106,7 +111,7 @@ def test_second_derivatives_are_torchs():
 
 @pytest.fixture(params=["tiles", "panels"])
 def small_panels(request, monkeypatch):
-    """Let small matrices have several tiles and panels, of which the last are not full."""
+    """Let small matrices have several panels, of which the last is not full, or tiles."""
     monkeypatch.setattr(device_gram, "PANEL", 4)
     monkeypatch.setattr(device_gram, "PANELS_FROM", 2 if request.param == "panels" else 1000)
 
@@ -114,7 +119,7 @@ def small_panels(request, monkeypatch):
 @pytest.mark.usefixtures("small_panels")
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
 def test_orthogonal_value(dtype):
-    regularizer, x = rk.OrthogonalRegularizer(0.3), tensor(dtype, (9, 3))
+    regularizer, x = rk.OrthogonalRegularizer(0.3), tensor(dtype, (35, 3))
     assert_near(regularizer(x), reference.orthogonal(regularizer, wide(x)), x)
 
 
@@ -163,16 +168,12 @@ def test_out_that_does_not_fit_is_refused_before_a_launch(place):
     assert not place.driver.streams
 
 
-SIZES = [0, 1, 5, 40, 41, 90]  # of chunks of 40 elements: none, a part, one, two, three
+SIZES = [0, 1, 5, CHUNK, CHUNK + 1, 2 * CHUNK + 10]  # none, a part of a chunk, one, two, three
 
 
 @pytest.fixture
-def named(monkeypatch):
-    """Tensors of two dtypes and two formulas, in chunks so small that the larger have several."""
-    monkeypatch.setattr(device_plan, "CHUNK", 40)
-    monkeypatch.setattr(device_plan, "count_chunks", lambda n: -(-n // 40))
-    monkeypatch.setattr(device_plan, "chunks_kernel", lambda *kind: many.chunks_kernel(*kind, 40))
-    monkeypatch.setattr(device_plan, "penalty_of_each", lambda kind: many.penalty_of_each(kind, 40))
+def named():
+    """Tensors of two dtypes and two formulas, of which the larger have several chunks."""
     named = {f"kernel{size}": tensor("float32", (size + 1,), seed=size)[1:] for size in SIZES}
     return named | {"bias": tensor("float64", (6, 7)), "other": tensor("float32", (3, 4))[:, ::2]}
 
@@ -233,9 +234,22 @@ def test_recorded_tensors_are_few_launches_forward_and_backward(place, monkeypat
         assert_near(x.grad, 3 * reference.gradient(REGULARIZER, wide(x)), x)
 
 
+def test_tables_of_many_tensors_travel_before_a_graph_is_captured(place):
+    named = {"kernel": tensor("float32"), "bias": tensor("float32", (4,))}
+    bound = rk.Penalty({"*": REGULARIZER}).bind(named)
+    place.driver.capturing = True
+    with pytest.raises(RuntimeError, match="a plan's tables on the device before a graph is captured"):
+        bound.value()
+    assert not place.driver.streams
+    place.driver.capturing = False
+    value = bound.value()
+    place.driver.capturing = True
+    assert bound.value() == value
+
+
 def test_the_same_memory_counts_once(named):
-    x = named["kernel90"]
-    assert list(rk.Penalty({"*": REGULARIZER}).per_tensor({"x": x, "tied": x.view(9, 10).view(-1)})) == ["x"]
+    x = named[f"kernel{SIZES[-1]}"]
+    assert list(rk.Penalty({"*": REGULARIZER}).per_tensor({"x": x, "tied": x.view(2, -1).view(-1)})) == ["x"]
 
 
 def test_each_device_has_its_own_launches(place, monkeypatch):
@@ -256,7 +270,7 @@ def test_what_does_not_fit_many_tensors_is_refused_before_a_launch(place, named)
     for name, wrong, error in [
         ("kernel5", grads["kernel5"].double(), TypeError),
         ("bias", torch.zeros(7, 6, dtype=torch.float64).T, ValueError),
-        ("kernel5", grads["kernel40"][:5], ValueError),
+        ("kernel5", grads[f"kernel{CHUNK}"][:5], ValueError),
     ]:
         with pytest.raises(error, match="out"):
             bound.add_grad(grads | {name: wrong})

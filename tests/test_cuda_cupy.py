@@ -1,19 +1,29 @@
-"""Checks of CuPy's arrays, and of others with CUDA's array interface, which the simulator stands in for a device of.
+"""CuPy's arrays and others with CUDA's array interface, for whose device the interpreter of PTX stands in.
 
 The arrays are CuPy's own, over memory of the host: no device is needed to make them.
 """
+
+import importlib.util
+import weakref
 
 import numpy as np
 import pytest
 
 import regkern as rk
-from regkern.arrays import ADAPTERS, cuda_interface
+from regkern.arrays import ADAPTERS
+
+if not (importlib.util.find_spec("numba_cuda") and importlib.util.find_spec("cupy")):
+    pytest.skip("numba-cuda or cupy is not installed", allow_module_level=True)
+
+import cupy
+
+from regkern.arrays import cuda_interface
 from regkern.arrays import cupy as adapter_module
+from regkern.kernels.formulas import ABS_SQUARE
 from tests import reference
 from tests.cases import LAYOUTS, NUMPY_DTYPES, REGULARIZERS, make
-from tests.cuda_simulator import install
+from tests.cuda_device import install
 
-cupy = pytest.importorskip("cupy")
 REGULARIZER = REGULARIZERS["L1L2"]
 STEP = 0.7
 
@@ -144,6 +154,74 @@ def test_arrays_of_libraries_that_are_not_known_and_do_not_fit(place):
     assert not place.driver.streams
 
 
+class Current:
+    """What CuPy makes current, a device or a stream, in a list of what is."""
+
+    def __init__(self, now, *what):
+        self.now, self.what = now, what
+
+    def __enter__(self):
+        self.now.append(self.what)
+
+    def __exit__(self, *_):
+        assert self.now.pop() == self.what
+
+
+@pytest.mark.usefixtures("unowned")
+def test_streams_of_arrays_are_current_on_their_own_device(monkeypatch, place):
+    now, seen = [], []
+    monkeypatch.setattr(place.driver, "device_of", lambda address: 1)
+    monkeypatch.setattr(cupy.cuda, "Device", lambda device: Current(now, "device", device))
+    monkeypatch.setattr(cupy.cuda, "ExternalStream", lambda stream, device: Current(now, "stream", stream, device))
+    monkeypatch.setattr(adapter_module.CupyAdapter, "place", lambda self, x: seen.append(list(now)) or place)
+    x = Foreign(np.ones((3, 4)))
+    named = type("Named", (), {"__cuda_array_interface__": x.__cuda_array_interface__ | {"stream": 5}, "x": x.x})()
+    REGULARIZER(named)
+    assert seen == [[("device", 1), ("stream", 5, 1)]]
+    assert not now
+
+
+class Event:
+    """An event that is there when it is told to be."""
+
+    made = ()
+
+    def __init__(self, disable_timing):
+        self.done = False
+        Event.made += (self,)
+
+    def record(self):
+        pass
+
+
+@pytest.fixture
+def events(monkeypatch):
+    monkeypatch.setattr(Event, "made", ())
+    monkeypatch.setattr(cupy.cuda, "Event", Event)
+    monkeypatch.setattr(cupy.cuda, "Device", lambda device: Current([], device))
+
+
+@pytest.mark.usefixtures("events")
+def test_arrays_of_jax_are_held_until_their_kernels_have_run(monkeypatch):
+    pytest.importorskip("jax")
+    from regkern.arrays import jax_cuda
+
+    monkeypatch.setattr(jax_cuda, "to_cupy", on_device)
+    monkeypatch.setattr(jax_cuda, "from_cupy", read)
+    kept = []
+    for _ in range(3):
+        x = np.ones(5, np.float32)
+        kept.append(weakref.ref(x))
+        jax_cuda.penalty(ABS_SQUARE, 1.0, 1.0, x)
+    del x
+    assert all(x() is not None for x in kept)
+    for event in Event.made[:2]:
+        event.done = True
+    jax_cuda.grad(ABS_SQUARE, 1.0, 1.0, np.ones(5, np.float32))
+    assert [x() is not None for x in kept] == [False, False, True]
+
+
+@pytest.mark.usefixtures("events")
 def test_arrays_of_jax_outside_of_its_transformations(monkeypatch):
     """JAX's arrays of the host stand for those of a device: no stand-in of DLPack is one."""
     jax = pytest.importorskip("jax")

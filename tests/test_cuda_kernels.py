@@ -1,0 +1,298 @@
+"""The compiled code of every CUDA kernel, run by the interpreter of PTX over the shared tables of cases."""
+
+import importlib.util
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import regkern as rk
+from regkern.arrays.layout import loops
+from regkern.dtypes import DTYPES
+from regkern.kernels.formulas import ABS_SQUARE, COUNTS, FORMULAS
+from regkern.kernels.operations import ADD_GRADIENT, GRADIENT, OPERATIONS, PROX, SUMS, SUMS_AND_GRADIENT
+from tests import reference
+from tests.cases import LAYOUTS, NUMPY_DTYPES, READ_ONLY_LAYOUTS, REGULARIZERS, make
+
+if importlib.util.find_spec("numba_cuda") is None:
+    pytest.skip("numba-cuda is not installed: pip install 'regkern[cuda13]'", allow_module_level=True)
+
+from regkern.kernels.cuda.elementwise import (
+    THREADS,
+    UNROLL,
+    flat_kernel,
+    lanes_of,
+    last_stage,
+    strided_kernel,
+)
+from regkern.kernels.cuda.gram import count_tiles, fold_cosines, inverse_norms, project, tile_sums, unit_rows
+from tests.cuda_code import compiled
+from tests.cuda_device import CAPABILITY, interpreted
+from tests.ptx import DeviceError, Kernel, Machine, Memory
+
+# A device whose sums are compensated, but for those of float64.
+WITHOUT_FAST_FLOAT64 = (8, 9)
+REGULARIZER = REGULARIZERS["L1L2"]
+STEP = 0.7
+
+
+def launch(body, blocks, arguments, read_only=(), capability=CAPABILITY):
+    """Run a kernel over arrays, where numbers and views are passed as they are; it may reach nothing else."""
+    arrays = [each for each in arguments if isinstance(each, np.ndarray)]
+    reached = [each for each in arrays if not any(each is other for other in read_only)]
+    passed = [each.__array_interface__["data"][0] if isinstance(each, np.ndarray) else each for each in arguments]
+    Machine(interpreted(body, capability), Memory(reached, read_only), blocks, body.threads, passed).run()
+
+
+def run(body, dtype, blocks, x, out, *sizes, factors, read_only=(), capability=CAPABILITY):
+    """Run both stages and return the penalty and the two sums."""
+    partial, result = np.full(2 * blocks, np.nan), np.full(3, np.nan, DTYPES[dtype].result)
+    launch(body, blocks, (x, out, *sizes, *factors, 0, partial, result[:1], result[1:]), read_only, capability)
+    if blocks > 1:
+        last = last_stage(DTYPES[dtype].result)
+        launch(last, 1, (partial, blocks, *factors, result[:1], result[1:]), [partial])
+    return result
+
+
+def flat(operation, dtype, x, out, blocks, factors, formula=ABS_SQUARE, capability=CAPABILITY):
+    body, read_only = flat_kernel(operation, formula, DTYPES[dtype]), [] if out is x else [x]
+    return run(body, dtype, blocks, x, out, x.size, factors=factors, read_only=read_only, capability=capability)
+
+
+def aligned(size, dtype, offset):
+    """Return an array whose address is `offset` elements beyond a multiple of 16 bytes."""
+    itemsize = DTYPES[dtype].itemsize
+    buffer = np.zeros(size * itemsize + 32, np.uint8)
+    start = -buffer.ctypes.data % 16 + offset * itemsize
+    return buffer[start : start + size * itemsize].view(NUMPY_DTYPES[dtype])
+
+
+def values(size, dtype, offset=0, seed=0):
+    x = aligned(size, dtype, offset)
+    rng = np.random.default_rng(seed)
+    x[:] = rng.standard_normal(size) * (rng.random(size) > 0.1)
+    return x
+
+
+def assert_sums(result, x, dtype):
+    wide = x.astype(np.float64)
+    expected = [reference.value(REGULARIZER, x), np.abs(wide).sum(), np.square(wide).sum()]
+    np.testing.assert_allclose(result, expected, rtol=1e-14 if dtype == "float64" else np.finfo(np.float32).eps)
+
+
+def assert_written(out, expected, dtype, magnitude=0.0):
+    bound = 3 if dtype == "float64" else 1
+    error = np.abs(out.astype(np.float64) - expected)
+    tiny = float(ml_dtypes.finfo(NUMPY_DTYPES[dtype]).smallest_subnormal)
+    assert np.all(error <= bound * DTYPES[dtype].epsilon * np.maximum(np.abs(expected), magnitude) + tiny)
+
+
+def sizes(dtype):
+    """Around a vector, a warp, a block, and what a block has under way at once."""
+    lanes = lanes_of(DTYPES[dtype])
+    edges = (lanes, 32, THREADS * lanes, THREADS * lanes * UNROLL)
+    return sorted({0, 1} | {edge + offset for edge in edges for offset in (-1, 0, 1)})
+
+
+FACTORS = (REGULARIZER.l1, REGULARIZER.l2)
+ALL_SIZES = [(dtype, size) for dtype in DTYPES for size in sizes(dtype)]
+
+
+@pytest.mark.parametrize(("dtype", "size"), ALL_SIZES)
+def test_sums_and_gradient_of_every_size(dtype, size):
+    offset = size % lanes_of(DTYPES[dtype])
+    x, out = values(size, dtype, offset), aligned(size, dtype, offset)
+    assert_sums(flat(SUMS_AND_GRADIENT, dtype, x, out, 1, FACTORS), x, dtype)
+    assert_written(out, reference.gradient(REGULARIZER, x), dtype)
+
+
+@pytest.mark.parametrize(("dtype", "blocks"), [("float16", 2), ("float64", 2), ("float32", 3)])
+def test_sums_of_several_blocks(dtype, blocks):
+    x = values(THREADS * lanes_of(DTYPES[dtype]) * UNROLL * blocks + 5, dtype, offset=1)
+    first, second = (flat(SUMS, dtype, x, x, blocks, FACTORS) for _ in range(2))
+    assert_sums(first, x, dtype)
+    np.testing.assert_array_equal(first, second)
+
+
+def test_more_blocks_than_threads_of_the_last_stage():
+    partial = np.random.default_rng(0).standard_normal(2 * (3 * THREADS + 7))
+    result = np.zeros(3)
+    launch(last_stage("float64"), 1, (partial, len(partial) // 2, 0.5, 2.0, result[:1], result[1:]), [partial])
+    sums = partial[::2].sum(), partial[1::2].sum()
+    np.testing.assert_allclose(result, [0.5 * sums[0] + 2.0 * sums[1], *sums], rtol=1e-13)
+
+
+ALIGNMENTS = [("float32", (0, 0)), ("float32", (1, 0)), ("float32", (0, 1)), *((dtype, (1, 1)) for dtype in DTYPES)]
+
+
+@pytest.mark.parametrize(("dtype", "offsets"), ALIGNMENTS)
+def test_gradients_and_prox_of_every_alignment(dtype, offsets):
+    size = THREADS * lanes_of(DTYPES[dtype]) + 13
+    x, out = values(size, dtype, offsets[0]), aligned(size, dtype, offsets[1])
+    before, gradient = x.copy(), reference.gradient(REGULARIZER, x)
+
+    flat(GRADIENT, dtype, x, out, 2, FACTORS)
+    assert_written(out, gradient, dtype)
+    out[:] = 0.5
+    flat(ADD_GRADIENT, dtype, x, out, 2, FACTORS)
+    assert_written(out, 0.5 + gradient, dtype, magnitude=0.5)
+    flat(PROX, dtype, x, out, 2, (STEP * FACTORS[0], STEP * FACTORS[1]))
+    assert_written(out, reference.prox(REGULARIZER, x, STEP), dtype)
+    np.testing.assert_array_equal(x, before)
+    flat(PROX, dtype, x, x, 2, (STEP * FACTORS[0], STEP * FACTORS[1]))
+    np.testing.assert_array_equal(x, out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("special", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("capability", [CAPABILITY, WITHOUT_FAST_FLOAT64])
+def test_nan_and_infinity_pass(dtype, special, capability):
+    x = values(100, dtype)
+    x[57] = special
+    out = np.zeros_like(x)
+    result = flat(SUMS_AND_GRADIENT, dtype, x, out, 1, FACTORS, capability=capability)
+    np.testing.assert_array_equal(result, np.full(3, abs(special), result.dtype))
+    assert_written(out[:57], reference.gradient(REGULARIZER, x[:57]), dtype)
+    np.testing.assert_array_equal(np.float64(out[57]), np.float64(x[57]))
+    np.testing.assert_array_equal(flat(SUMS, dtype, x, x, 1, (0.0, 0.0), COUNTS)[2], 1)
+
+
+DISTRIBUTIONS = {
+    "uniform": lambda rng, size: rng.random(size),
+    "normal": lambda rng, size: rng.standard_normal(size),
+    "constant": lambda rng, size: np.full(size, 0.1),
+    "spiked": lambda rng, size: np.where(rng.random(size) < 1e-3, 1e4, 1e-3),
+    "falling": lambda rng, size: np.geomspace(1e6, 1e-6, size),
+}
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_compensated_sums_keep_one_unit_in_the_last_place(dtype, name):
+    size = 200_003
+    x = aligned(size, dtype, 1)
+    x[:] = DISTRIBUTIONS[name](np.random.default_rng(1), size)
+    result = flat(SUMS, dtype, x, x, 2, FACTORS, capability=WITHOUT_FAST_FLOAT64)
+    wide = x.astype(np.longdouble)
+    for found, exact in zip(result[1:], (np.abs(wide).sum(), np.square(wide).sum()), strict=True):
+        assert abs(np.longdouble(found) - exact) <= np.spacing(np.float32(exact))
+
+
+@pytest.mark.parametrize("capability", [CAPABILITY, WITHOUT_FAST_FLOAT64])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_are_the_same_bits_with_a_gradient(dtype, capability):
+    x = values(40_000, dtype, offset=1)
+    alone = flat(SUMS, dtype, x, x, 2, FACTORS, capability=capability)
+    with_gradient = flat(SUMS_AND_GRADIENT, dtype, x, aligned(x.size, dtype, 1), 2, FACTORS, capability=capability)
+    np.testing.assert_array_equal(alone, with_gradient)
+
+
+def walk(x, out):
+    """Return the first elements of x and out in memory, and the layout that a kernel is given."""
+    start, out_start, repeats, layout = loops(x.shape, x.strides, out.strides)
+    assert repeats == 1
+    sizes = layout[0].tolist() + (layout[1:] // x.itemsize).ravel().tolist()
+    return start, out_start, sizes
+
+
+ALL_LAYOUTS = LAYOUTS | READ_ONLY_LAYOUTS
+STRIDED = [name for name, layout in ALL_LAYOUTS.items() if 0 < np.prod(layout.shape) <= 50_000]
+
+
+@pytest.mark.parametrize("name", STRIDED)
+def test_strided(name):
+    dtype = list(DTYPES)[len(name) % 4]
+    x = make(ALL_LAYOUTS[name], dtype)
+    out = np.empty(x.shape, x.dtype)
+    start, out_start, sizes = walk(x, out)
+    body = strided_kernel(SUMS_AND_GRADIENT, ABS_SQUARE, DTYPES[dtype], len(sizes) // 3)
+    partial, result = np.full(4, np.nan), np.full(3, np.nan, DTYPES[dtype].result)
+    memory = Memory([out, partial, result], [x])
+    addresses = x.__array_interface__["data"][0] + start, out.ctypes.data + out_start
+    results = result.ctypes.data, result[1:].ctypes.data
+    Machine(
+        interpreted(body), memory, 2, THREADS, (*addresses, x.size, *sizes, *FACTORS, 0, partial.ctypes.data, *results)
+    ).run()
+    launch(last_stage(DTYPES[dtype].result), 1, (partial, 2, *FACTORS, result[:1], result[1:]), [partial])
+    assert_sums(result, x, dtype)
+    assert_written(out, reference.gradient(REGULARIZER, x), dtype)
+
+
+@pytest.mark.parametrize(
+    ("n", "d", "dtype"), [(2, 1, "float64"), (33, 5, "float16"), (65, 40, "bfloat16"), (40, 17, "float32")]
+)
+def test_gram_tiles(n, d, dtype):
+    x = values(n * d, dtype).reshape(n, d)
+    x[n // 2] = 0
+    inverse, partial, result = np.full(n, np.nan), np.full(2 * count_tiles(n) ** 2, np.nan), np.full(1, np.nan)
+    launch(inverse_norms(DTYPES[dtype]), n, (x, d, d, 1, inverse), [x])
+    launch(tile_sums(DTYPES[dtype]), len(partial) // 2, (x, n, d, d, 1, inverse, partial), [x, inverse])
+    arguments = (partial, len(partial) // 2, 2 / (n * (n - 1)), 0.0, result, 0)
+    launch(last_stage("float64"), 1, arguments, [partial])
+    np.testing.assert_allclose(result[0], reference.mean_abs_cosine(x), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_gram_panels(dtype, accumulate):
+    n, d, work = 9, 300, NUMPY_DTYPES[DTYPES[dtype].result]
+    x = values(n * d, dtype).reshape(n, d)
+    x[4] = 0
+    unit, inverse, partial = np.full((n, d), np.nan, work), np.full(n, np.nan), np.full(6, np.nan)
+    launch(unit_rows(DTYPES[dtype]), n, (x, d, d, 1, unit, inverse), [x])
+    np.testing.assert_allclose(unit, reference.unit_rows(x).astype(work), rtol=1e-6)
+    cosines = unit @ unit.T
+    kept = cosines.copy()
+    launch(fold_cosines(DTYPES[dtype], False), 3, (cosines, n, n, 0, 0, partial), [cosines])
+    pairs = n * (n - 1) / 2
+    np.testing.assert_allclose(partial[::2].sum() / pairs, reference.mean_abs_cosine(x), rtol=1e-6)
+    launch(fold_cosines(DTYPES[dtype], True), 3, (cosines, n, n, 0, 0, partial))
+    np.testing.assert_array_equal(cosines, np.sign(kept) * (1 - np.eye(n)))
+    out = np.full((n, d), 0.5, NUMPY_DTYPES[dtype])
+    product, scale = cosines @ unit, np.full(1, 2.0, work)
+    arguments = (product, unit, inverse, d, 0.3 / pairs, scale, out, d, 1)
+    launch(project(DTYPES[dtype], accumulate), n, arguments, [product, unit, inverse, scale])
+    expected = 2 * reference.orthogonal_gradient(rk.OrthogonalRegularizer(0.3), x)
+    tolerance = 8 * DTYPES[dtype].epsilon if dtype != "float64" else 1e-12
+    np.testing.assert_allclose(out.astype(np.float64), 0.5 * accumulate + expected, rtol=tolerance, atol=tolerance / 8)
+
+
+FORMULAS_BY_OPERATION = [
+    (operation, formula)
+    for operation in OPERATIONS
+    for formula in FORMULAS.values()
+    if formula is not ABS_SQUARE and (formula is not COUNTS or operation is SUMS)
+]
+
+
+@pytest.mark.parametrize(("operation", "formula"), FORMULAS_BY_OPERATION, ids=lambda each: each.name)
+def test_every_formula_by_its_definition(operation, formula):
+    """As NumPy evaluates the formula's own functions, one element after the other."""
+    a, b = FACTORS
+    x, out, wide = values(3000, "float32"), np.full(3000, 0.25, "f4"), None
+    wide = x.astype(np.float64)
+    result = flat(operation, "float32", x, out, 2, FACTORS, formula)
+    if operation.sums:
+        sums = np.array([formula.terms(abs(v)) for v in wide]).sum(axis=0)
+        np.testing.assert_allclose(result, [a * sums[0] + b * sums[1], *sums], rtol=1e-7)
+    if operation.writes:
+        update = operation.update(formula, lambda function: function)
+        expected = np.array([update(v, 0.25, a, b) for v in wide])
+        np.testing.assert_allclose(out, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_the_interpreter_finds_what_a_device_would_not_forgive():
+    body, x = flat_kernel(SUMS, ABS_SQUARE, DTYPES["float32"]), values(5000, "float32")
+    result, partial = np.zeros(3, "f4"), np.zeros(2)
+    with pytest.raises(DeviceError, match="load of 4 bytes out of bounds"):
+        launch(body, 1, (x, x, x.size + 1, *FACTORS, 0, partial, result[:1], result[1:]))
+    with pytest.raises(DeviceError, match="not a multiple"):
+        launch(body, 1, (x.view(np.uint8)[2:], x, x.size - 8, *FACTORS, 0, partial, result[:1], result[1:]))
+    with pytest.raises(DeviceError, match="store of 4 bytes out of bounds"):
+        launch(body, 1, (x, x, x.size, *FACTORS, 0, partial, result, 0), [x, result])
+    ptx = compiled(body, CAPABILITY).replace("bar.sync", "// bar.sync")
+    machine = Machine(
+        Kernel(ptx), Memory(), 1, THREADS, (x.ctypes.data, 0, 5000, *FACTORS, 0, 0, result.ctypes.data, 0)
+    )
+    with pytest.raises(DeviceError, match="no barrier"):
+        machine.run()
