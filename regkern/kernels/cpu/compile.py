@@ -7,6 +7,7 @@ Here, a kernel is one file, whose name is the digest of all that can change its 
 
 import functools
 import hashlib
+import logging
 import pickle
 import sys
 from collections.abc import Callable
@@ -33,6 +34,7 @@ from regkern.kernels.cache import cache_folder, digest_sources, load, store
 # propagate.
 FASTMATH = {"reassoc", "contract", "nsz"}
 
+_log = logging.getLogger("regkern")
 _SOURCES = digest_sources(Path(__file__).parent)
 
 
@@ -176,6 +178,7 @@ class _KernelCache(_Cache):  # type: ignore[misc]
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         payload = load(self._path(sig, target_context.codegen()))
         if payload is None:
+            _log.info("compiling %s", self._name)
             return None
         target_context.refresh()
         return CompileResult._rebuild(target_context, *pickle.loads(payload))
