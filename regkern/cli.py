@@ -21,7 +21,7 @@ from regkern.diff import Changes, difference
 from regkern.output import as_csv, as_json, changes_as_json
 from regkern.plot import PlotError, check_target, save_changes, save_plot
 from regkern.report import AS_WRITTEN, evaluate
-from regkern.rows import SORTS, Report
+from regkern.rows import SORTS, Report, Row
 from regkern.rules import RuleError, Rules, parse_rules, selected
 from regkern.tables import CHANGE_SORTS, View
 from regkern.text import decimal, elided, printable
@@ -160,6 +160,7 @@ def report(files: tuple[Path, ...], **options: Any) -> None:
     """Show the sums, sparsity and penalties of every tensor in weight files."""
     files = (_DEMO, *files) if options["demo"] else files
     rules = _checked(files, options)
+    options["stats"] |= options["sort"] in ("minimum", "maximum", "mean", "sd")
     view = View(*(options[key] for key in ("sort", "top", "by_layer", "stats", "cosine")))
     quiet = options["as_json"] or options["as_csv"]
     reports: dict[Path, Report] = {}
@@ -172,9 +173,11 @@ def report(files: tuple[Path, ...], **options: Any) -> None:
             failed = True
             continue
         failed |= _say_unread(path, reports[path])
-        if not quiet:
+        if not reports[path].rows:
+            click.echo(f"Warning: {printable(str(path))}: --only and --exclude leave no tensor of it.", err=True)
+        elif not quiet:
             _print_report(path, rules, reports[path], view)
-    _check_selection(reports, options)
+    _check_selection(not reports or any(report.rows for report in reports.values()), options)
     if options["as_json"]:
         click.echo(json.dumps(as_json(rules, reports, view), indent=2, allow_nan=False))
     elif options["as_csv"]:
@@ -224,8 +227,8 @@ def _selected(tensors: Tensors, options: Mapping[str, Any]) -> Tensors:
     return Tensors((tensor for tensor in tensors if tensor.name in names), tensors.metadata)
 
 
-def _check_selection(reports: Mapping[Path, Report], options: Mapping[str, Any]) -> None:
-    if reports and not any(report.rows for report in reports.values()):
+def _check_selection(found: bool, options: Mapping[str, Any]) -> None:
+    if not found and (options["only"] or options["exclude"]):
         globs = [f"--{key} '{glob}'" for key in ("only", "exclude") for glob in options[key]]
         raise _WrongUse(f"{' '.join(globs)}: expected globs that leave a tensor; got none; a glob matches whole names.")
 
@@ -264,11 +267,19 @@ def _gates(reports: Mapping[Path, Report], options: Mapping[str, Any]) -> bool:
             names = tables.names([row.name for row in nonfinite])
             click.echo(f"Failed: {printable(str(path))}: {count:,} elements are NaN or infinite, in {names}.", err=True)
             failed = True
+        unseen = [row for row in report.rows if row.nonfinite is None and not row.error and not _whole_numbers(row)]
+        if options["fail_on"] and unseen:
+            names = tables.names([row.name for row in unseen])
+            click.echo(f"Warning: {printable(str(path))}: not looked at for NaN: {names}.", err=True)
         most, penalty = options["max_penalty"], report.totals.penalty
         if most is not None and not penalty <= most:  # NaN fails as well
             click.echo(f"Failed: {printable(str(path))}: the penalty is {penalty!r}, more than {most!r}.", err=True)
             failed = True
     return failed
+
+
+def _whole_numbers(row: Row) -> bool:
+    return row.dtype.lstrip("<>").startswith(("int", "uint", "bool", "i", "u", "b")) and not row.dtype.startswith("bf")
 
 
 @cli.command(help=_DIFF_HELP)
@@ -297,6 +308,7 @@ def diff(first: Path, second: Path, **options: Any) -> None:
         raise _WrongUse(str(error)) from error
     except WeightsError as error:
         raise _Failure(str(error)) from error
+    _check_selection(bool(changes.rows or changes.only_first or changes.only_second), options)
     rows = tables.sorted_changes(changes.rows, options["sort"], options["top"])
     if options["json_wanted"]:
         click.echo(json.dumps(changes_as_json(first, second, changes, rows), indent=2, allow_nan=False))
@@ -319,7 +331,7 @@ def _print_changes(first: Path, second: Path, changes: Changes, rows: Sequence[A
     console = _console()
     _print(console, [f"A: {printable(str(first))}", f"B: {printable(str(second))}"], bold=(0, 1))
     lines = tables.changes_table(changes, rows, console.width)
-    _print(console, lines, bold=(len(lines) - 1,))
+    _print(console, lines, bold=_bold(lines))
     _print(console, [*tables.changes_notes(changes, rows), ""])
 
 
@@ -398,14 +410,19 @@ def _print(console: Console, lines: Sequence[str], bold: Iterable[int] = ()) -> 
         start = i + 1
 
 
+def _bold(lines: Sequence[str]) -> tuple[int, ...]:
+    """Return which lines of a table are bold: its header, and the totals after its second rule."""
+    head, foot = (i for i, line in enumerate(lines) if line.startswith("----") and not line.strip("-"))
+    return (*range(head), foot + 1)
+
+
 def _print_report(path: Path, rules: Rules, report: Report, view: View) -> None:
     console = _console()
     _print(console, [printable(str(path)), f"penalty: {printable(str(rules))}"], bold=(0,))
     if report.metadata:
         _print(console, [tables.metadata_line(report.metadata)])
     weights, *state = tables.report_tables(report, view, console.width)
-    head = next(i for i, line in enumerate(weights) if line.startswith("---"))
-    _print(console, weights, bold=(*range(head), len(weights) - 1))
+    _print(console, weights, bold=_bold(weights))
     for lines in state:
         _print(console, ["", *lines])
     for note in tables.notes(report, view):

@@ -20,7 +20,7 @@ from regkern.text import elided, number, printable, share
 _MOST_BARS = 48
 # A bar that is so many times the median would flatten the rest: then the scale is logarithmic.
 _FLATTENING = 30
-_DECADES = 8  # that a logarithmic scale shows at most
+_DECADES = 24  # that a logarithmic scale shows at most
 _PENALTY, _SPARSITY, _LOST = "#3b6ea8", "#d98032", "#7a9e4e"
 _TEXT, _FAULT, _NOTHING = "#444444", "#c0392b", "#999999"
 _FONT = "DejaVu Sans"  # comes with matplotlib
@@ -121,22 +121,34 @@ def _draw(path: Path, title: str, bars: Sequence[_Bar], panels: Sequence[_Panel]
 
 def _panel(axes: Any, panel: _Panel, values: list[float | None], labels: list[str], bars: Sequence[_Bar]) -> None:
     finite = [value if value is not None and math.isfinite(value) else 0.0 for value in values]
-    drawn = axes.barh(range(len(values)), finite, height=0.7, color=panel.color)
-    axes.margins(x=0.14)
+    axes.barh(range(len(values)), finite, height=0.7, color=panel.color)
     label = panel.label
     if panel.most is not None:
-        lowest = -15 * math.ceil(-min(finite, default=0.0) / 10) if min(finite, default=0.0) < 0 else 0
-        axes.set_xlim(max(lowest, -115), 115)
-    else:
-        logarithmic = _scale(axes, finite)
-        label += " (log scale)" if logarithmic else ""
+        lowest = min(finite, default=0.0)
+        axes.set_xlim(max(1.5 * lowest - 20, -115) if lowest < 0 else 0, 115)
+    elif _scale(axes, finite):
+        label += " (log scale)"
     axes.set_xlabel(label, fontsize=9)
-    for i, text in enumerate(axes.bar_label(drawn, labels, padding=3, fontsize=7.5, color=_TEXT)):
-        if values[i] is None:
-            text.set(color=_FAULT if bars[i].fault else _NOTHING, style="italic")
-        elif not math.isfinite(values[i] or 0.0):
+    left = axes.get_xlim()[0]
+    for i, (value, text) in enumerate(zip(values, labels, strict=True)):
+        style: dict[str, Any] = {"color": _TEXT}
+        if value is None:
+            style = {"color": _FAULT if bars[i].fault else _NOTHING, "style": "italic"}
+        elif not math.isfinite(value):
             axes.axhspan(i - 0.35, i + 0.35, facecolor="none", edgecolor=_FAULT, hatch="////", alpha=0.35, linewidth=0)
-            text.set(color=_FAULT, weight="bold", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
+            style = {"color": _FAULT, "weight": "bold", "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1}}
+        side = -1 if finite[i] < 0 else 1
+        axes.annotate(
+            text,
+            (max(finite[i], left), i),
+            xytext=(3 * side, 0),
+            textcoords="offset points",
+            ha="left" if side > 0 else "right",
+            va="center",
+            fontsize=7.5,
+            parse_math=False,
+            **style,
+        )
     axes.tick_params(axis="x", labelsize=8)
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right"]].set_visible(False)
@@ -146,12 +158,12 @@ def _scale(axes: Any, values: Sequence[float]) -> bool:
     """Choose the scale: logarithmic where one bar would flatten the rest, from zero otherwise; return which."""
     positive = sorted(value for value in values if value > 0)
     if len(positive) < 2 or positive[-1] < _FLATTENING * positive[(len(positive) - 1) // 2]:
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, 1.16 * positive[-1] if positive and positive[-1] < 1e300 else 1.0)
         return False
     lowest = max(positive[0], positive[-1] * 10.0**-_DECADES, 1e-300)
     axes.set_xscale("log")
-    span = math.log10(positive[-1] / lowest)
-    axes.set_xlim(lowest / 2, min(positive[-1] * 10 ** (0.14 * (span + 1)), 1e308))
+    span = math.log10(positive[-1] / lowest) + 0.3
+    axes.set_xlim(lowest / 2, min(positive[-1] * 10 ** (0.16 * span), 1e308))
     return True
 
 

@@ -179,9 +179,10 @@ def _evaluated(tensor: Tensor, job: _Job, penalised: bool) -> dict[str, Any]:
     whole = over is not None or job.report.comparison or regularizer is not elementwise
     assert tensor.elements is not None
     in_blocks = tensor.size > 2 * _BLOCK and not tensor.elements.packed and not job.report.comparison
-    x = _widened(tensor.load()) if whole and not in_blocks else None
+    widened = _as_it_is if tensor.dtype in DTYPES else _widened
+    x = widened(tensor.load()) if whole and not in_blocks else None
     partials, nan, moments = [], 0, _Moments()
-    for piece in map(_widened, tensor.pieces()) if x is None else flat_pieces(x):
+    for piece in map(widened, tensor.pieces()) if x is None else flat_pieces(x):
         partials.append(_partials(piece, elementwise, job.report))
         if partials[-1][0, 1]:
             nan += int(np.isnan(piece).sum())
@@ -229,6 +230,10 @@ def _counted(tensor: Tensor, job: _Job) -> dict[str, Any]:
         job.done(tensor, piece.nbytes)
     found = {"nonfinite": nonfinite, "nan": nan} if inexact else {}
     return {"zeros": zeros, **found, **moments.values()}
+
+
+def _as_it_is(x: Array) -> Array:
+    return x
 
 
 def _widened(x: Array) -> Array:

@@ -75,7 +75,8 @@ class Totals:
     """Sums over the rows of a report that count: evaluated weights, tied ones once.
 
     Attributes:
-        unseen: the elements, of all rows, that were not looked at for NaN and infinities.
+        unseen: the elements of weights that could be read, and were not looked at for NaN and infinities.
+        unread: the tensors, state included, that could not be read.
     """
 
     tensors: int
@@ -88,6 +89,7 @@ class Totals:
     nan: int
     penalty: float
     unseen: int
+    unread: int
 
 
 def totals(rows: Sequence[Row]) -> Totals:
@@ -103,7 +105,8 @@ def totals(rows: Sequence[Row]) -> Totals:
         nonfinite=sum(row.nonfinite or 0 for row in counted),
         nan=sum(row.nan or 0 for row in counted),
         penalty=sum((row.penalty or 0.0 for row in counted), start=0.0),
-        unseen=sum(row.size for row in rows if row.nonfinite is None),
+        unseen=sum(row.size for row in rows if not (row.state or row.error) and row.nonfinite is None),
+        unread=sum(row.error is not None for row in rows),
     )
 
 

@@ -13,27 +13,28 @@ from regkern.text import decimal, elided, number, padded, printable, seconds, sh
 from regkern.weights import natural
 
 NOTHING = "-"
-_SHORTEST_NAME = 12
+_SHORTEST_NAME, _LEGIBLE_NAME = 12, 32
 _MOST_NAMES = 5
 
 _ROWS_NOTE = (
-    "cosines of matrices are between rows: weights of one unit in PyTorch (out, in), from one input in Keras, "
-    "TensorFlow and Flax (in, out)"
+    "cosines of matrices: between rows, which are units in PyTorch (out, in), inputs in Keras and Flax (in, out)"
 )
-_FILTERS_NOTE = "cosines of kernels with more axes are between filters, along axis 0 (PyTorch: out, in, ...)"
-_LAST_NOTE = "cosines of kernels with more axes are between filters, along the last axis (Keras, Flax: ..., in, out)"
-_UNKNOWN_NOTE = "kernels with more axes have no cosine: which axis numbers filters is not known; --filters says it"
+_FILTERS_NOTE = "cosines of kernels with more axes: between filters, along axis 0 (PyTorch: out, in, ...)"
+_LAST_NOTE = "cosines of kernels with more axes: between filters, along the last axis (Keras, Flax: ..., in, out)"
+_UNKNOWN_NOTE = "no cosine of kernels with more axes: which axis numbers filters is not known; --filters says it"
 
 
 class Column(NamedTuple):
     """One column: its header, of one line or more, and whether cells end at its right edge.
 
-    A spare one is left out where the terminal is too narrow.
+    Spare ones are left out, one after the other, where the terminal is too narrow. That is said, unless a note below
+    the table says the same as the column.
     """
 
     header: str
     right: bool = True
     spare: bool = False
+    noted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +73,7 @@ def table(
     widths = [max(map(width, head)) for head in heads]
     for cells in [*rows, *([footer] if footer else [])]:
         widths = [max(known, width(cell)) for known, cell in zip(widths, cells, strict=True)]
-    shown = list(range(len(columns)))
-    gap = 2
-    if sum(widths) + gap * (len(widths) - 1) > edge:
-        gap = 1
-        shown = [i for i in shown if not columns[i].spare]
+    shown, gap = _shown(columns, widths, edge)
     others = sum(widths[i] + gap for i in shown[1:])
     widths[0] = min(widths[0], max(edge - others, _SHORTEST_NAME))
     space = " " * gap
@@ -85,12 +82,29 @@ def table(
         first = padded(elided(cells[0], widths[0]), widths[0])
         return space.join([first, *(padded(cells[i], widths[i], columns[i].right) for i in shown[1:])]).rstrip()
 
-    height = max(map(len, heads))
+    height = max(len(heads[i]) for i in shown)
     tops = [[""] * (height - len(head)) + head for head in heads]
-    lines = [line([top[i] for top in tops]) for i in range(height)]
     rule = "-" * (widths[0] + others)
-    lines += [rule, *map(line, rows)]
-    return [*lines, rule, line(footer)] if footer else lines
+    lines = [*(line([top[i] if top else "" for top in tops]) for i in range(height)), rule, *map(line, rows)]
+    lines += [rule, line(footer)] if footer else []
+    left_out = [columns[i].header for i in range(len(columns)) if i not in shown and not columns[i].noted]
+    return [*lines, f"left out of {edge} columns: {', '.join(left_out)}"] if left_out else lines
+
+
+def _shown(columns: Sequence[Column], widths: Sequence[int], edge: int) -> tuple[list[int], int]:
+    """Return which columns are shown, and the spaces between them: one, and no spare columns, where there is no room.
+
+    Names are shortened only as far as they can be told apart, if there are spare columns to leave out.
+    """
+    shown, gap = list(range(len(columns))), 2
+    if sum(widths) + gap * (len(widths) - 1) <= edge:
+        return shown, gap
+    gap = 1
+    least = min(widths[0], _LEGIBLE_NAME)
+    for i in [i for i in shown if columns[i].spare]:
+        if columns[i].noted or least + sum(widths[j] + gap for j in shown[1:]) > edge:
+            shown.remove(i)
+    return shown, gap
 
 
 def report_tables(report: Report, view: View, edge: int) -> Iterator[list[str]]:
@@ -125,12 +139,12 @@ def _columns(view: View, nonfinite: bool) -> dict[str, Column]:
         "dtype": Column("dtype", right=False),
     }
     if view.stats:
-        columns |= {"nbytes": Column("bytes"), "minimum": Column("min"), "maximum": Column("max")}
+        columns |= {"nbytes": Column("bytes", spare=True), "minimum": Column("min"), "maximum": Column("max")}
         columns |= {"mean": Column("mean"), "sd": Column("sd")}
-    columns |= {"abs_sum": Column("sum |x|"), "square_sum": Column("sum x²")}
+    columns |= {"abs_sum": Column("sum |x|", spare=view.stats), "square_sum": Column("sum x²", spare=view.stats)}
     if view.cosine:
         columns["cosine"] = Column("mean\n|cosine|")
-    columns |= {"zeros": Column("zeros"), "nonfinite": Column("non-\nfinite", spare=not nonfinite)}
+    columns |= {"zeros": Column("zeros"), "nonfinite": Column("non-\nfinite", spare=not nonfinite, noted=True)}
     return columns | {"penalty": Column("penalty")}
 
 
@@ -158,12 +172,15 @@ def notes(report: Report, view: View) -> Iterator[str]:
     totals, rows = report.totals, report.rows
     nonfinite = [row for row in rows if row.nonfinite]
     kind = f"{totals.nonfinite:,} of them NaN or infinite" if totals.nonfinite else "all finite"
-    if not totals.nonfinite and (totals.unseen or nonfinite):
+    if not totals.nonfinite and (totals.unseen or totals.unread or nonfinite):
         kind = "none of these NaN or infinite"
     yield f"{_count(totals.tensors)}, {decimal(totals.nbytes)}, {totals.size:,} elements, {kind}"
     if totals.unseen:
-        dtypes = sorted({row.dtype for row in rows if row.nonfinite is None})
-        yield f"{totals.unseen:,} elements not looked at for NaN: {printable(', '.join(dtypes))}"
+        dtypes = sorted({row.dtype for row in report.weights if row.nonfinite is None and not row.error})
+        elements = "element" if totals.unseen == 1 else "elements"
+        yield f"{totals.unseen:,} {elements} not looked at for NaN: {printable(', '.join(dtypes))}"
+    if totals.unread:
+        yield f"{_count(totals.unread)} not read: " + names([row.name for row in rows if row.error])
     if nonfinite:
         yield "NaN or infinite: " + names([f"{row.name} ({_nonfinite(row)})" for row in nonfinite])
     hidden = len(by_layer(report.weights) if view.layers else report.weights) - len(view.rows(report.weights))

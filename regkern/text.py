@@ -126,10 +126,10 @@ def decimal(nbytes: int) -> str:
 
     Examples:
         >>> decimal(999), decimal(1_234_567)
-        ('999 bytes', '1.2 MB')
+        ('999 B', '1.2 MB')
     """
     if nbytes < 1000:
-        return f"{nbytes} byte{'' if nbytes == 1 else 's'}"
+        return f"{nbytes} B"
     size, units = float(nbytes), iter(("kB", "MB", "GB", "TB", "PB"))
     while size >= 999.95:
         size, unit = size / 1000, next(units)

@@ -20,6 +20,10 @@ _RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 _PICKLES = 5
 _STRINGS = {"BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE"}
 _PUTS = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
+_Op = tuple[str, Any]  # what it puts on the stack: a text, a name, bytes; or its own name
+_UNKNOWN: _Op = ("?", None)
+_BYTES: _Op = ("bytes", None)
+_LONGEST_CALL = 12  # opcodes of bytearray(encode(text, encoding)) and less
 _GETS = {"GET", "BINGET", "LONG_BINGET"}
 
 
@@ -63,33 +67,56 @@ def scanned(path: Path, packed: bool) -> Scanned:
 
 def _scan(file: IO[bytes], found: Scanned) -> None:
     """Read one pickle to its end."""
-    memo: dict[int, Any] = {}
-    recent: list[tuple[str, Any]] = []  # the last opcodes, without those that store
+    memo: dict[int, _Op] = {}
+    recent: list[_Op] = []  # the last opcodes, without those that store
+    open_calls: list[_Op] = []  # from a growing function's name on, until its call is known to be harmless
     for opcode, argument, _ in pickletools.genops(file):
         kind = opcode.name
         if kind == "PROTO":
             found.protocol = max(found.protocol, _whole(argument))
         elif kind in _PUTS:
-            memo[len(memo) if kind == "MEMOIZE" else _whole(argument)] = recent[-1] if recent else None
+            memo[len(memo) if kind == "MEMOIZE" else _whole(argument)] = recent[-1] if recent else _UNKNOWN
         else:
             op = _resolved(kind, argument, memo, recent)
             if op[0] == "name" and kind not in _GETS:
                 found.names.append(op[1])
             recent = [*recent[-4:], op]
-            found.grows = found.grows or _grows(recent[-4:])
             if kind == "BINPERSID":  # of ("storage", type, key, location, size), a tuple
                 found.storages[str(recent[0][1])] = None
-    found.grows = found.grows or next((op[1] for op in recent[-3:] if op[0] == "name" and op[1] in _GROWING), "")
+            if open_calls or (op[0] == "name" and op[1] in _GROWING):
+                open_calls = _without_harmless([*open_calls, op])
+                recent[-1] = open_calls[-1] if open_calls else _BYTES
+                if not any(each[1] in _GROWING for each in open_calls):
+                    open_calls = []
+                elif len(open_calls) > _LONGEST_CALL:
+                    break
+    found.grows = found.grows or next((each[1] for each in open_calls if each[1] in _GROWING), "")
+
+
+def _without_harmless(ops: list[_Op]) -> list[_Op]:
+    """Put bytes in the place of a call at the end that encodes a text, copies bytes, or has no argument."""
+    kinds = [op[0] for op in ops]
+    if kinds[-1] != "REDUCE":
+        return ops
+    names = [op[1] for op in ops]
+    texts = kinds[-5:] == ["name", "text", "text", "TUPLE2", "REDUCE"] and names[-5] in _GROWING
+    if texts and str(names[-3]).lower() in _ENCODINGS:
+        return [*ops[:-5], _BYTES]
+    copied = kinds[-4:] == ["name", "bytes", "TUPLE1", "REDUCE"] and names[-4] == "builtins.bytearray"
+    if copied:
+        return [*ops[:-4], _BYTES]
+    empty = kinds[-3:] == ["name", "EMPTY_TUPLE", "REDUCE"] and names[-3] == "builtins.bytearray"
+    return [*ops[:-3], _BYTES] if empty else ops
 
 
 def _whole(argument: Any) -> int:
     return int(argument)
 
 
-def _resolved(kind: str, argument: Any, memo: dict[int, Any], recent: list[tuple[str, Any]]) -> tuple[str, Any]:
+def _resolved(kind: str, argument: Any, memo: dict[int, _Op], recent: list[_Op]) -> _Op:
     """Return an opcode as what it puts on the stack: a text, a name, or itself."""
     if kind in _GETS:
-        return memo.get(_whole(argument)) or ("?", None)
+        return memo.get(_whole(argument), _UNKNOWN)
     if kind in _STRINGS:
         return "text", argument
     if kind == "GLOBAL":
@@ -99,18 +126,3 @@ def _resolved(kind: str, argument: Any, memo: dict[int, Any], recent: list[tuple
         module = recent[-2][1]
         return "name", f"{_RENAMED.get(module, module)}.{recent[-1][1]}"
     return kind, None
-
-
-def _grows(recent: list[tuple[str, Any]]) -> str:
-    """Return the name of a growing function, unless what follows it is a call that encodes a text, or no argument.
-
-    Judged is what came four opcodes ago, when all that belongs to its call is there.
-    """
-    name = recent[0]
-    if len(recent) < 4 or name[0] != "name" or name[1] not in _GROWING:
-        return ""
-    first, second, call = recent[1:]
-    if name[1] == "builtins.bytearray" and first[0] == "EMPTY_TUPLE" and second[0] == "REDUCE":
-        return ""
-    text = first[0] == second[0] == "text" and str(second[1]).lower() in _ENCODINGS
-    return "" if text and call[0] == "TUPLE2" else str(name[1])

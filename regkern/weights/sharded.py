@@ -44,7 +44,9 @@ def _weight_map(path: Path) -> dict[str, str]:
     expected = 'a JSON object whose "weight_map" gives for each tensor the file that it is in'
     if path.stat().st_size > _LONGEST_INDEX:
         raise WeightsError(path, expected, f"more than {_LONGEST_INDEX >> 20} MiB", "check that it is an index")
-    with explained(path, expected, ("text", "unknown")):
+    # Of what is no text, JSON begins with a brace at least.
+    kinds = ("text", "unknown") if path.read_bytes()[:1] == b"{" else ("text",)
+    with explained(path, expected, kinds):
         index = json.loads(path.read_bytes(), object_pairs_hook=_unrepeated)
     names = index.get("weight_map") if isinstance(index, dict) else None
     if not (isinstance(names, dict) and names and all(isinstance(shard, str) for shard in names.values())):

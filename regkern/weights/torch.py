@@ -54,6 +54,15 @@ def read(path: Path, stack: ExitStack) -> Tensors:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on pickle protocols and the like
             content = torch.load(path, map_location=keep, weights_only=True, mmap=packed)
+    except AttributeError as error:
+        if "UntypedStorage" not in str(error):
+            raise
+        raise WeightsError(
+            path,
+            "dtypes that torch loads",
+            f"one that torch {torch.__version__} does not load unless it is zipped",
+            "save it again as torch.save does by itself",
+        ) from error
     except pickle.UnpicklingError as error:  # its text is on weights_only, whatever the file is
         raise _refused(torch, path, scanned, error) from error
     places = _places(path, list(scanned.storages), storages) if packed else {}
