@@ -39,11 +39,15 @@ ROWS, FIRST, LAST = "rows", "filters (axis 0)", "filters (last axis)"
 
 @dataclass(slots=True)
 class _Moments:
-    """Minimum, maximum, mean and sum of squared deviations, updated piece by piece (Chan, Golub and LeVeque, 1983)."""
+    """Minimum, maximum, mean and sum of squared deviations, updated piece by piece (Chan, Golub and LeVeque, 1983).
+
+    The mean is that of what elements are over the first one, so that a large mean costs no digits of a small deviation.
+    """
 
     size: int = 0
     minimum: float = math.inf
     maximum: float = -math.inf
+    first: float = 0.0
     mean: float = 0.0
     squares: float = 0.0
 
@@ -52,11 +56,15 @@ class _Moments:
         if not piece.size:
             return
         with np.errstate(all="ignore"):
-            x = piece.astype(np.float64)
-            mean = float(x.mean())
-            squares = float(np.square(x - mean).sum())
+            x = piece.astype(np.float64).reshape(-1)
+            if not self.size and math.isfinite(x[0]):
+                self.first = float(x[0])
             self.minimum = float(np.minimum(self.minimum, x.min()))
             self.maximum = float(np.maximum(self.maximum, x.max()))
+            x -= self.first
+            mean = float(x.mean())
+            x -= mean
+            squares = float(np.square(x, out=x).sum())
         size, step = self.size + x.size, mean - self.mean
         self.squares += squares + step * step * self.size * x.size / size
         self.mean, self.size = self.mean + step * x.size / size, size
@@ -66,7 +74,7 @@ class _Moments:
         if not self.size:
             return {}
         sd = math.sqrt(self.squares / self.size) if self.squares >= 0 else math.nan
-        return {"minimum": self.minimum, "maximum": self.maximum, "mean": self.mean, "sd": sd}
+        return {"minimum": self.minimum, "maximum": self.maximum, "mean": self.first + self.mean, "sd": sd}
 
 
 @dataclass(slots=True)
