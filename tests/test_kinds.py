@@ -630,3 +630,22 @@ def test_a_file_that_another_takes_the_place_of(tmp_path):
             os.replace(tmp_path / "new.safetensors", path)
 
     assert [row.abs_sum for row in evaluated(path, done=replace).rows] == [3, 3]
+
+
+@pytest.mark.parametrize("block", [7, 64, 1000])
+def test_heaps_are_found_wherever_they_are(tmp_path, monkeypatch, block):
+    """Across the blocks in which they are searched as well."""
+    path = tmp_path / "x.h5"
+    with h5py.File(path, "w") as file:
+        file["w"] = np.ones(3)
+        file.attrs["name"] = "text"
+    data = bytearray(path.read_bytes())
+    part = data.index(b"GCOL") + 16
+    while data[part : part + 2] != bytes(2):
+        part += 16 + -(-data[part + 8] // 8) * 8
+    data[part + 8 : part + 16] = bytes(8)
+    monkeypatch.setattr("regkern.weights.hdf5._BLOCK", block)
+    with open_weights(path) as tensors:
+        assert len(tensors) == 1
+    path.write_bytes(data)
+    assert "a part of no size" in refusal(path)

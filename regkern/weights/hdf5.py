@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import mmap
+import os
 import re
 import struct
 from collections.abc import Iterator
@@ -21,6 +21,7 @@ from regkern.weights.tensors import Tensor, Tensors, bfloat16, in_natural_order,
 
 # What a heap of strings in an HDF5 file starts with: its signature and version.
 _HEAP = b"GCOL\x01"
+_BLOCK = 1 << 22  # bytes that are searched for it at a time
 # What Keras calls models that their users did not name.
 _UNNAMED = re.compile(r"(sequential|functional|model)(_\d+)?")
 
@@ -34,18 +35,44 @@ def read(path: Path, stack: ExitStack) -> Tensors:
 
 
 def check_heaps(file: IO[bytes]) -> None:
-    """Refuse a heap of strings with a part of no size, over which HDF5 2.0 loops forever."""
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        heap = data.find(_HEAP)
-        while heap >= 0:
-            end = min(heap + int.from_bytes(data[heap + 8 : heap + 16], "little"), len(data))
-            part = heap + 16
-            while part + 16 <= end:
-                index, size = struct.unpack_from("<H6xQ", data, part)
-                if index == 0 and size == 0:
-                    raise ValueError("a heap has a part of no size")
-                part += 16 + -(-size // 8) * 8 if index else size
-            heap = data.find(_HEAP, heap + 1)
+    """Refuse a heap of strings with a part of no size, over which HDF5 2.0 loops forever.
+
+    The file is read and not mapped, as everywhere here.
+    """
+    size = file.seek(0, os.SEEK_END)
+    for heap in _found(file, _HEAP):
+        end = min(heap + int.from_bytes(_at(file, heap + 8, 8), "little"), size)
+        part = heap + 16
+        while part + 16 <= end:
+            index, length = struct.unpack("<H6xQ", _at(file, part, 16))
+            if index == 0 and length == 0:
+                raise ValueError("a heap has a part of no size")
+            part += 16 + -(-length // 8) * 8 if index else length
+
+
+def _found(file: IO[bytes], text: bytes) -> Iterator[int]:
+    """Yield where in a file a text is."""
+    start, rest = 0, b""
+    while True:
+        file.seek(start)
+        block = file.read(_BLOCK)
+        if not block:
+            return
+        data = rest + block
+        at = data.find(text)
+        while at >= 0:
+            yield start - len(rest) + at
+            at = data.find(text, at + 1)
+        start += len(block)
+        rest = data[-(len(text) - 1) :]
+
+
+def _at(file: IO[bytes], offset: int, length: int) -> bytes:
+    file.seek(offset)
+    data = file.read(length)
+    if len(data) < length:
+        raise ValueError("the file ends in a heap")
+    return data
 
 
 def datasets(path: Path, file: Any, source: Source | None, start: int) -> Tensors:
