@@ -649,3 +649,39 @@ def test_heaps_are_found_wherever_they_are(tmp_path, monkeypatch, block):
         assert len(tensors) == 1
     path.write_bytes(data)
     assert "a part of no size" in refusal(path)
+
+
+def test_models_in_models_of_tf_keras(tmp_path):
+    """Which saves names in the config alone."""
+    code = """
+import sys, numpy as np, tf_keras as keras
+inner = keras.Sequential([keras.layers.Dense(4, name="proj"), keras.layers.Dense(4, name="out")], name="backbone")
+spread = keras.layers.TimeDistributed(keras.Sequential([keras.layers.Dense(2, name="s")], name="shared"), name="td")
+model = keras.Sequential([keras.layers.InputLayer((3, 5)), inner, spread, keras.layers.Dense(2, name="head")])
+model.compile("adam", "mse", metrics=["mae"])
+model.train_on_batch(np.ones((4, 3, 5)), np.ones((4, 3, 2)))
+model.save(sys.argv[1])
+print(model.count_params())
+"""
+    path = tmp_path / "x.keras"
+    command = [sys.executable, "-W", "ignore", "-c", code, str(path)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    report = evaluated(path)
+    names = {row.name for row in report.weights}
+    assert report.totals.size == int(printed.split()[-1])
+    assert {"layers/backbone/layers/proj/vars/0", "layers/backbone/layers/out/vars/1", "layers/head/vars/0"} <= names
+    assert "layers/td/layer/shared/layers/s/vars/0" in names
+    assert any(row.name.startswith("metrics/") for row in report.state)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [b"[]", b"{", b'{"config": 1}', b'{"config": {"layers": [1, {"config": {}}, {}], "layer": {"config": 2}}}'],
+)
+def test_configs_of_other_forms_are_no_obstacle(tmp_path, config):
+    path = tmp_path / "x.keras"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("metadata.json", b'{"keras_version": "2.15.0"}')
+        archive.writestr("config.json", config)
+        archive.writestr("model.weights.h5", written(hdf5))
+    assert rows_of(evaluated(path))["w"].abs_sum == 3

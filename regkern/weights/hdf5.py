@@ -6,10 +6,11 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 import numpy as np
@@ -75,8 +76,13 @@ def _at(file: IO[bytes], offset: int, length: int) -> bytes:
     return data
 
 
-def datasets(path: Path, file: Any, source: Source | None, start: int) -> Tensors:
-    """Return the datasets of an open HDF5 file that begins at a byte of the source, or at none if it is compressed."""
+def datasets(
+    path: Path, file: Any, source: Source | None, start: int, names: Mapping[str, str] = MappingProxyType({})
+) -> Tensors:
+    """Return the datasets of an open HDF5 file that begins at a byte of the source, or at none if it is compressed.
+
+    `names` has those of layers, by their groups, which the file itself has not.
+    """
     h5py = library("h5py", path, "report")
     found: dict[str, Any] = {}
 
@@ -85,11 +91,11 @@ def datasets(path: Path, file: Any, source: Source | None, start: int) -> Tensor
             found[name] = item
 
     file.visititems(visit)  # follows neither soft nor external links, and visits each object once
-    own_names: dict[str, str | None] = {}
-    names = {name: _layers_name(file, name, own_names) for name in found}
-    if len(set(names.values())) < len(names):
-        names = {name: name for name in found}
-    tensors = [_listed(path, names[name], item, source, start) for name, item in found.items()]
+    own_names: dict[str, str | None] = {**names}
+    shown = {name: _layers_name(file, name, own_names) for name in found}
+    if len(set(shown.values())) < len(shown):
+        shown = {name: name for name in found}
+    tensors = [_listed(path, shown[name], item, source, start) for name, item in found.items()]
     return Tensors(in_natural_order(tensors), _metadata(file))
 
 
