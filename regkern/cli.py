@@ -1,48 +1,40 @@
-"""The commands: `regkern report` and `regkern info`."""
+"""The commands: `regkern report`, `regkern diff` and `regkern info`."""
 
 from __future__ import annotations
 
-import csv
-import dataclasses
-import io
 import json
-import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
-from rich.box import Box
 from rich.console import Console
-from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 import regkern
-from regkern.dtypes import DTYPES
-from regkern.plot import PlotError, check_target, save_plot
-from regkern.report import AS_WRITTEN, Report, Row, evaluate
-from regkern.rules import RuleError, Rules, parse_rules
-from regkern.text import elided, number, printable, share
-from regkern.weights import Tensor, WeightsError, open_weights
+from regkern import tables
+from regkern.diff import Changes, difference
+from regkern.output import as_csv, as_json, changes_as_json
+from regkern.plot import PlotError, check_target, save_changes, save_plot
+from regkern.report import AS_WRITTEN, evaluate
+from regkern.rows import SORTS, Report, Row
+from regkern.rules import RuleError, Rules, parse_rules, selected
+from regkern.tables import CHANGE_SORTS, View
+from regkern.text import decimal, elided, printable
+from regkern.weights import Tensor, Tensors, WeightsError, open_weights
 
 _DEMO = Path(__file__).parent / "data" / "demo.safetensors"
 _DEFAULT_RULE = "*=l1_l2"
 
 # Below this much work, a bar would be gone before it is seen.
 _LONG_BYTES, _LONG_PRODUCTS = 1 << 28, 1e10
-
-_NOTHING = "-"
-_HEADERS = ("tensor", "shape", "dtype", "sum |x|", "sum x²", "cosine\n(rows)", "zeros", "non-\nfinite", "penalty")
-_COSINE, _NONFINITE = 5, 7  # columns that may be left out
-_SHORTEST_NAME = 12
 _NARROWEST = 64
-# Spaces between columns, a line under the header and above the totals.
-_BOX = Box("    \n    \n -- \n    \n    \n -- \n    \n    \n")
-
+_MOST_ERRORS = 10  # of one file; how many more there are is said
+_GATE = 3  # the exit status where a gate did not hold
 
 # Click keeps the lines after \b as they are.
 _REPORT_HELP = """Show the sums, sparsity and penalties of every tensor in weight files.
@@ -50,21 +42,50 @@ _REPORT_HELP = """Show the sums, sparsity and penalties of every tensor in weigh
 Formats: .npy, .npz, .safetensors, .h5 and .hdf5 (Keras's and others), .keras, PyTorch's .pt, .pth and .bin (weights
 only), and the .index.json of a sharded checkpoint, which is reported as one. They never run code.
 
-Files can be larger than memory: they are mapped where their format allows it, else read piece by piece. Cosines,
-orthogonal penalties and --compare need a tensor that cannot be mapped in memory as a whole.
+Files can be larger than memory: they are read piece by piece. Cosines and orthogonal penalties of packed tensors, and
+--compare, need a tensor in memory as a whole.
 
 A rule is GLOB=none or GLOB=REGULARIZER[:factor=value,...], where the regularizer is l1, l2, l1_l2 (both factors 0.01
-unless given) or orthogonal_regularizer (2-D tensors alone).
+unless given) or orthogonal_regularizer (2-D tensors alone). A glob that is a tensor's name is that tensor's alone.
+
+The state of optimizers and metrics is listed apart, and tied tensors count once. A tensor that cannot be read is
+listed as such.
+
+\b
+Exit status: 0, or
+  1  a file, or a part of one, cannot be read
+  2  the command line is wrong
+  3  all was read, and --fail-on or --max-penalty does not hold
 
 \b
 Examples:
   regkern report --demo
   regkern report model.safetensors --rule '*bias*=none' --rule '*=l2:l2=1e-4'
-  regkern report model.safetensors.index.json --no-cosine
+  regkern report model.safetensors.index.json --no-cosine --by-layer --top 20
   regkern report model.keras --rule '*=l1_l2:l1=1e-5,l2=1e-4' --plot model.png
   regkern report pytorch_model.bin --no-cosine --json > penalties.json
+  regkern report checkpoint.pt --no-cosine --fail-on nonfinite --max-penalty 120
   regkern report kernel.npy --compare \\
     --rule '*=orthogonal_regularizer:factor=0.01,mode=columns'
+"""
+
+_DIFF_HELP = """Show how the tensors of two weight files differ, by their names.
+
+For each tensor that both have: the Euclidean norm of the difference B - A, that over the norm of A, the largest
+difference of an element, how many elements changed, and the zeros that B gained and lost. Dtypes may differ. What is
+in one file alone is listed.
+
+\b
+Exit status: 0, or
+  1  a file, or a part of one, cannot be read
+  2  the command line is wrong
+
+\b
+Examples:
+  regkern diff before.safetensors after.safetensors
+  regkern diff dense.pt pruned.pt --only '*weight' --sort zeros_gained --top 20
+  regkern diff epoch1.keras epoch2.keras --json
+  regkern diff float32.safetensors float16.safetensors --plot rounding.png
 """
 
 
@@ -95,6 +116,12 @@ def cli() -> None:
     """Weight penalties (L1, L2, L1L2, orthogonal), evaluated by fused kernels."""
 
 
+_ONLY = click.option("--only", metavar="GLOB", multiple=True, help="Take tensors alone whose name matches a GLOB.")
+_EXCLUDE = click.option("--exclude", metavar="GLOB", multiple=True, help="Leave out tensors whose name matches a GLOB.")
+_TOP = click.option("--top", metavar="N", type=click.IntRange(min=1), help="Show the first N alone; totals are of all.")
+_STATE = click.option("--state", is_flag=True, help="Take the state of optimizers and metrics for weights.")
+
+
 @cli.command(help=_REPORT_HELP)
 @click.argument("files", metavar="FILE...", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--demo", is_flag=True, help="Report on a small trained network that comes with regkern.")
@@ -105,71 +132,207 @@ def cli() -> None:
     multiple=True,
     help=f"A penalty for tensors whose name matches GLOB; the first rule that matches wins. Default: {_DEFAULT_RULE}",
 )
-@click.option("--cosine/--no-cosine", default=True, help="The mean |cosine| between rows; its cost grows with rows².")
+@_ONLY
+@_EXCLUDE
+@click.option("--sort", type=click.Choice(SORTS), metavar="KEY", help=f"Sort, largest first, by {', '.join(SORTS)}.")
+@_TOP
+@click.option("--by-layer", is_flag=True, help="Show a line for each layer.")
+@click.option("--stats", is_flag=True, help="Minimum, maximum, mean, standard deviation and bytes of each tensor.")
+@click.option("--cosine/--no-cosine", default=True, help="Mean |cosine| of rows or filters; its cost grows with rows².")
+@click.option(
+    "--filters",
+    type=click.Choice(["auto", "first", "last"]),
+    default="auto",
+    help="Which axis of convolution kernels numbers filters: first (PyTorch) or last (Keras). Default: by the file.",
+)
+@_STATE
 @click.option(
     "--compare", is_flag=True, help="Compute the sums by NumPy as well, side by side. It makes copies of tensors."
 )
+@click.option("--fail-on", type=click.Choice(["nonfinite"]), help="Exit with 3 if an element is NaN or infinite.")
+@click.option("--max-penalty", type=float, metavar="P", help="Exit with 3 unless each file's penalty is at most P.")
 @click.option(
     "--plot", metavar="PNG", type=click.Path(path_type=Path), help="Save a picture: penalty and zeros by layer."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; NaN and infinities are strings, null is no value.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV, a line per tensor.")
-def report(
-    files: tuple[Path, ...],
-    demo: bool,
-    rules: tuple[str, ...],
-    cosine: bool,
-    compare: bool,
-    plot: Path | None,
-    as_json: bool,
-    as_csv: bool,
-) -> None:
+def report(files: tuple[Path, ...], **options: Any) -> None:
     """Show the sums, sparsity and penalties of every tensor in weight files."""
-    if demo:
-        files = (_DEMO, *files)
-    if not files:
-        raise click.UsageError("expected a FILE, or --demo.")
-    if as_json and as_csv:
-        raise click.UsageError("expected --json or --csv; got both.")
-    try:
-        parsed = parse_rules(rules or (_DEFAULT_RULE,))
-        if plot is not None:
-            check_target(plot)
-    except (RuleError, PlotError) as error:
-        raise _WrongUse(str(error)) from error
-
+    files = (_DEMO, *files) if options["demo"] else files
+    rules = _checked(files, options)
+    options["stats"] |= options["sort"] in ("minimum", "maximum", "mean", "sd")
+    view = View(*(options[key] for key in ("sort", "top", "by_layer", "stats", "cosine")))
+    quiet = options["as_json"] or options["as_csv"]
     reports: dict[Path, Report] = {}
     failed = False
     for path in files:
         try:
-            reports[path] = _evaluate(path, parsed, cosine=cosine, compare=compare)
+            reports[path] = _evaluate(path, rules, options)
         except WeightsError as error:  # the other files are worth reporting
             click.echo(f"Error: {error}", err=True)
             failed = True
             continue
-        except MemoryError as error:
-            raise _Failure(
-                f"{path}: expected memory for cosines and comparisons; got too little of it; "
-                "leave them out by --no-cosine, and without --compare."
-            ) from error
-        except RuleError as error:
-            raise _WrongUse(str(error)) from error
-        if not (as_json or as_csv):
-            _print_report(path, parsed, reports[path], cosine=cosine)
+        failed |= _say_unread(path, reports[path])
+        if not reports[path].rows:
+            click.echo(f"Warning: {printable(str(path))}: --only and --exclude leave no tensor of it.", err=True)
+        elif not quiet:
+            _print_report(path, rules, reports[path], view)
+    _check_selection(not reports or any(report.rows for report in reports.values()), options)
+    if options["as_json"]:
+        click.echo(json.dumps(as_json(rules, reports, view), indent=2, allow_nan=False))
+    elif options["as_csv"]:
+        click.echo(as_csv(reports, view), nl=False)
+    if options["plot"] is not None and reports:
+        title = f"{', '.join(file.name for file in reports)}   penalty: {rules}"
+        rows = [row for report in reports.values() for row in report.rows]
+        _plot(options["plot"], lambda: save_plot(options["plot"], title, rows))
+    _warn_of_unused(rules, reports)
+    gates = _gates(reports, options)
+    if failed or gates:
+        raise SystemExit(1 if failed else _GATE)
 
-    if as_json:
-        click.echo(json.dumps(_json(parsed, reports), indent=2, allow_nan=False))
-    elif as_csv:
-        click.echo(_csv(reports), nl=False)
-    if plot is not None and reports:
-        _plot(plot, parsed, reports)
-    for glob in parsed.unused(row.name for report in reports.values() for row in report.rows) if reports else ():
-        click.echo(
-            f"Warning: rule '{printable(glob)}' falls to no tensor; a glob matches a whole name, as '*kernel*' does.",
-            err=True,
-        )
-    if failed:
+
+def _checked(files: Sequence[Path], options: Mapping[str, Any]) -> Rules:
+    """Return the rules, once what the command line says is known to be right."""
+    if not files:
+        raise click.UsageError("expected a FILE, or --demo.")
+    if options["as_json"] and options["as_csv"]:
+        raise click.UsageError("expected --json or --csv; got both.")
+    try:
+        if options["plot"] is not None:
+            check_target(options["plot"])
+        return parse_rules(options["rules"] or (_DEFAULT_RULE,))
+    except (RuleError, PlotError) as error:
+        raise _WrongUse(str(error)) from error
+
+
+def _evaluate(path: Path, rules: Rules, options: Mapping[str, Any]) -> Report:
+    chosen = {key: options[key] for key in ("cosine", "filters", "stats", "compare", "state")}
+    try:
+        with open_weights(path) as found:
+            tensors = _selected(found, options)
+            with _progress(tensors, options["cosine"]) as done:
+                return evaluate(tensors, rules, done=done, **chosen)
+    except MemoryError as error:
+        raise _Failure(
+            f"{path}: expected memory for cosines and comparisons; got too little of it; "
+            "leave them out by --no-cosine, and without --compare."
+        ) from error
+    except RuleError as error:
+        raise _WrongUse(str(error)) from error
+
+
+def _selected(tensors: Tensors, options: Mapping[str, Any]) -> Tensors:
+    names = selected((tensor.name for tensor in tensors), options["only"], options["exclude"])
+    return Tensors((tensor for tensor in tensors if tensor.name in names), tensors.metadata)
+
+
+def _check_selection(found: bool, options: Mapping[str, Any]) -> None:
+    if not found and (options["only"] or options["exclude"]):
+        globs = [f"--{key} '{glob}'" for key in ("only", "exclude") for glob in options[key]]
+        raise _WrongUse(f"{' '.join(globs)}: expected globs that leave a tensor; got none; a glob matches whole names.")
+
+
+def _say_unread(path: Path, report: Report) -> bool:
+    """Say which tensors of a file could not be read, and return whether there are any."""
+    errors = [row for row in report.rows if row.error]
+    for row in errors[:_MOST_ERRORS]:
+        click.echo(f"Error: {printable(f'{elided(str(path), 1000)}: {elided(row.name, 100)}: {row.error}')}", err=True)
+    if len(errors) > _MOST_ERRORS:
+        click.echo(f"Error: {printable(str(path))}: {len(errors) - _MOST_ERRORS} more cannot be read.", err=True)
+    return bool(errors)
+
+
+def _warn_of_unused(rules: Rules, reports: Mapping[Path, Report]) -> None:
+    used = {row.rule for report in reports.values() for row in report.rows}
+    for report in reports.values():  # a rule is also used by what has no penalty: another dtype, say
+        bound = rules.among(row.name for row in report.rows)
+        used |= {bound.find(row.name)[0] for row in report.rows}
+    for glob in rules.regularizers if reports else ():
+        if glob not in used:
+            click.echo(
+                f"Warning: rule '{printable(glob)}' falls to no tensor; "
+                "a glob matches a whole name, as '*kernel*' does.",
+                err=True,
+            )
+
+
+def _gates(reports: Mapping[Path, Report], options: Mapping[str, Any]) -> bool:
+    """Say which gates do not hold, and return whether there are any."""
+    failed = False
+    for path, report in reports.items():
+        nonfinite = [row for row in report.rows if row.nonfinite]
+        if options["fail_on"] and nonfinite:
+            count = sum(row.nonfinite or 0 for row in nonfinite)
+            names = tables.names([row.name for row in nonfinite])
+            click.echo(f"Failed: {printable(str(path))}: {count:,} elements are NaN or infinite, in {names}.", err=True)
+            failed = True
+        unseen = [row for row in report.rows if row.nonfinite is None and not row.error and not _whole_numbers(row)]
+        if options["fail_on"] and unseen:
+            names = tables.names([row.name for row in unseen])
+            click.echo(f"Warning: {printable(str(path))}: not looked at for NaN: {names}.", err=True)
+        most, penalty = options["max_penalty"], report.totals.penalty
+        if most is not None and not penalty <= most:  # NaN fails as well
+            click.echo(f"Failed: {printable(str(path))}: the penalty is {penalty!r}, more than {most!r}.", err=True)
+            failed = True
+    return failed
+
+
+def _whole_numbers(row: Row) -> bool:
+    return row.dtype.lstrip("<>").startswith(("int", "uint", "bool", "i", "u", "b")) and not row.dtype.startswith("bf")
+
+
+@cli.command(help=_DIFF_HELP)
+@click.argument("first", metavar="A", type=click.Path(path_type=Path))
+@click.argument("second", metavar="B", type=click.Path(path_type=Path))
+@_ONLY
+@_EXCLUDE
+@click.option(
+    "--sort",
+    type=click.Choice(CHANGE_SORTS),
+    metavar="KEY",
+    help=f"Sort, largest first, by {', '.join(CHANGE_SORTS)}.",
+)
+@_TOP
+@_STATE
+@click.option("--plot", metavar="PNG", type=click.Path(path_type=Path), help="Save a picture: change and zeros.")
+@click.option("--json", "json_wanted", is_flag=True, help="Print JSON; NaN and infinities are strings.")
+def diff(first: Path, second: Path, **options: Any) -> None:
+    """Show how the tensors of two weight files differ."""
+    try:
+        if options["plot"] is not None:
+            check_target(options["plot"])
+        with open_weights(first) as a, open_weights(second) as b:
+            changes = difference(*(_weights(tensors, options) for tensors in (a, b)))
+    except PlotError as error:
+        raise _WrongUse(str(error)) from error
+    except WeightsError as error:
+        raise _Failure(str(error)) from error
+    _check_selection(bool(changes.rows or changes.only_first or changes.only_second), options)
+    rows = tables.sorted_changes(changes.rows, options["sort"], options["top"])
+    if options["json_wanted"]:
+        click.echo(json.dumps(changes_as_json(first, second, changes, rows), indent=2, allow_nan=False))
+    else:
+        _print_changes(first, second, changes, rows)
+    if options["plot"] is not None:
+        _plot(options["plot"], lambda: save_changes(options["plot"], f"{first.name} -> {second.name}", rows))
+    if changes.unread:
+        for row in changes.rows:
+            if row.name in changes.unread:
+                click.echo(f"Error: {printable(row.error or '')}", err=True)
         raise SystemExit(1)
+
+
+def _weights(tensors: Tensors, options: Mapping[str, Any]) -> list[Tensor]:
+    return [tensor for tensor in _selected(tensors, options) if options["state"] or not tensor.state]
+
+
+def _print_changes(first: Path, second: Path, changes: Changes, rows: Sequence[Any]) -> None:
+    console = _console()
+    _print(console, [f"A: {printable(str(first))}", f"B: {printable(str(second))}"], bold=(0, 1))
+    lines = tables.changes_table(changes, rows, console.width)
+    _print(console, lines, bold=_bold(lines))
+    _print(console, [*tables.changes_notes(changes, rows), ""])
 
 
 @cli.command()
@@ -211,11 +374,6 @@ def _info_lines(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "not installed", ", ".join(name for name, version in versions.items() if not version) or "none"
 
 
-def _evaluate(path: Path, rules: Rules, *, cosine: bool, compare: bool) -> Report:
-    with open_weights(path) as tensors, _progress(tensors, cosine) as done:
-        return evaluate(tensors, rules, cosine=cosine, compare=compare, done=done)
-
-
 @contextmanager
 def _progress(tensors: Sequence[Tensor], cosine: bool) -> Iterator[Callable[[Tensor, int], None]]:
     """Show a bar of bytes on stderr where that is a terminal and the work is long."""
@@ -243,158 +401,41 @@ def _console() -> Console:
     return console
 
 
-def _print_report(path: Path, rules: Rules, report: Report, *, cosine: bool) -> None:
+def _print(console: Console, lines: Sequence[str], bold: Iterable[int] = ()) -> None:
+    """Print lines as they are, some of them bold on a terminal; rich would take seconds for thousands of them."""
+    start = 0
+    for i in [*bold, len(lines)]:
+        if start < i:
+            console.file.write("\n".join([*lines[start:i], ""]))
+        if i < len(lines):
+            console.print(Text(lines[i], "bold"), soft_wrap=True)
+        start = i + 1
+
+
+def _bold(lines: Sequence[str]) -> tuple[int, ...]:
+    """Return which lines of a table are bold: its header, and the totals after its second rule."""
+    head, foot = (i for i, line in enumerate(lines) if line.startswith("----") and not line.strip("-"))
+    return (*range(head), foot + 1)
+
+
+def _print_report(path: Path, rules: Rules, report: Report, view: View) -> None:
     console = _console()
-    console.print(Text(printable(str(path)), "bold"), overflow="fold", soft_wrap=True)
-    console.print(Text(f"penalty: {printable(str(rules))}"), soft_wrap=True)
-    console.print(_table(report, cosine, console.width), soft_wrap=True)
-    for line in _notes(report):
-        console.print(Text(line))
+    _print(console, [printable(str(path)), f"penalty: {printable(str(rules))}"], bold=(0,))
+    if report.metadata:
+        _print(console, [tables.metadata_line(report.metadata)])
+    weights, *state = tables.report_tables(report, view, console.width)
+    _print(console, weights, bold=_bold(weights))
+    for lines in state:
+        _print(console, ["", *lines])
+    for note in tables.notes(report, view):
+        console.print(Text(note))
     if report.comparison:
-        console.print()
-        console.print(_comparison(report))
-        console.print(Text(f"{AS_WRITTEN}: np.abs(x).sum(), np.square(x).sum()"))
-    console.print()
+        _print(console, ["", *tables.comparison(report), f"{AS_WRITTEN}: np.abs(x).sum(), np.square(x).sum()"])
+    _print(console, [""])
 
 
-def _table(report: Report, cosine: bool, width: int) -> Table:
-    totals = report.totals
-    footer = [
-        *("total", "", "", number(totals.abs_sum), number(totals.square_sum)),
-        *("", share(totals.zeros, totals.size), str(totals.nonfinite), number(totals.penalty)),
-    ]
-    lines = [_cells(row) for row in report.rows]
-    widths = [
-        max(len(part) for line in ([*_HEADERS], footer, *lines) for part in line[i].split("\n"))
-        for i in range(len(_HEADERS))
-    ]
-    shown = [i for i in range(len(_HEADERS)) if cosine or i != _COSINE]
-    gap = 2
-    if sum(widths[i] + gap for i in shown) > width:  # the notes say as well that nothing is NaN
-        gap = 1
-        shown = [i for i in shown if i != _NONFINITE or totals.nonfinite]
-    # What the other columns leave is for the names.
-    others = sum(widths[i] + gap for i in shown[1:])
-    longest = max(width - others, _SHORTEST_NAME)
-    table = Table(box=_BOX, show_edge=False, show_footer=True, footer_style="bold", padding=(0, gap - 1, 0, 0))
-    # Where the terminal is narrower than this, lines run over its edge: a number cut short would be another number.
-    table.width = others + min(longest, widths[0]) + gap - 1
-    for i in shown:
-        justify: Literal["left", "right"] = "left" if _HEADERS[i] in ("tensor", "dtype") else "right"
-        table.add_column(_HEADERS[i], footer[i], justify=justify, no_wrap=True, vertical="bottom")
-    for name, *cells in lines:
-        line = [elided(name, longest), *cells]
-        table.add_row(*(Text(line[i]) for i in shown))
-    return table
-
-
-def _cells(row: Row) -> list[str]:
-    return [
-        printable(row.name),
-        "x".join(map(str, row.shape)) or "scalar",
-        printable(row.dtype),
-        _cell(row.abs_sum),
-        _cell(row.square_sum),
-        _NOTHING if row.cosine is None else f"{row.cosine:.4f}",
-        _NOTHING if row.zeros is None else share(row.zeros, row.size),
-        _NOTHING if row.nonfinite is None else str(row.nonfinite),
-        _cell(row.penalty),
-    ]
-
-
-def _cell(value: float | None) -> str:
-    return _NOTHING if value is None else number(value)
-
-
-def _notes(report: Report) -> Iterator[str]:
-    totals = report.totals
-    tensors = "tensor" if totals.tensors == 1 else "tensors"
-    nonfinite = f", {totals.nonfinite:,} of them NaN or infinite" if totals.nonfinite else ", all finite"
-    yield f"{totals.tensors} {tensors}, {decimal(totals.nbytes)}, {totals.size:,} elements{nonfinite}"
-    yield (
-        f"both sums: {_seconds(report.sums_seconds)}, {report.gb_per_s:.3g} GB/s; everything: "
-        f"{_seconds(report.seconds)}; loading kernels: {_seconds(report.loading_seconds)}"
-    )
-    skipped = len(report.rows) - totals.tensors
-    if skipped:
-        yield f"{skipped} not counted: regkern evaluates {', '.join(DTYPES)}, in this machine's byte order"
-
-
-def _comparison(report: Report) -> Table:
-    table = Table(box=_BOX, show_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("both sums by", no_wrap=True)
-    for header in ("time", "GB/s", "x regkern", "largest relative\ndifference"):
-        table.add_column(header, justify="right", no_wrap=True, vertical="bottom")
-    fastest = report.comparison[0].seconds
-    for way in report.comparison:
-        table.add_row(
-            way.name,
-            _seconds(way.seconds),
-            f"{report.totals.nbytes / way.seconds / 1e9:.3g}" if way.seconds else _NOTHING,
-            f"{way.seconds / fastest:.3g}" if fastest else _NOTHING,
-            "reference" if way is report.comparison[-1] else f"{way.difference:.2g}",
-        )
-    return table
-
-
-def _seconds(seconds: float) -> str:
-    if seconds < 1e-3:
-        return f"{seconds * 1e6:.3g} µs"
-    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
-
-
-def _json(rules: Rules, reports: Mapping[Path, Report]) -> dict[str, Any]:
-    """Return the reports as JSON can hold them; `regkern report --help` says what null and strings mean."""
-    return {
-        "regkern": regkern.__version__,
-        "rules": {glob: regkern.serialize(regularizer) for glob, regularizer in rules.regularizers.items()},
-        "files": [
-            {
-                "file": str(path),
-                "tensors": [_valid(dataclasses.asdict(row)) for row in report.rows],
-                "totals": _valid(dataclasses.asdict(report.totals)),
-                "seconds": report.seconds,
-                "sums_seconds": report.sums_seconds,
-                "sums_gb_per_s": report.gb_per_s,
-                "comparison": [
-                    _valid({"by": way.name, "seconds": way.seconds, "largest_relative_difference": way.difference})
-                    for way in report.comparison
-                ],
-            }
-            for path, report in reports.items()
-        ],
-    }
-
-
-def _valid(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN and no infinities: they become the strings that Python's float, and JavaScript's Number, take."""
-    names = {math.inf: "Infinity", -math.inf: "-Infinity"}
-
-    def one(value: Any) -> Any:
-        if not isinstance(value, float) or math.isfinite(value):
-            return value
-        return names.get(value, "NaN")
-
-    return {key: one(value) for key, value in values.items()}
-
-
-def _csv(reports: Mapping[Path, Report]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    fields = [field.name for field in dataclasses.fields(Row)]
-    writer.writerow(["file", *fields])
-    for path, report in reports.items():
-        for row in report.rows:
-            values = dataclasses.asdict(row) | {"shape": "x".join(map(str, row.shape))}
-            cells = [str(path), *(values[field] for field in fields)]
-            writer.writerow([printable(cell) if isinstance(cell, str) else cell for cell in cells])
-    return text.getvalue()
-
-
-def _plot(path: Path, rules: Rules, reports: Mapping[Path, Report]) -> None:
-    rows = [row for report in reports.values() for row in report.rows]
-    title = f"{', '.join(file.name for file in reports)}   penalty: {rules}"
+def _plot(path: Path, save: Callable[[], None]) -> None:
     try:
-        save_plot(path, title, rows)
+        save()
     except OSError as error:
         raise _Failure(f"--plot: expected to write {path}; got {error.strerror or error}.") from error

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,122 +14,79 @@ import numpy as np
 from regkern.dtypes import DTYPES
 from regkern.reductions import check_rank, zero_and_nonfinite_counts
 from regkern.regularizers import L1L2, ElementwiseRegularizer, OrthogonalRegularizer
+from regkern.rows import Report, Row, Way
 from regkern.rules import RuleError, Rules
-from regkern.weights import Array, Tensor, flat_pieces
+from regkern.text import quoted
+from regkern.weights import Array, Tensor, WeightsError, flat_pieces, shortened
 
 # Kernels are chosen by size, and are the same for all arrays beyond this one.
 _LARGE = 1 << 20
 _MANY_ROWS = 3000
 
-# Elements of a block of rows. The Gram kernel packs copies of two at a time, 256 MiB in float32; matrices that are
-# larger than two are evaluated by pairs of blocks.
-_BLOCK = 1 << 25
+# Elements of a block of rows. Two at a time are in memory, and the Gram kernel packs copies of both: 256 MiB in
+# float32. Matrices that are larger than two are evaluated by pairs of blocks.
+_BLOCK = 1 << 24
 # Products of one call of the Gram kernel: about a second of two cores. Ctrl-C is heard between calls.
 _PRODUCTS = 1 << 36
 
 _BOTH_SUMS = L1L2(1.0, 1.0)
 _COSINE = OrthogonalRegularizer(1.0)
+_COLUMNS = OrthogonalRegularizer(1.0, "columns")
 
 AS_WRITTEN = "NumPy as written"
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One tensor. Where its dtype is none that regkern evaluates, all that is computed is None.
-
-    Attributes:
-        name: its name in the file.
-        shape: its lengths.
-        dtype: its dtype.
-        size: the number of elements.
-        abs_sum: the sum of |x|, in float64.
-        square_sum: the sum of x**2, in float64.
-        cosine: the mean |cosine| between rows, where it is 2-D and was asked for.
-        zeros: how many elements are zero.
-        nonfinite: how many are NaN or infinite.
-        penalty: what its regularizer gives; None where no rule gives it one.
-        rule: the glob that it fell to.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    size: int
-    abs_sum: float | None = None
-    square_sum: float | None = None
-    cosine: float | None = None
-    zeros: int | None = None
-    nonfinite: int | None = None
-    penalty: float | None = None
-    rule: str | None = None
-
-    @property
-    def evaluated(self) -> bool:
-        """Whether regkern evaluates its dtype; only such tensors count in totals."""
-        return self.abs_sum is not None
-
-
-@dataclass(frozen=True, slots=True)
-class Totals:
-    """Sums over the evaluated rows of a report."""
-
-    tensors: int
-    size: int
-    nbytes: int
-    abs_sum: float
-    square_sum: float
-    zeros: int
-    nonfinite: int
-    penalty: float
+ROWS, FIRST, LAST = "rows", "filters (axis 0)", "filters (last axis)"
 
 
 @dataclass(slots=True)
-class Way:
-    """One way to compute the two sums, in a comparison: the time it took, and its largest relative difference."""
+class _Moments:
+    """Minimum, maximum, mean and sum of squared deviations, updated piece by piece (Chan, Golub and LeVeque, 1983).
 
-    name: str
-    compute: Callable[[Array], tuple[Any, Any]]
-    seconds: float = 0.0
-    difference: float = 0.0
+    The mean is that of what elements are over the first one, so that a large mean costs no digits of a small deviation.
+    """
+
+    size: int = 0
+    minimum: float = math.inf
+    maximum: float = -math.inf
+    first: float = 0.0
+    mean: float = 0.0
+    squares: float = 0.0
+
+    def add(self, piece: Array) -> None:
+        """Add a piece, in float64; NaN propagates."""
+        if not piece.size:
+            return
+        with np.errstate(all="ignore"):
+            x = piece.astype(np.float64).reshape(-1)
+            if not self.size and math.isfinite(x[0]):
+                self.first = float(x[0])
+            self.minimum = float(np.minimum(self.minimum, x.min()))
+            self.maximum = float(np.maximum(self.maximum, x.max()))
+            x -= self.first
+            mean = float(x.mean())
+            x -= mean
+            squares = float(np.square(x, out=x).sum())
+        size, step = self.size + x.size, mean - self.mean
+        self.squares += squares + step * step * self.size * x.size / size
+        self.mean, self.size = self.mean + step * x.size / size, size
+
+    def values(self) -> dict[str, float]:
+        """Return what a row holds of it."""
+        if not self.size:
+            return {}
+        sd = math.sqrt(self.squares / self.size) if self.squares >= 0 else math.nan
+        return {"minimum": self.minimum, "maximum": self.maximum, "mean": self.first + self.mean, "sd": sd}
 
 
 @dataclass(slots=True)
-class Report:
-    """What `evaluate` found.
+class _Job:
+    """What rows are computed by."""
 
-    Attributes:
-        rows: one per tensor, in the file's order.
-        loading_seconds: the time that loading kernels took, or compiling them, once per machine.
-        seconds: the time that all else took, reading included.
-        sums_seconds: the time that the sums of |x| and x**2 took, over pieces that had just been read.
-        comparison: NumPy's ways beside regkern's, where they were asked for.
-    """
-
-    rows: list[Row] = field(default_factory=list)
-    loading_seconds: float = 0.0
-    seconds: float = 0.0
-    sums_seconds: float = 0.0
-    comparison: list[Way] = field(default_factory=list)
-
-    @property
-    def totals(self) -> Totals:
-        """The sums over all rows that were evaluated."""
-        rows = [row for row in self.rows if row.evaluated]
-        return Totals(
-            tensors=len(rows),
-            size=sum(row.size for row in rows),
-            nbytes=sum(row.size * DTYPES[row.dtype].itemsize for row in rows),
-            abs_sum=_total(row.abs_sum for row in rows),
-            square_sum=_total(row.square_sum for row in rows),
-            zeros=sum(row.zeros or 0 for row in rows),
-            nonfinite=sum(row.nonfinite or 0 for row in rows),
-            penalty=_total(row.penalty for row in rows),
-        )
-
-    @property
-    def gb_per_s(self) -> float:
-        """How many gigabytes (10**9 bytes) were summed in a second; 0 where nothing was."""
-        return self.totals.nbytes / self.sums_seconds / 1e9 if self.sums_seconds else 0.0
+    rules: Rules
+    filters: str | None  # None where no cosines are asked for
+    stats: bool
+    report: Report
+    done: Callable[[Tensor, int], None]
+    tied: dict[Any, str] = field(default_factory=dict)
 
 
 def evaluate(
@@ -137,67 +94,204 @@ def evaluate(
     rules: Rules,
     *,
     cosine: bool = True,
+    filters: str = "auto",
+    stats: bool = False,
     compare: bool = False,
+    state: bool = False,
     done: Callable[[Tensor, int], None] = lambda tensor, nbytes: None,
 ) -> Report:
     """Evaluate the tensors of an open file, in pieces: files can be larger than memory.
 
-    What is not element-wise, and a comparison, take a tensor as a whole: one that cannot be mapped is in memory then.
+    A tensor that cannot be read gets a row that says why, and the others theirs. Cosines and orthogonal penalties of
+    large matrices are taken by pairs of blocks, unless they are packed: these, and a comparison's, are in memory as a
+    whole.
 
     Args:
         tensors: what `open_weights` gives.
         rules: which regularizer each gets.
-        cosine: compute the mean |cosine| between rows of 2-D tensors, at a cost that grows with rows**2 * columns.
+        cosine: compute the mean |cosine| between rows of matrices and between filters of convolution kernels, at a
+            cost that grows with rows**2 * columns.
+        filters: which axis of a convolution kernel numbers its filters: "first", as in PyTorch, "last", as in Keras,
+            TensorFlow and Flax, or "auto", which goes by the file.
+        stats: compute minimum, maximum, mean and standard deviation.
         compare: compute the two sums by NumPy as well, which makes temporary arrays of a tensor's size.
+        state: take optimizers' and metrics' state for weights.
         done: called with each tensor and 0 before it is read, and then with bytes that are done.
 
     Raises:
-        WeightsError: a part of the file is damaged.
+        WeightsError: the file was cut, or written, while it was read.
         RuleError: a rule gives a tensor that is not 2-D the orthogonal regularizer; nothing was computed then.
     """
+    metadata = getattr(tensors, "metadata", {})
+    rules = rules.among(tensor.name for tensor in tensors)
+    if state:
+        tensors = [replace(tensor, state=False) if tensor.state else tensor for tensor in tensors]
     _check_ranks(tensors, rules)
-    report = Report(comparison=_ways() if compare else [], loading_seconds=_load_kernels(tensors, cosine))
+    files = {path: _stamp(path) for path in {tensor.path for tensor in tensors}}
+    report = Report(
+        comparison=_ways() if compare else [],
+        loading_seconds=_load_kernels(tensors, cosine),
+        metadata=metadata,
+        file_bytes=sum(size for _, size, _ in files.values()),
+    )
+    job = _Job(rules, filters if cosine else None, stats, report, done)
     started = time.perf_counter()
     for tensor in tensors:
         done(tensor, 0)
-        report.rows.append(_row(tensor, rules, cosine, report, done))
+        report.rows.append(_row_or_error(tensor, job, files[tensor.path]))
     report.seconds = time.perf_counter() - started
+    for path, stamp in files.items():
+        _check_unchanged(path, stamp)
     return report
 
 
-def _row(tensor: Tensor, rules: Rules, cosine: bool, report: Report, done: Callable[[Tensor, int], None]) -> Row:
-    if not tensor.evaluated:
-        return Row(tensor.name, tensor.shape, tensor.dtype, tensor.size)
-    glob, regularizer = rules.find(tensor.name)
+def _stamp(path: Path) -> tuple[int, int, int]:
+    stat = path.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _check_unchanged(path: Path, stamp: tuple[int, int, int]) -> None:
+    """Raise WeightsError where a file was written since; one that another has taken the place of is still as it was."""
+    try:
+        now = _stamp(path)
+    except OSError:  # removed: what is open is still there
+        return
+    if now[0] == stamp[0] and now != stamp:
+        raise shortened(path)
+
+
+def _row_or_error(tensor: Tensor, job: _Job, stamp: tuple[int, int, int]) -> Row:
+    common: dict[str, Any] = {"nbytes": tensor.nbytes, "state": tensor.state}
+    if tensor.place is not None:
+        first = job.tied.setdefault((tensor.place, tensor.state), tensor.name)
+        common["tied_to"] = None if first == tensor.name else first
+    values: dict[str, Any] = {}
+    try:
+        if tensor.error is not None:
+            raise tensor.error
+        if tensor.evaluated:
+            values = _evaluated(tensor, job, penalised=not tensor.state and not common.get("tied_to"))
+        elif tensor.counted:
+            values = _counted(tensor, job)
+    except WeightsError as error:
+        _check_unchanged(tensor.path, stamp)
+        values = {"error": error.detail}
+    return Row(tensor.name, tensor.shape, tensor.dtype, tensor.size, **common, **values)
+
+
+def _evaluated(tensor: Tensor, job: _Job, penalised: bool) -> dict[str, Any]:
+    """Return what a row holds of a tensor that kernels evaluate."""
+    glob, regularizer = job.rules.find(tensor.name) if penalised else (None, None)
     elementwise = regularizer if isinstance(regularizer, ElementwiseRegularizer) else None
-    matrix = cosine and len(tensor.shape) == 2
-    whole = matrix or report.comparison or regularizer is not elementwise
-    x = tensor.load() if whole else None
-    partials = []
-    for piece in tensor.pieces() if x is None else flat_pieces(x):
-        partials.append(_partials(piece, elementwise, report))
-        if x is None:
-            done(tensor, piece.nbytes)
+    over = _cosine_over(tensor, job)
+    whole = over is not None or job.report.comparison or regularizer is not elementwise
+    assert tensor.elements is not None
+    in_blocks = tensor.size > 2 * _BLOCK and not tensor.elements.packed and not job.report.comparison
+    widened = _as_it_is if tensor.dtype in DTYPES else _widened
+    x = widened(tensor.load()) if whole and not in_blocks else None
+    partials, nan, moments = [], 0, _Moments()
+    for piece in map(widened, tensor.pieces()) if x is None else flat_pieces(x):
+        partials.append(_partials(piece, elementwise, job.report))
+        if partials[-1][0, 1]:
+            nan += int(np.isnan(piece).sum())
+        if job.stats:
+            moments.add(piece)
+        if not whole:
+            job.done(tensor, piece.nbytes)
     with np.errstate(all="ignore"):  # infinities are for the table to show
         counts, sums, terms = _BOTH_SUMS.combine(partials) if partials else np.zeros((3, 2))
-        penalty = None if elementwise is None else elementwise.finish(terms, tensor.dtype)
+        penalty = None if elementwise is None else elementwise.finish(terms, tensor.kernel_dtype)
     mean = None
-    if x is not None:
-        if report.comparison:
-            _compare(report.comparison, x)
-        mean = float(_whole_penalty(_COSINE, x)) if matrix else None
-        penalty = penalty if regularizer is elementwise else _whole_penalty(regularizer, x)
-        done(tensor, x.nbytes)  # not before: of large matrices, the cosines take longest
-    return Row(
-        *(tensor.name, tensor.shape, tensor.dtype, tensor.size),
-        abs_sum=float(sums[0]),
-        square_sum=float(sums[1]),
-        cosine=mean,
-        zeros=int(counts[0]),
-        nonfinite=int(counts[1]),
-        penalty=None if penalty is None else float(penalty),
-        rule=glob,
-    )
+    if whole:
+        if job.report.comparison and x is not None:
+            _compare(job.report.comparison, x)
+        matrix = _Matrix(tensor, x)
+        mean = float(_cosine(over, matrix)) if over else None
+        penalty = penalty if regularizer is elementwise else _whole_penalty(regularizer, matrix)
+        job.done(tensor, tensor.nbytes)  # not before: of large matrices, the cosines take longest
+    return {
+        "abs_sum": float(sums[0]),
+        "square_sum": float(sums[1]),
+        "cosine": mean,
+        "cosine_over": over,
+        "zeros": int(counts[0]),
+        "nonfinite": int(counts[1]),
+        "nan": nan,
+        "penalty": None if penalty is None else float(penalty),
+        "rule": glob,
+        **moments.values(),
+    }
+
+
+def _counted(tensor: Tensor, job: _Job) -> dict[str, Any]:
+    """Return what a row holds of integers, bools, complex and byte-swapped numbers."""
+    assert tensor.elements is not None
+    zeros, nonfinite, nan, moments = 0, 0, 0, _Moments()
+    inexact = tensor.elements.dtype.kind in "fc"
+    for piece in tensor.pieces():
+        zeros += piece.size - int(np.count_nonzero(piece))
+        if inexact:
+            nonfinite += piece.size - int(np.isfinite(piece).sum())
+            nan += int(np.isnan(piece).sum())
+        if job.stats and piece.dtype.kind != "c":
+            moments.add(piece)
+        job.done(tensor, piece.nbytes)
+    found = {"nonfinite": nonfinite, "nan": nan} if inexact else {}
+    return {"zeros": zeros, **found, **moments.values()}
+
+
+def _as_it_is(x: Array) -> Array:
+    return x
+
+
+def _widened(x: Array) -> Array:
+    """Return elements of less than 16 bits as float32, which has all of their values, and others as they are."""
+    return x if x.dtype.name in DTYPES else x.astype(np.float32)
+
+
+def _cosine_over(tensor: Tensor, job: _Job) -> str | None:
+    """Return between what cosines are taken: rows of a matrix, or filters of a convolution kernel."""
+    if job.filters is None or len(tensor.shape) < 2:
+        return None
+    if len(tensor.shape) == 2:
+        return ROWS
+    chosen = {"first": FIRST, "last": LAST}.get(job.filters)
+    return chosen or _filters(tensor, job.report.metadata)
+
+
+def _filters(tensor: Tensor, metadata: dict[str, str]) -> str | None:
+    """Return which axis numbers a kernel's filters: by the format, what the file says, or the name; else None."""
+    suffix = tensor.path.suffix.lower()
+    if suffix in (".pt", ".pth", ".bin") or metadata.get("format") in ("pt", "mlx"):
+        return FIRST
+    if suffix in (".keras", ".h5", ".hdf5") or metadata.get("format") in ("tf", "flax"):
+        return LAST
+    return FIRST if tensor.name.endswith("weight") else LAST if tensor.name.endswith("kernel") else None
+
+
+class _Matrix:
+    """A tensor whose rows or columns are compared: in memory, or read block by block where it is too large."""
+
+    def __init__(self, tensor: Tensor, x: Array | None) -> None:
+        self._tensor, self._x = tensor, x
+        self.shape, self.size, self.dtype = tensor.shape, tensor.size, np.dtype(tensor.kernel_dtype)
+
+    def whole(self) -> Array:
+        """Return all elements."""
+        return _widened(self._tensor.load()) if self._x is None else self._x
+
+    def block(self, axis: int, part: slice) -> Array:
+        """Return a part of the first axis (0) or the last (-1)."""
+        if self._x is None:
+            return _widened(self._tensor.block(axis, part))
+        return self._x[part] if axis == 0 else self._x[..., part]
+
+
+def _cosine(over: str, matrix: _Matrix) -> Any:
+    if over == ROWS:
+        return _whole_penalty(_COSINE, matrix)
+    x = matrix.whole()
+    return _COSINE(x.reshape(len(x), -1)) if over == FIRST else _COLUMNS(x.reshape(-1, x.shape[-1]))
 
 
 def _partials(piece: Array, regularizer: ElementwiseRegularizer | None, report: Report) -> Array:
@@ -215,20 +309,24 @@ def _sums(x: Array) -> tuple[float, float]:
     return abs_sum, square_sum
 
 
-def _whole_penalty(regularizer: Any, x: Array) -> Any:
-    """Return ``regularizer(x)``, of a large matrix by pairs of blocks: memory is two blocks, whatever its size."""
+def _whole_penalty(regularizer: Any, matrix: _Matrix) -> Any:
+    """Return the penalty, of a large matrix by pairs of blocks: memory is two blocks, whatever its size."""
     if not isinstance(regularizer, OrthogonalRegularizer) or regularizer.leading_axes == "batch":
-        return regularizer(x)
-    blocks = list(_blocks(x, -1 if regularizer.mode == "columns" else 0))
-    if len(blocks) < 2:
-        return regularizer(x)
-    partials = [regularizer.partial(block) for block in blocks]
-    partials += [regularizer.partial(*pair) for pair in itertools.combinations(blocks, 2)]
-    return regularizer.finish(regularizer.combine(partials), x.dtype)
+        return regularizer(matrix.whole())
+    axis = -1 if regularizer.mode == "columns" else 0
+    parts = list(_parts(matrix, axis))
+    if len(parts) < 2:
+        return regularizer(matrix.whole())
+    alone, pairs = [], []
+    for i, part in enumerate(parts):
+        block = matrix.block(axis, part)
+        alone.append(regularizer.partial(block))
+        pairs += [regularizer.partial(block, matrix.block(axis, other)) for other in parts[i + 1 :]]
+    return regularizer.finish(regularizer.combine([*alone, *pairs]), matrix.dtype)
 
 
-def _blocks(x: Array, axis: int) -> Iterator[Array]:
-    """Cut an array across one axis into views of some _BLOCK elements, which take some _PRODUCTS a pair.
+def _parts(x: _Matrix, axis: int) -> Iterator[slice]:
+    """Cut an axis into parts of some _BLOCK elements, which take some _PRODUCTS a pair.
 
     One whose halves are no larger than that stays whole.
     """
@@ -241,20 +339,19 @@ def _blocks(x: Array, axis: int) -> Iterator[Array]:
         step = min(step, math.isqrt(_PRODUCTS * length**2 // (vectors * x.size)))
     step = max(1, step)
     for start in range(0, length, step):
-        part = slice(start, start + step)
-        yield x[part] if axis == 0 else x[..., part]
+        yield slice(start, start + step)
 
 
 def _check_ranks(tensors: Iterable[Tensor], rules: Rules) -> None:
     for tensor in tensors:
         glob, regularizer = rules.find(tensor.name)
-        if isinstance(regularizer, OrthogonalRegularizer) and tensor.evaluated:
+        if isinstance(regularizer, OrthogonalRegularizer) and tensor.evaluated and not tensor.state:
             try:
                 check_rank(tensor.shape, regularizer.leading_axes)
             except ValueError as error:
                 raise RuleError(
                     f"rule '{glob}': {tensor.name}: {error}; "
-                    f"narrow the glob, or put --rule '{tensor.name}=none' before it."
+                    f"narrow the glob, or put --rule {quoted(f'{tensor.name}=none')} before it."
                 ) from error
 
 
@@ -262,18 +359,14 @@ def _load_kernels(tensors: Sequence[Tensor], cosine: bool) -> float:
     """Load the kernels, or compile them, before anything is timed; return the seconds that it took."""
     started = time.perf_counter()
     evaluated = [tensor for tensor in tensors if tensor.evaluated]
-    for dtype, size in {(tensor.dtype, min(tensor.size, _LARGE)) for tensor in evaluated}:
+    for dtype, size in {(tensor.kernel_dtype, min(tensor.size, _LARGE)) for tensor in evaluated}:
         x = np.zeros(size, dtype)
         _sums(x)
         zero_and_nonfinite_counts(x)
     matrices = [tensor for tensor in evaluated if cosine and len(tensor.shape) == 2]
-    for dtype, rows in {(tensor.dtype, min(tensor.shape[0], _MANY_ROWS)) for tensor in matrices}:
+    for dtype, rows in {(tensor.kernel_dtype, min(tensor.shape[0], _MANY_ROWS)) for tensor in matrices}:
         _COSINE(np.zeros((rows, 1), dtype))
     return time.perf_counter() - started
-
-
-def _total(values: Iterable[float | None]) -> float:
-    return sum((value for value in values if value is not None), start=0.0)
 
 
 def _as_written(x: Array) -> tuple[Any, Any]:

@@ -18,10 +18,12 @@ class RuleError(ValueError):
 class Rules:
     """Ordered rules: globs over names and, for each, a regularizer or None, which means no penalty.
 
-    Globs are those of `fnmatch.fnmatchcase`: ``*`` matches anything, dots and slashes included; case counts.
+    Globs are those of `fnmatch.fnmatchcase`: ``*`` matches anything, dots and slashes included; case counts. A name
+    always matches the glob that is spelled as it is, brackets or not.
 
     Args:
         regularizers: globs and their regularizers, in the order in which they are tried.
+        exact: globs that are names: they match these alone.
 
     Examples:
         >>> import regkern as rk
@@ -30,13 +32,24 @@ class Rules:
         (('*bias*', None), ('*', L2(l2=0.0001)))
     """
 
-    def __init__(self, regularizers: Mapping[str, Any]) -> None:
+    def __init__(self, regularizers: Mapping[str, Any], exact: Iterable[str] = ()) -> None:
         self.regularizers = dict(regularizers)
+        self._exact = frozenset(exact)
+
+    def among(self, names: Iterable[str]) -> Rules:
+        """Return the rules for tensors of these names: a glob that is one of them is that tensor's, and no glob.
+
+        Examples:
+            >>> rules = Rules({"x[0]": None, "*": "l2"}).among(["x[0]", "x0"])
+            >>> rules.find("x[0]"), rules.find("x0")
+            (('x[0]', None), ('*', 'l2'))
+        """
+        return Rules(self.regularizers, self.regularizers.keys() & set(names))
 
     def find(self, name: str) -> tuple[str | None, Any]:
         """Return the first glob that matches the name, and its regularizer; (None, None) where none does."""
         for glob, regularizer in self.regularizers.items():
-            if fnmatchcase(name, glob):
+            if name == glob or (glob not in self._exact and fnmatchcase(name, glob)):
                 return glob, regularizer
         return None, None
 
@@ -48,6 +61,19 @@ class Rules:
     def __str__(self) -> str:
         rules = (f"{glob} = {regularizer or 'none'}" for glob, regularizer in self.regularizers.items())
         return "; ".join(rules)
+
+
+def selected(names: Iterable[str], only: Iterable[str], exclude: Iterable[str]) -> set[str]:
+    """Return the names that a glob of `only` matches, or all without one, and none of `exclude`; as in `Rules.among`.
+
+    Examples:
+        >>> sorted(selected(["a.bias", "a.kernel", "b.kernel"], ["a.*"], ["*bias"]))
+        ['a.kernel']
+    """
+    names = list(names)
+    taken = Rules(dict.fromkeys(only or ("*",), True)).among(names)
+    left = Rules(dict.fromkeys(exclude, True)).among(names)
+    return {name for name in names if taken.find(name)[1] and not left.find(name)[1]}
 
 
 def parse_rules(texts: Iterable[str]) -> Rules:
@@ -68,7 +94,8 @@ def parse_rule(text: str) -> tuple[str, Any]:
 
     Args:
         text: ``GLOB=IDENTIFIER``, ``GLOB=IDENTIFIER:keyword=value,...`` or ``GLOB=none``. The identifier is one that
-            `regkern.get` takes; keywords that are left out have the identifier's defaults.
+            `regkern.get` takes; keywords that are left out have the identifier's defaults. Globs may have "=": the
+            first one that an identifier follows counts.
 
     Returns:
         The glob and the regularizer, or None for "none".
@@ -80,8 +107,8 @@ def parse_rule(text: str) -> tuple[str, Any]:
         >>> parse_rule("*kernel*=l1_l2:l1=1e-5,l2=1e-4")
         ('*kernel*', L1L2(l1=1e-05, l2=0.0001))
     """
-    glob, equals, regularizer = (part.strip() for part in text.partition("="))
-    if not (glob and equals and regularizer):
+    glob, regularizer = _split(text)
+    if not (glob and regularizer):
         raise RuleError(f"rule {text!r}: {_EXPECTED}.")
     if regularizer.lower() == "none":
         return glob, None
@@ -92,6 +119,30 @@ def parse_rule(text: str) -> tuple[str, Any]:
         return glob, type(defaults).from_config({**defaults.get_config(), **arguments})
     except (ValueError, TypeError) as error:
         raise RuleError(f"rule {text!r}: {error}") from error
+
+
+def _split(text: str) -> tuple[str, str]:
+    """Split a rule at the first "=" that an identifier follows; if none does, at the first that a word follows."""
+    at, found = text.find("="), -1
+    words = [text.find("=")]
+    while at >= 0 and found < 0:
+        identifier = text[at + 1 :].partition(":")[0].strip()
+        if _known(identifier):
+            found = at
+        elif identifier.isidentifier():
+            words.append(at)
+        at = text.find("=", at + 1)
+    split = found if found >= 0 else words[1] if len(words) > 1 else words[0]
+    return (text[:split].strip(), text[split + 1 :].strip()) if split >= 0 else ("", "")
+
+
+def _known(identifier: str) -> bool:
+    if identifier.lower() == "none":
+        return True
+    try:
+        return bool(identifier) and get(identifier) is not None
+    except (ValueError, TypeError):
+        return False
 
 
 def _keywords(text: str) -> dict[str, float | str]:

@@ -194,9 +194,12 @@ HOSTILE = {
     "link.h5": (external_link, "without any"),
     "virtual.h5": (virtual, "a link to other files"),
     "repeated.pt": (repeated, "bytes can hold"),
-    "bytearray.pt": (calling(bytearray, 1 << 31), "code to be run (bytearray)"),
-    "encode.pt": (lambda path: torch.save({"w": torch.ones(2), "x": doubled(30)}, path), "code to be run (encode)"),
-    "encode.bin": (calling(bytearray, 9, _use_new_zipfile_serialization=False), "code to be run (bytearray)"),
+    "bytearray.pt": (calling(bytearray, 1 << 31), "code to be run (builtins.bytearray)"),
+    "encode.pt": (
+        lambda path: torch.save({"w": torch.ones(2), "x": doubled(30)}, path),
+        "code to be run (_codecs.encode)",
+    ),
+    "encode.bin": (calling(bytearray, 9, _use_new_zipfile_serialization=False), "code to be run (builtins.bytearray)"),
     "packed.pt": (packed_pickle, "is compressed"),
 }
 

@@ -82,11 +82,13 @@ def test_json_has_what_numpy_computes(mixed):
         assert row["square_sum"] == pytest.approx(np.square(x).sum(), rel=1e-14)
         assert row["penalty"] == pytest.approx(0.5 * np.abs(x).sum() + 0.25 * np.square(x).sum(), rel=1e-7)
         assert (row["zeros"], row["nonfinite"]) == ((x == 0).sum(), 0)
-        assert row["cosine"] == (None if x.ndim != 2 else pytest.approx(mean_cosine(x), rel=1e-6))
+        vectors = x if x.ndim == 2 else x.reshape(-1, x.shape[-1]).T
+        assert row["cosine"] == pytest.approx(mean_cosine(vectors), rel=1e-6)
+        assert row["cosine_over"] == ("rows" if x.ndim == 2 else "filters (last axis)")
     bias = rows["dense.bias"]
     assert (bias["abs_sum"], bias["zeros"], bias["nonfinite"]) == ("NaN", 2, 2)
     assert (bias["penalty"], bias["rule"]) == (None, "*bias")
-    assert [rows["steps"][key] for key in ("abs_sum", "zeros", "penalty", "rule")] == [None] * 4
+    assert [rows["steps"][key] for key in ("abs_sum", "zeros", "penalty", "rule")] == [None, 1, None, None]
     totals = file["totals"]
     assert (totals["tensors"], totals["size"], totals["nonfinite"]) == (4, 72 + 5 + 30 + 16, 2)
     assert totals["nbytes"] == sum(x.nbytes for name, x in tensors.items() if name != "steps")
@@ -126,7 +128,7 @@ def test_table(mixed, width):
         f"{mean_cosine(x):.4f}",
         share(int((x == 0).sum()), x.size),
     ]
-    assert rows["steps"].split()[1:] == ["3", "int64", *"------"]
+    assert rows["steps"].split()[1:] == ["3", "int64", "-", "-", "-", "33.3%", "-", "-"]
     assert "1 not counted" in result.stdout
     assert "2 of them NaN or infinite" in result.stdout
     assert "penalty: * = L1L2(l1=0.01, l2=0.01)" in result.stdout
@@ -620,7 +622,7 @@ import regkern.report
 from regkern.rules import parse_rules
 from regkern.weights import open_weights
 
-regkern.report._BLOCK = 1 << 24
+regkern.report._BLOCK = 1 << 23
 
 def missing(path):
     with open_weights(path) as tensors:
@@ -674,7 +676,7 @@ def test_progress_counts_all_bytes(mixed, monkeypatch):
 
     with open_weights(path) as found:
         evaluate(found, parse_rules(["*=l1"]), done=done)
-    assert counted == {name: x.nbytes if name != "steps" else 0 for name, x in tensors.items()}
+    assert counted == {name: x.nbytes for name, x in tensors.items()}
 
 
 # Sharded checkpoints.

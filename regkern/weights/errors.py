@@ -9,20 +9,27 @@ from pathlib import Path
 from typing import Any
 
 from regkern.text import elided, printable
+from regkern.weights.signatures import kind_of
 
 
 class WeightsError(ValueError):
-    """A weight file that cannot be read; the text is one sentence: file, what was expected, what came, what to do."""
+    """A weight file that cannot be read; the text is one sentence: file, what was expected, what came, what to do.
+
+    Attributes:
+        detail: the sentence without the file.
+    """
 
     def __init__(self, path: Path, expected: str, got: str, action: str) -> None:
-        super().__init__(printable(f"{elided(str(path), 1000)}: expected {expected}; got {got}; {action}."))
+        self.detail = printable(f"expected {expected}; got {got}; {action}.")
+        super().__init__(f"{printable(elided(str(path), 1000))}: {self.detail}")
 
 
 @contextmanager
-def explained(path: Path, expected: str) -> Iterator[None]:
+def explained(path: Path, expected: str, kinds: tuple[str, ...] | None = None) -> Iterator[None]:
     """Turn whatever a format's library raises into one sentence.
 
-    Damaged files make these libraries raise nearly anything: KeyError, struct.error, RuntimeError.
+    Damaged files make these libraries raise nearly anything: KeyError, struct.error, RuntimeError. Where `kinds` says
+    what a file of the format is to `kind_of`, one that is something else is called that, and not damaged.
     """
     try:
         yield
@@ -30,12 +37,35 @@ def explained(path: Path, expected: str) -> Iterator[None]:
         raise
     except MemoryError as error:
         raise WeightsError(
-            path, expected, f"too little memory for them ({reason(error)})", "save it in a format that can be mapped"
+            path,
+            expected,
+            f"too little memory for them ({reason(error)})",
+            "save it in a format that is read in pieces",
         ) from error
     except Exception as error:
-        raise WeightsError(
-            path, expected, f"one that is damaged or cut short ({reason(error)})", "get or save it again"
-        ) from error
+        raise _judged(path, expected, kinds, error) from error
+
+
+def _judged(path: Path, expected: str, kinds: tuple[str, ...] | None, error: Exception) -> WeightsError:
+    locked = isinstance(error, BlockingIOError) or "unable to lock file" in str(error)
+    if locked or getattr(error, "winerror", None) in (32, 33):
+        return WeightsError(
+            path, expected, "one that is open in another process", "wait until it is closed, or copy it"
+        )
+    if "already open for" in str(error):  # HDF5's mark in the file itself
+        return WeightsError(
+            path,
+            expected,
+            "one that is open for writing in another process, or that a process which died has left so",
+            "wait until it is closed; if it is, h5clear -s makes it readable",
+        )
+    if "No locks available" in str(error) or "Function not implemented" in str(error):
+        return WeightsError(path, expected, "a file system without locks", "set HDF5_USE_FILE_LOCKING=FALSE")
+    if kinds is not None:
+        kind = kind_of(path)
+        if kind.name not in kinds:
+            return WeightsError(path, expected, kind.what, kind.action)
+    return WeightsError(path, expected, f"one that is damaged or cut short ({reason(error)})", "get or save it again")
 
 
 def reason(error: Exception) -> str:

@@ -11,37 +11,43 @@ from typing import NamedTuple
 from regkern.weights import hdf5, keras, numpy, safetensors, torch
 from regkern.weights.errors import WeightsError, explained, reason
 from regkern.weights.limits import most_in_pieces
-from regkern.weights.tensors import Tensor
+from regkern.weights.signatures import kind_of
+from regkern.weights.tensors import Tensors
 
 
 class Format(NamedTuple):
-    """What files of a format are called in errors, and the reader of one.
+    """What files of a format are called in errors, what they are to `kind_of`, and the reader of one.
 
     A reader gets the path and a stack of what is to be closed with the file. It imports its library by `library`, and
     may raise whatever that raises for a damaged file; WeightsError where it knows better.
     """
 
-    kind: str
-    read: Callable[[Path, ExitStack], list[Tensor]]
+    called: str
+    kinds: tuple[str, ...]
+    read: Callable[[Path, ExitStack], Tensors]
+
+
+_TORCH = Format("a PyTorch file", ("torch", "old torch", "zip"), torch.read)
+_HDF5 = Format("an HDF5 file", ("hdf5",), hdf5.read)
 
 
 # A new format is a reader in a file of its own, and a line here.
 FORMATS = {
-    ".npy": Format("a NumPy .npy file", numpy.read_npy),
-    ".npz": Format("a NumPy .npz file", numpy.read_npz),
-    ".safetensors": Format("a safetensors file", safetensors.read),
-    ".h5": Format("an HDF5 file", hdf5.read),
-    ".hdf5": Format("an HDF5 file", hdf5.read),
-    ".keras": Format("a Keras model, a zip", keras.read),
-    ".pt": Format("a PyTorch file", torch.read),
-    ".pth": Format("a PyTorch file", torch.read),
-    ".bin": Format("a PyTorch file", torch.read),
+    ".npy": Format("a NumPy .npy file", ("npy",), numpy.read_npy),
+    ".npz": Format("a NumPy .npz file", ("npz", "zip"), numpy.read_npz),
+    ".safetensors": Format("a safetensors file", ("safetensors",), safetensors.read),
+    ".h5": _HDF5,
+    ".hdf5": _HDF5,
+    ".keras": Format("a Keras model, a zip", ("keras", "zip"), keras.read),
+    ".pt": _TORCH,
+    ".pth": _TORCH,
+    ".bin": _TORCH,
 }
 # Beside them, the index of a checkpoint that is sharded into several files: `sharded.py`.
 INDEX = ".index.json"
 
 
-def read_file(path: Path, stack: ExitStack) -> list[Tensor]:
+def read_file(path: Path, stack: ExitStack) -> Tensors:
     """Return the tensors of a file by the reader of its suffix."""
     check_file(path)
     found = FORMATS.get(path.suffix.lower())
@@ -52,15 +58,20 @@ def read_file(path: Path, stack: ExitStack) -> list[Tensor]:
             f"the suffix {path.suffix!r}" if path.suffix else "a name without a suffix",
             "save the weights in one of these formats, or rename the file",
         )
-    with explained(path, found.kind):
+    with explained(path, found.called, found.kinds):
         tensors = found.read(path, stack)
         if not tensors:
-            raise WeightsError(path, f"{found.kind} with tensors", "one without any", "save the weights again")
-        nbytes, size = sum(tensor.nbytes for tensor in tensors), path.stat().st_size
+            kind = kind_of(path)
+            what, action = ("one without any", "save the weights again") if kind.name in found.kinds else kind[1:]
+            raise WeightsError(path, f"{found.called} with tensors", what, action)
+        nbytes, size = sum(tensor.nbytes for tensor in tensors if tensor.elements), path.stat().st_size
         if nbytes > most_in_pieces(path):
             raise WeightsError(
                 path, f"no more tensors than {size} bytes can hold", f"{nbytes} bytes of them", "get or save it again"
             )
+    for tensor in tensors[:1]:
+        if tensor.error is not None and all(each.error is not None for each in tensors):
+            raise tensor.error  # nothing is left to report
     return tensors
 
 
@@ -78,7 +89,10 @@ def check_file(path: Path) -> None:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise WeightsError(path, "a file", "no file of that name", "check the path") from error
     except PermissionError as error:
-        raise WeightsError(path, "a readable file", "no permission to read it", "change its mode or owner") from error
+        got, action = "no permission to read it", "change its mode or owner"
+        if getattr(error, "winerror", None) in (32, 33):
+            got, action = "one that is open in another process", "close it there"
+        raise WeightsError(path, "a readable file", got, action) from error
     except (OSError, ValueError) as error:
         if isinstance(error, WeightsError):
             raise

@@ -3,51 +3,87 @@
 from __future__ import annotations
 
 import math
-import mmap
+import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 import numpy as np
 
-from regkern.weights.errors import WeightsError, library
+from regkern.weights.elements import Decoded, Source
+from regkern.weights.errors import WeightsError, explained, library
 from regkern.weights.pieces import Array, boxes, counts_of_steps
-from regkern.weights.tensors import Tensor, bfloat16, dtype_name, in_natural_order, mapped
+from regkern.weights.tensors import Tensor, Tensors, bfloat16, in_natural_order, made, stored, unreadable
 
 # What a heap of strings in an HDF5 file starts with: its signature and version.
 _HEAP = b"GCOL\x01"
+_BLOCK = 1 << 22  # bytes that are searched for it at a time
+# What Keras calls models that their users did not name.
+_UNNAMED = re.compile(r"(sequential|functional|model)(_\d+)?")
 
 
-def read(path: Path, stack: ExitStack) -> list[Tensor]:
-    """Return the file's datasets: mapped where they are contiguous, else read in boxes of whole chunks."""
+def read(path: Path, stack: ExitStack) -> Tensors:
+    """Return the file's datasets: read where they lie if they are contiguous, else in boxes of whole chunks."""
     h5py = library("h5py", path, "report")
     with path.open("rb") as file:
         check_heaps(file)
-    return datasets(path, stack.enter_context(h5py.File(path, "r")), 0)
+    return datasets(path, stack.enter_context(h5py.File(path, "r")), Source(path, stack), 0)
 
 
 def check_heaps(file: IO[bytes]) -> None:
-    """Refuse a heap of strings with a part of no size, over which HDF5 2.0 loops forever."""
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        heap = data.find(_HEAP)
-        while heap >= 0:
-            end = min(heap + int.from_bytes(data[heap + 8 : heap + 16], "little"), len(data))
-            part = heap + 16
-            while part + 16 <= end:
-                index, size = struct.unpack_from("<H6xQ", data, part)
-                if index == 0 and size == 0:
-                    raise ValueError("a heap has a part of no size")
-                part += 16 + -(-size // 8) * 8 if index else size
-            heap = data.find(_HEAP, heap + 1)
+    """Refuse a heap of strings with a part of no size, over which HDF5 2.0 loops forever.
+
+    The file is read and not mapped, as everywhere here.
+    """
+    size = file.seek(0, os.SEEK_END)
+    for heap in _found(file, _HEAP):
+        end = min(heap + int.from_bytes(_at(file, heap + 8, 8), "little"), size)
+        part = heap + 16
+        while part + 16 <= end:
+            index, length = struct.unpack("<H6xQ", _at(file, part, 16))
+            if index == 0 and length == 0:
+                raise ValueError("a heap has a part of no size")
+            part += 16 + -(-length // 8) * 8 if index else length
 
 
-def datasets(path: Path, file: Any, start: int | None) -> list[Tensor]:
-    """Return the datasets of an open HDF5 file that begins at a byte of `path`, or at none if it is compressed."""
+def _found(file: IO[bytes], text: bytes) -> Iterator[int]:
+    """Yield where in a file a text is."""
+    start, rest = 0, b""
+    while True:
+        file.seek(start)
+        block = file.read(_BLOCK)
+        if not block:
+            return
+        data = rest + block
+        at = data.find(text)
+        while at >= 0:
+            yield start - len(rest) + at
+            at = data.find(text, at + 1)
+        start += len(block)
+        rest = data[-(len(text) - 1) :]
+
+
+def _at(file: IO[bytes], offset: int, length: int) -> bytes:
+    file.seek(offset)
+    data = file.read(length)
+    if len(data) < length:
+        raise ValueError("the file ends in a heap")
+    return data
+
+
+def datasets(
+    path: Path, file: Any, source: Source | None, start: int, names: Mapping[str, str] = MappingProxyType({})
+) -> Tensors:
+    """Return the datasets of an open HDF5 file that begins at a byte of the source, or at none if it is compressed.
+
+    `names` has those of layers, by their groups, which the file itself has not.
+    """
     h5py = library("h5py", path, "report")
-    data = None if start is None else np.memmap(path, mode="r")[start:]
     found: dict[str, Any] = {}
 
     def visit(name: str, item: Any) -> None:
@@ -55,17 +91,49 @@ def datasets(path: Path, file: Any, start: int | None) -> list[Tensor]:
             found[name] = item
 
     file.visititems(visit)  # follows neither soft nor external links, and visits each object once
-    names = {name: _layer_name(name, item) for name, item in found.items()}
-    if len(set(names.values())) < len(names):
-        names = {name: name for name in found}
-    return in_natural_order([_dataset(path, names[name], item, data) for name, item in found.items()])
+    own_names: dict[str, str | None] = {**names}
+    shown = {name: _layers_name(file, name, own_names) for name in found}
+    if len(set(shown.values())) < len(shown):
+        shown = {name: name for name in found}
+    tensors = [_listed(path, shown[name], item, source, start) for name, item in found.items()]
+    return Tensors(in_natural_order(tensors), _metadata(file))
 
 
-def _layer_name(name: str, item: Any) -> str:
-    """Put a layer's own name into its path: Keras 3 saves layer "stem" as layers/conv2d/vars/0 and an attribute."""
-    match = re.fullmatch(r"((?:.+/)?layers)/[^/]+/vars/([^/]+)", name)
-    own_name = _attribute(item.parent, "name") if match else None
-    return f"{match[1]}/{own_name}/vars/{match[2]}" if match and own_name else name
+def _metadata(file: Any) -> dict[str, str]:
+    texts = {name: _attribute(file, name) for name in ("keras_version", "backend", "format", "model_config")}
+    return {name: text for name, text in texts.items() if text is not None and len(text) < 1000}
+
+
+def _layers_name(file: Any, path: str, own_names: dict[str, str | None]) -> str:
+    """Put layers' own names into a path, at every depth.
+
+    Keras 3 saves the layer "stem" of a model as layers/conv2d/vars/0, and its name as an attribute of vars; what is
+    an attribute of a layer keeps the attribute's name, before which a model's own name is not lost either.
+    """
+    parts = path.split("/")
+    if "vars" not in parts[1:]:
+        return path
+    names = []
+    for i, part in enumerate(parts):
+        group = "/".join(parts[: i + 1])
+        own_name = _own_name(file, group, own_names) if i < len(parts) - 1 else None
+        if own_name is None or own_name == part:
+            names.append(part)
+        elif i and _own_name(file, "/".join(parts[:i]), own_names) is None:  # one of a list
+            names.append(own_name)
+        elif f"{group}/layers" in file and not _UNNAMED.fullmatch(own_name):
+            names += [part, own_name]
+        else:
+            names.append(part)
+    return "/".join(names)
+
+
+def _own_name(file: Any, group: str, own_names: dict[str, str | None]) -> str | None:
+    """Return the name of the layer that Keras 3 saved as a group; None where the group is no layer."""
+    if group not in own_names:
+        has = f"{group}/vars" in file
+        own_names[group] = _attribute(file[f"{group}/vars"], "name") if has else None
+    return own_names[group]
 
 
 def _attribute(item: Any, name: str) -> str | None:
@@ -76,22 +144,59 @@ def _attribute(item: Any, name: str) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _dataset(path: Path, name: str, item: Any, data: Array | None) -> Tensor:
+def _listed(path: Path, name: str, item: Any, source: Source | None, start: int) -> Tensor:
+    """Return a dataset as a tensor; one that cannot be read is listed as such."""
+    try:
+        with explained(path, f"readable elements of {name}"):
+            return _dataset(path, name, item, source, start)
+    except WeightsError as error:
+        return unreadable(path, name, error, tuple(item.shape))
+
+
+def _dataset(path: Path, name: str, item: Any, source: Source | None, start: int) -> Tensor:
     if item.external or item.is_virtual:
         raise WeightsError(path, f"{name} to be in this file", "a link to other files", "copy it by h5repack")
-    dtype = item.dtype
+    try:
+        dtype = item.dtype
+    except TypeError as error:
+        raise WeightsError(
+            path, f"numbers in {name}", f"an HDF5 type that NumPy lacks ({error})", "convert it"
+        ) from error
+    _check_filters(path, name, item)
     if dtype.str == "|V2" and _attribute(item, "dtype") == "bfloat16":  # as Keras marks it
         dtype = bfloat16(path)
     if item.chunks and math.prod(counts_of_steps(item.shape, item.chunks)) > path.stat().st_size:
         raise ValueError(f"{name} has more chunks than the file has bytes")
-
-    def read_pieces() -> Iterator[Array]:
-        for box in boxes(item.shape, item.chunks or (1,) * item.ndim):
-            yield np.asarray(item[box]).view(dtype).reshape(-1)
-
     # Without elements written, a contiguous dataset has no storage yet and reads as its fill value.
-    stored = item.chunks is None and item.id.get_storage_size() == item.size * dtype.itemsize
-    offset = item.id.get_offset() if stored else None
-    if data is not None and offset is not None:
-        return mapped(path, name, item.shape, dtype, data, offset)
-    return Tensor(path, name, item.shape, dtype_name(dtype), lambda: np.asarray(item[()]).view(dtype), read_pieces)
+    contiguous = item.chunks is None and item.id.get_storage_size() == item.size * dtype.itemsize
+    offset = item.id.get_offset() if contiguous else None
+    if source is not None and offset is not None:
+        return stored(source, name, item.shape, dtype, start + offset)
+    whole, pieces = partial(_whole, item, dtype), partial(_pieces, item, dtype)
+    return made(path, name, item.shape, Decoded(dtype, whole, pieces, "C" if item.ndim < 2 else None))
+
+
+def _check_filters(path: Path, name: str, item: Any) -> None:
+    """Refuse a dataset that is packed by a filter which HDF5 does not find here."""
+    h5py = library("h5py", path, "report")
+    properties = item.id.get_create_plist()
+    for i in range(properties.get_nfilters()):
+        code, _, _, text = properties.get_filter(i)
+        if not h5py.h5z.filter_avail(code):
+            called = f" ({text.decode(errors='replace')})" if text else ""
+            raise WeightsError(
+                path,
+                f"{name} packed by a filter that is installed",
+                f"the HDF5 filter {code}{called}",
+                "name the folder that has it in HDF5_PLUGIN_PATH (the package hdf5plugin has many), or repack the "
+                "file where it is installed: h5repack -f GZIP=6",
+            )
+
+
+def _whole(item: Any, dtype: np.dtype[Any]) -> Array:
+    return np.asarray(item[()]).view(dtype)
+
+
+def _pieces(item: Any, dtype: np.dtype[Any]) -> Iterator[Array]:
+    for box in boxes(item.shape, item.chunks or (1,) * item.ndim):
+        yield np.asarray(item[box]).view(dtype).reshape(-1)

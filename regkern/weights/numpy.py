@@ -4,67 +4,110 @@ from __future__ import annotations
 
 import math
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from regkern.weights.errors import WeightsError
+from regkern.weights.elements import Decoded, Source, Stored
+from regkern.weights.errors import WeightsError, explained
 from regkern.weights.pieces import Array, ranges
-from regkern.weights.tensors import Tensor, dtype_name
+from regkern.weights.tensors import Tensor, Tensors, made, unreadable
 from regkern.weights.zips import refuse_dense
 
+_Header = tuple[tuple[int, ...], np.dtype[Any], Literal["C", "F"]]
 
-def read_npy(path: Path, stack: ExitStack) -> list[Tensor]:
-    """Return the one tensor, mapped, under the file's own name."""
+
+def read_npy(path: Path, stack: ExitStack) -> Tensors:
+    """Return the tensor under the file's own name; or tensors, numbered, where several were saved to one file."""
+    source = Source(path, stack)
+    found: list[Callable[[str], Tensor]] = []
+    size = path.stat().st_size
     with path.open("rb") as file:
-        shape, dtype = _npy_header(file)
-    _refuse_objects(path, dtype)
-    array = np.lib.format.open_memmap(path, mode="r")
-    return [Tensor(path, path.stem, shape, dtype_name(dtype), lambda: array)]
+        while not found or file.tell() < size:
+            start = file.tell()
+            if found and file.read(6) != b"\x93NUMPY":
+                found.append(partial(_rest, path, size - start))
+                break
+            file.seek(start)
+            shape, dtype, order = _npy_header(file)
+            offset = file.tell()
+            if dtype.hasobject:  # of an unknown length: where the next array begins is not known
+                found.append(partial(_unread, path))
+                break
+            end = offset + math.prod(shape) * dtype.itemsize
+            if end > size:
+                raise ValueError(f"its header says {end - offset} bytes, and {size - offset} follow")
+            elements = Stored(source, dtype, shape, offset, order)
+            found.append(partial(_made, path, shape, elements))
+            file.seek(end)
+    names = [path.stem] if len(found) == 1 else [f"{path.stem}.{i}" for i in range(len(found))]
+    return Tensors(make(name) for make, name in zip(found, names, strict=True))
 
 
-def read_npz(path: Path, stack: ExitStack) -> list[Tensor]:
-    """Return the members, which are decompressed piece by piece."""
+def _made(path: Path, shape: tuple[int, ...], elements: Stored, name: str) -> Tensor:
+    return made(path, name, shape, elements)
+
+
+def _unread(path: Path, name: str) -> Tensor:
+    return unreadable(path, name, _objects(path, name), dtype="object")
+
+
+def _rest(path: Path, nbytes: int, name: str) -> Tensor:
+    error = WeightsError(
+        path, "another array after the last, or the file's end", f"{nbytes} bytes that are neither", "save it again"
+    )
+    return unreadable(path, name, error)
+
+
+def read_npz(path: Path, stack: ExitStack) -> Tensors:
+    """Return the members, which are decompressed piece by piece; one that cannot be read is listed as such."""
     archive = stack.enter_context(zipfile.ZipFile(path))
     tensors = []
     for info in archive.infolist():
-        if not info.filename.endswith(".npy"):
-            continue
-        refuse_dense(path, info)
-        name = info.filename.removesuffix(".npy")
-        with archive.open(info) as member:
-            shape, dtype = _npy_header(member)
-            elements = info.file_size - member.tell()
-        _refuse_objects(path, dtype)
-        if elements != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{name} has {elements} bytes, and its header says {math.prod(shape) * dtype.itemsize}")
-        read, read_pieces = partial(_npz_member, archive, info), partial(_npz_pieces, archive, info)
-        tensors.append(Tensor(path, name, shape, dtype_name(dtype), read, read_pieces))
-    return tensors
+        if info.filename.endswith(".npy"):
+            name = info.filename.removesuffix(".npy")
+            try:
+                with explained(path, f"readable elements of {name}"):
+                    tensors.append(_member(path, archive, info, name))
+            except WeightsError as error:
+                tensors.append(unreadable(path, name, error))
+    return Tensors(tensors)
 
 
-def _npy_header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
+def _member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> Tensor:
+    refuse_dense(path, info)
+    with archive.open(info) as member:
+        shape, dtype, order = _npy_header(member)
+        nbytes = info.file_size - member.tell()
+    if dtype.hasobject:
+        return unreadable(path, name, _objects(path, name), shape, dtype.name)
+    if nbytes != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{name} has {nbytes} bytes, and its header says {math.prod(shape) * dtype.itemsize}")
+    read, read_pieces = partial(_npz_member, archive, info), partial(_npz_pieces, archive, info)
+    return made(path, name, shape, Decoded(dtype, read, read_pieces, order))
+
+
+def _npy_header(file: Any) -> _Header:
     version = np.lib.format.read_magic(file)
     # Version 3 differs from 2 in the encoding of field names alone.
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(file)
+    shape, columns_first, dtype = read(file)
     if min(shape, default=0) < 0:
         raise ValueError(f"the shape {shape}")
-    return shape, dtype
+    return shape, dtype, "F" if columns_first else "C"
 
 
-def _refuse_objects(path: Path, dtype: np.dtype[Any]) -> None:
-    if dtype.hasobject:
-        raise WeightsError(
-            path,
-            "an array of numbers",
-            "pickled Python objects, which could run code and are never read",
-            "save it as numbers, for example by numpy.save(path, numpy.stack(x))",
-        )
+def _objects(path: Path, name: str) -> WeightsError:
+    return WeightsError(
+        path,
+        f"numbers in {name}",
+        "pickled Python objects, which could run code and are never read",
+        "save it as numbers, for example by numpy.save(path, numpy.stack(x))",
+    )
 
 
 def _npz_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Array:
@@ -76,7 +119,7 @@ def _npz_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Array:
 
 def _npz_pieces(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[Array]:
     with archive.open(info) as member:
-        shape, dtype = _npy_header(member)
+        shape, dtype, _ = _npy_header(member)
         for start, end in ranges(math.prod(shape)):
             yield np.frombuffer(member.read((end - start) * dtype.itemsize), dtype)
         member.read(1)  # at the end, zipfile compares the checksum

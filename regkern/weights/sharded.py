@@ -10,19 +10,20 @@ from typing import Any
 from regkern.text import elided
 from regkern.weights.errors import WeightsError, explained
 from regkern.weights.formats import check_file, read_file
-from regkern.weights.tensors import Tensor, in_natural_order
+from regkern.weights.tensors import Tensor, Tensors, in_natural_order
 
 # Bytes of an index: parsed, hostile ones take some thirty times as much memory. Of real ones, 10 MB is a large one.
 _LONGEST_INDEX = 1 << 26
 
 
-def read_index(path: Path, stack: ExitStack) -> list[Tensor]:
+def read_index(path: Path, stack: ExitStack) -> Tensors:
     """Return the tensors of all shards, of which each has those that the index says and no others."""
     check_file(path)
     shards: dict[Path, set[str]] = {}
     for name, shard in _weight_map(path).items():
         shards.setdefault(_beside(path, shard), set()).add(name)
     tensors: list[Tensor] = []
+    metadata: dict[str, str] = {}
     for shard_path, names in shards.items():
         found = read_file(shard_path, stack)
         there = {tensor.name for tensor in found}
@@ -35,14 +36,17 @@ def read_index(path: Path, stack: ExitStack) -> list[Tensor]:
                 "get or save all shards again, or pass them without their index",
             )
         tensors += found
-    return in_natural_order(tensors)
+        metadata |= found.metadata
+    return Tensors(in_natural_order(tensors), metadata)
 
 
 def _weight_map(path: Path) -> dict[str, str]:
     expected = 'a JSON object whose "weight_map" gives for each tensor the file that it is in'
     if path.stat().st_size > _LONGEST_INDEX:
         raise WeightsError(path, expected, f"more than {_LONGEST_INDEX >> 20} MiB", "check that it is an index")
-    with explained(path, expected):
+    # Of what is no text, JSON begins with a brace at least.
+    kinds = ("text", "unknown") if path.read_bytes()[:1] == b"{" else ("text",)
+    with explained(path, expected, kinds):
         index = json.loads(path.read_bytes(), object_pairs_hook=_unrepeated)
     names = index.get("weight_map") if isinstance(index, dict) else None
     if not (isinstance(names, dict) and names and all(isinstance(shard, str) for shard in names.values())):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,23 @@ import numpy as np
 
 from regkern.dtypes import DTYPES
 from regkern.text import elided
+from regkern.weights.elements import Elements, Source, Stored
 from regkern.weights.errors import WeightsError, explained, library
 from regkern.weights.limits import most_as_a_whole
-from regkern.weights.pieces import Array, flat_pieces
+from regkern.weights.pieces import Array
+
+# Floats of less than 16 bits, all of whose values float32 has: ml_dtypes' names, which are PyTorch's too.
+WIDENED = {
+    *("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"),
+    *("float8_e4m3", "float8_e3m4", "float8_e4m3b11fnuz", "float4_e2m1fn"),
+}
+
+# Parts of names under which training programs save what is no weight: PyTorch's, Lightning's, Keras's, Flax's.
+_STATE = re.compile(
+    r"(^|[./])((optimizers?|optim)(_?(state|states|weights|state_dict|state_dicts))?|opt_states?)[./]"
+    r"|(^|[./])(lr_schedulers?|lr_scheduler_states?|grad_scaler|loss_scaler|amp_scaler|seed_generator)[./]"
+    r"|^(compile_)?_?metrics[./]|[./](exp_avg|exp_avg_sq|max_exp_avg_sq|momentum_buffer)$"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +42,22 @@ class Tensor:
         shape: its lengths.
         dtype: NumPy's name of its dtype, or the format's where NumPy has none; of a byte-swapped dtype, such as
             ">f4", NumPy's code.
+        nbytes: the number of bytes that it takes in the file, once decompressed; 0 where that is not known.
+        elements: how it is read; None where it cannot be.
+        error: why it cannot be read, where that is a fault of the file or of this environment.
+        state: whether it is an optimizer's or a metric's state and no weight.
+        place: what is the same for tensors of one file that are the same memory; None where nothing is shared.
     """
 
     path: Path
     name: str
     shape: tuple[int, ...]
     dtype: str
-    _read: Callable[[], Array]
-    _read_pieces: Callable[[], Iterator[Array]] | None = None
+    nbytes: int = 0
+    elements: Elements | None = field(default=None, repr=False)
+    error: WeightsError | None = None
+    state: bool = False
+    place: Hashable = None
 
     @property
     def size(self) -> int:
@@ -45,63 +66,117 @@ class Tensor:
 
     @property
     def evaluated(self) -> bool:
-        """Whether regkern evaluates the dtype."""
-        return self.dtype in DTYPES
+        """Whether regkern evaluates the dtype: those of less than 16 bits are widened to float32."""
+        return self.elements is not None and (self.dtype in DTYPES or self.dtype in WIDENED)
 
     @property
-    def nbytes(self) -> int:
-        """The number of bytes that regkern evaluates: 0 where it does not evaluate the dtype."""
-        return self.size * DTYPES[self.dtype].itemsize if self.evaluated else 0
+    def kernel_dtype(self) -> str:
+        """The dtype in which an evaluated tensor is handed to kernels."""
+        return self.dtype if self.dtype in DTYPES else "float32"
+
+    @property
+    def counted(self) -> bool:
+        """Whether zeros can be counted in what is not evaluated: in integers, bools, complex and swapped numbers."""
+        return self.elements is not None and not self.evaluated and self.elements.dtype.kind in "biufc"
 
     def load(self) -> Array:
-        """Return the elements: a read-only memory map where the format allows it, else an array in memory.
+        """Return the elements in memory; those of less than 16 bits as they are stored.
 
         Raises:
-            WeightsError: this part of the file is damaged, NumPy has no such dtype, or the elements must be read into
-                memory and are several times the size of the file.
+            WeightsError: this part of the file is damaged, nothing reads such elements, or they are packed and several
+                times the size of the file.
         """
-        with explained(self.path, f"readable elements of {self.name}"):
+        with explained(self.path, f"readable elements of {elided(self.name, 100)}"):
             most = most_as_a_whole(self.path)
-            if self._read_pieces is not None and self.nbytes > most:
+            elements = self._readable()
+            if elements.packed and self.nbytes > most:
                 raise WeightsError(
                     self.path,
                     f"no more than {most} bytes of {elided(self.name, 100)}, to read it as a whole",
                     f"{self.nbytes} bytes, packed",
                     "leave out what needs the whole by --no-cosine, or save it uncompressed",
                 )
-            return self._read()
+            return elements.whole()
 
     def pieces(self) -> Iterator[Array]:
-        """Yield all elements once, in flat arrays of at most some PIECE: of a memory map, or read one after the other.
+        """Yield all elements once, in flat arrays of at most some PIECE, read one after the other.
 
         Raises:
             WeightsError: as `load`, at the piece that is damaged.
         """
-        with explained(self.path, f"readable elements of {self.name}"):
-            yield from flat_pieces(self._read()) if self._read_pieces is None else self._read_pieces()
+        with explained(self.path, f"readable elements of {elided(self.name, 100)}"):
+            yield from self._readable().pieces()
+
+    def block(self, axis: int, part: slice) -> Array:
+        """Return a part of the first axis (0), or of the last (-1), in memory.
+
+        Raises:
+            WeightsError: as `load`.
+        """
+        with explained(self.path, f"readable elements of {elided(self.name, 100)}"):
+            elements = self._readable()
+            if elements.packed:
+                x = self.load()
+                return x[part] if axis == 0 else x[..., part]
+            return elements.block(axis, part)
+
+    def _readable(self) -> Elements:
+        if self.error is not None:
+            raise self.error
+        if self.elements is None:
+            raise WeightsError(
+                self.path,
+                f"a dtype that NumPy has for {elided(self.name, 100)}",
+                self.dtype,
+                "convert it, for example to bfloat16",
+            )
+        return self.elements
 
 
-def mapped(path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], data: Array, offset: int) -> Tensor:
-    """Return a tensor that is a part of a file's bytes."""
-    return Tensor(path, name, shape, dtype_name(dtype), partial(_view, data, dtype, shape, offset))
+class Tensors(list[Tensor]):
+    """The tensors of a file, and what the file says of itself."""
+
+    def __init__(self, tensors: Iterable[Tensor] = (), metadata: dict[str, str] | None = None) -> None:
+        super().__init__(tensors)
+        self.metadata = metadata or {}
 
 
-def _view(data: Array, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int) -> Array:
-    return data[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+def stored(source: Source, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], offset: int) -> Tensor:
+    """Return a tensor that lies in a file as it is, the last axis' elements one after the other."""
+    return made(source.path, name, shape, Stored(source, dtype, shape, offset))
 
 
-def without_elements(path: Path, name: str, shape: tuple[int, ...], dtype: str) -> Tensor:
+def made(path: Path, name: str, shape: tuple[int, ...], elements: Elements, **more: Any) -> Tensor:
+    """Return a tensor of elements that can be read."""
+    dtype = elements.dtype
+    more.setdefault("nbytes", math.prod(shape) * dtype.itemsize)
+    more.setdefault("state", is_state(name))
+    return Tensor(path, name, shape, dtype_name(dtype), elements=elements, **more)
+
+
+def without_elements(path: Path, name: str, shape: tuple[int, ...], dtype: str, nbytes: int = 0) -> Tensor:
     """Return a tensor whose dtype NumPy lacks: it is listed, and cannot be loaded."""
-
-    def refuse() -> Array:
-        raise WeightsError(path, f"a dtype that NumPy has for {name}", dtype, "convert it, for example to bfloat16")
-
-    return Tensor(path, name, shape, dtype.lower(), refuse)
+    return Tensor(path, name, shape, dtype.lower(), nbytes, state=is_state(name))
 
 
-def in_natural_order(tensors: list[Tensor]) -> list[Tensor]:
+def unreadable(path: Path, name: str, error: WeightsError, shape: tuple[int, ...] = (), dtype: str = "") -> Tensor:
+    """Return a tensor that is listed with the reason why it cannot be read."""
+    return Tensor(path, name, shape, dtype or "unreadable", error=error, state=is_state(name))
+
+
+def is_state(name: str) -> bool:
+    """Return whether a name is one under which optimizers, metrics and the like save what is no weight."""
+    return _STATE.search(name) is not None
+
+
+def in_natural_order(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Sort by name, layer 10 after layer 2, for formats that do not keep the order in which a model has its layers."""
-    return sorted(tensors, key=lambda tensor: re.sub(r"\d+", lambda digits: digits[0].zfill(20), tensor.name))
+    return sorted(tensors, key=lambda tensor: natural(tensor.name))
+
+
+def natural(name: str) -> str:
+    """Return a key that sorts names with numbers in them as people count."""
+    return re.sub(r"\d+", lambda digits: digits[0].zfill(20), name)
 
 
 def dtype_name(dtype: np.dtype[Any]) -> str:
@@ -109,7 +184,14 @@ def dtype_name(dtype: np.dtype[Any]) -> str:
     return dtype.name if dtype.isnative else dtype.str
 
 
+def small_float(path: Path, name: str) -> np.dtype[Any] | None:
+    """Return a dtype that ml_dtypes adds to NumPy, whose name NumPy knows from then on; None where it is too old."""
+    found = getattr(library("ml_dtypes", path, "report"), name, None)
+    return None if found is None else np.dtype(found)
+
+
 def bfloat16(path: Path) -> np.dtype[Any]:
     """Return bfloat16, whose name NumPy knows from then on."""
-    dtype: np.dtype[Any] = np.dtype(library("ml_dtypes", path, "report").bfloat16)
+    dtype = small_float(path, "bfloat16")
+    assert dtype is not None
     return dtype

@@ -1,0 +1,534 @@
+"""What an auditor asks of `regkern report` and `regkern diff`: selections, orders, statistics, gates, differences."""
+
+import csv
+import io
+import itertools
+import json
+import math
+import unicodedata
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from safetensors.numpy import save_file
+
+import regkern as rk
+from regkern import plot
+from regkern.diff import difference
+from regkern.report import evaluate
+from regkern.rows import SORTS, by_layer, layer, sorted_rows
+from regkern.rules import parse_rules, selected
+from regkern.text import decimal, elided, padded, width
+from regkern.weights import open_weights
+
+RANDOM = np.random.default_rng(0)
+TENSORS = {
+    "encoder.0.weight": RANDOM.standard_normal((6, 5)).astype(np.float32),
+    "encoder.0.bias": np.array([0.0, 0.0, 1.0], np.float32),
+    "encoder.1.weight": 10 * RANDOM.standard_normal((4, 3)).astype(np.float16),
+    "head.weight": RANDOM.standard_normal((7, 2)),
+    "steps": np.arange(3),
+}
+
+
+@pytest.fixture
+def model(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file(TENSORS, path, metadata={"format": "pt", "note": "by\nhand"})
+    return path
+
+
+def run(*arguments, columns=None):
+    from regkern.cli import cli
+
+    environment = {"COLUMNS": str(columns) if columns else None}
+    return CliRunner(env=environment).invoke(cli, [str(argument) for argument in arguments])
+
+
+def reported(*arguments):
+    result = run("report", *arguments, "--no-cosine", "--json")
+    assert result.exit_code == 0, result.output
+    (file,) = json.loads(result.stdout, parse_constant=pytest.fail)["files"]
+    return file
+
+
+# Which tensors, and in which order.
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        (["--only", "encoder.*"], ["encoder.0.bias", "encoder.0.weight", "encoder.1.weight"]),
+        (["--only", "*bias", "--only", "head*"], ["encoder.0.bias", "head.weight"]),
+        (["--exclude", "*weight"], ["encoder.0.bias", "steps"]),
+        (["--only", "encoder.*", "--exclude", "*.1.*", "--exclude", "*bias"], ["encoder.0.weight"]),
+    ],
+)
+def test_selections(model, options, names):
+    file = reported(model, *options)
+    assert [tensor["name"] for tensor in file["tensors"]] == names
+    assert file["totals"]["size"] == sum(TENSORS[name].size for name in names if name != "steps")
+
+
+def test_selections_that_are_names():
+    names = ["x[0]", "x0", "y"]
+    assert selected(names, ["x[0]"], []) == {"x[0]"}
+    assert selected(names, [], ["x[0]"]) == {"x0", "y"}
+    assert selected(["x0", "y"], ["x[0]"], []) == {"x0"}
+
+
+def test_a_selection_of_nothing(model):
+    result = run("report", model, "--only", "nothing*")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "--only 'nothing*': expected globs that leave a tensor" in result.stderr
+    result = run("report", model, "--demo", "--only", "dense*", "--no-cosine")
+    assert result.exit_code == 0
+    assert "leave no tensor of it" in result.stderr
+    assert run("diff", model, model, "--only", "nothing*").exit_code == 2
+
+
+@pytest.mark.parametrize("key", SORTS)
+def test_sorts(model, key):
+    values = [tensor[key] for tensor in reported(model, "--sort", key)["tensors"]]
+    known = [value for value in values if value is not None]
+    assert values == known + [None] * (len(values) - len(known))
+    assert known == (sorted(known) if key == "name" else sorted(known, reverse=True))
+    assert known or key == "cosine"
+
+
+def test_nan_comes_first(tmp_path):
+    save_file({"a": np.ones(2), "b": np.array([np.nan, 1]), "c": np.full(2, 5.0)}, tmp_path / "x.safetensors")
+    with open_weights(tmp_path / "x.safetensors") as tensors:
+        rows = evaluate(tensors, parse_rules(["*=l1"])).rows
+    assert [row.name for row in sorted_rows(rows, "penalty")] == ["b", "c", "a"]
+
+
+def test_the_largest_few(model):
+    all_of_them, few = reported(model), reported(model, "--top", 2)
+    assert few["totals"] == all_of_them["totals"]
+    penalties = sorted((tensor["penalty"] or 0 for tensor in all_of_them["tensors"]), reverse=True)
+    assert [tensor["penalty"] for tensor in few["tensors"]] == penalties[:2]
+    assert "3 more tensors not shown, but counted" in run("report", model, "--top", 2).stdout
+    lines = list(csv.DictReader(io.StringIO(run("report", model, "--csv", "--top", 1, "--sort", "size").stdout)))
+    assert [line["name"] for line in lines] == ["encoder.0.weight"]
+
+
+def test_layers(model):
+    file = reported(model, "--by-layer", "--stats")
+    layers = {each["name"]: each for each in file["layers"]}
+    assert list(layers) == ["encoder.0", "encoder.1", "head", "steps"]
+    both = np.concatenate([TENSORS["encoder.0.bias"], TENSORS["encoder.0.weight"].ravel()]).astype(np.float64)
+    first = layers["encoder.0"]
+    assert (first["shape"], first["size"], first["zeros"]) == ([2], 33, 2)
+    assert first["abs_sum"] == pytest.approx(np.abs(both).sum(), rel=1e-14)
+    assert [first[key] for key in ("minimum", "maximum")] == [both.min(), both.max()]
+    assert first["mean"] == pytest.approx(both.mean(), rel=1e-12)
+    assert first["sd"] == pytest.approx(both.std(), rel=1e-12)
+    assert first["penalty"] == pytest.approx(rk.l1_l2()(both), rel=1e-6)
+    assert "encoder.0" in run("report", model, "--by-layer").stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("a.b.weight", "a.b"),
+        ("layers/dense/vars/0", "layers/dense"),
+        ("w", "w"),
+        ("params/Dense_0/kernel", "params/Dense_0"),
+    ],
+)
+def test_names_of_layers(name, expected):
+    assert layer(name) == expected
+
+
+def test_layers_keep_what_is_wrong(tmp_path):
+    np.savez(tmp_path / "x.npz", **{"a.w": np.ones(2), "a.o": np.array([None]), "b.w": np.array([np.nan, 1])})
+    with open_weights(tmp_path / "x.npz") as tensors:
+        first, second = by_layer(evaluate(tensors, parse_rules(["*=l1"]), stats=True).rows)
+    assert "pickled" in first.error
+    assert (first.abs_sum, second.nan) == (2, 1)
+    assert all(map(math.isnan, (second.minimum, second.mean, second.sd)))
+
+
+# Statistics.
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int8, np.uint64])
+@pytest.mark.parametrize("offset", [0, 100])
+def test_statistics(tmp_path, monkeypatch, dtype, offset):
+    monkeypatch.setattr("regkern.weights.pieces.PIECE", 64)
+    x = (RANDOM.standard_normal((37, 11)) * 5 + 20 + offset).astype(dtype)
+    np.savez(tmp_path / "x.npz", x=x)
+    (row,) = reported(tmp_path / "x.npz", "--stats")["tensors"]
+    exact = x.astype(np.float64)
+    assert (row["minimum"], row["maximum"], row["nbytes"]) == (exact.min(), exact.max(), x.nbytes)
+    assert row["mean"] == pytest.approx(exact.mean(), rel=1e-13)
+    assert row["sd"] == pytest.approx(exact.std(), rel=1e-12)
+
+
+def test_a_small_deviation_from_a_large_mean(tmp_path, monkeypatch):
+    """Which the difference of two sums would lose."""
+    monkeypatch.setattr("regkern.weights.pieces.PIECE", 64)
+    x = 1e9 + RANDOM.standard_normal(1000) * 1e-3
+    np.save(tmp_path / "x.npy", x)
+    (row,) = reported(tmp_path / "x.npy", "--stats")["tensors"]
+    assert row["sd"] == pytest.approx((x - 1e9).std(), rel=1e-12)
+
+
+def test_statistics_in_the_table(model):
+    text = run("report", model, "--stats", "--no-cosine", columns=200).stdout
+    for word in ("bytes", "min", "max", "mean", "sd", "120 B"):
+        assert word in text
+    narrow = run("report", model, "--stats", "--no-cosine", columns=90).stdout.splitlines()
+    assert max(map(len, narrow)) <= 90
+    assert any(line.startswith("left out of 90 columns: bytes") for line in narrow)
+    assert run("report", model, "--sort", "sd", "--no-cosine").stdout.count(" sd ") == 1
+
+
+# What a file is made of.
+
+
+def test_metadata_and_dtypes(model):
+    file = reported(model)
+    assert file["metadata"] == {"format": "pt", "note": "by\nhand"}
+    assert file["bytes"] == model.stat().st_size
+    assert file["dtypes"]["float32"] == {"tensors": 2, "size": 33, "nbytes": 132}
+    assert list(file["dtypes"]) == ["float32", "float64", "float16", "int64"] or len(file["dtypes"]) == 4
+    text = run("report", model).stdout
+    assert "format = pt" in text
+    assert r"note = by\nhand" in text
+    assert "float32 2 tensors of 132 B" in text
+
+
+def test_which_tensors_hold_nan(tmp_path):
+    tensors = {f"t{i}": np.array([np.nan, np.inf, 1.0, np.nan]) for i in range(7)} | {"good": np.ones(2)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    text = run("report", tmp_path / "x.safetensors").stdout
+    assert "t4 (2 NaN, 1 infinite) and 2 more" in text
+    assert reported(tmp_path / "x.safetensors")["totals"]["nan"] == 14
+
+
+def summary(tmp_path, tensors):
+    save_file(tensors, tmp_path / "x.safetensors")
+    return run("report", tmp_path / "x.safetensors", "--no-cosine").stdout.split("\ntotal", 1)[1]
+
+
+def test_all_finite_is_said_of_what_was_looked_at_alone(tmp_path):
+    w = {"w": np.ones(2)}
+    assert "all finite" in summary(tmp_path, w)
+    for dtype in (np.int8, np.uint64, bool):
+        text = summary(tmp_path, w | {"q": np.ones((7, 11), dtype)})
+        assert "all finite" not in text
+        assert "77 elements not looked at for NaN" in text
+    assert "all finite" in summary(tmp_path, w | {"z": np.ones(3, np.complex64)})
+    assert "all finite" not in summary(tmp_path, w | {"z": np.full(3, np.nan, np.complex64)})
+    assert "all finite" not in summary(tmp_path, w | {"optimizer.state.m": np.array([np.nan])})
+
+
+# Gates.
+
+
+@pytest.mark.parametrize(
+    ("tensors", "options", "status", "said"),
+    [
+        ({"w": np.ones(2)}, ["--fail-on", "nonfinite"], 0, ""),
+        ({"w": np.array([1, np.nan])}, [], 0, ""),
+        ({"w": np.array([1, np.nan])}, ["--fail-on", "nonfinite"], 3, "1 elements are NaN or infinite, in w"),
+        ({"optimizer.m": np.array([np.inf]), "w": np.ones(1)}, ["--fail-on", "nonfinite"], 3, "in optimizer.m"),
+        ({"w": np.ones(2)}, ["--max-penalty", "0.04"], 0, ""),
+        ({"w": np.ones(2)}, ["--max-penalty", "0.0399"], 3, "the penalty is 0.04, more than 0.0399"),
+        ({"w": np.array([np.nan])}, ["--max-penalty", "1e9"], 3, "the penalty is nan"),
+        ({"w": np.ones(2), "q": np.ones(2, np.int8)}, ["--fail-on", "nonfinite"], 0, ""),
+    ],
+)
+@pytest.mark.parametrize("form", [[], ["--json"], ["--csv"]])
+def test_gates(tmp_path, tensors, options, status, said, form):
+    save_file(tensors, tmp_path / "x.safetensors")
+    result = run("report", tmp_path / "x.safetensors", *options, *form)
+    assert result.exit_code == status
+    assert said in result.stderr
+    assert (result.stderr == "") is (status == 0)
+    assert "w" in result.stdout  # the report is there all the same
+
+
+def test_a_gate_says_what_it_has_not_seen(tmp_path):
+    torch.save({"w": torch.ones(2), "s": torch.eye(3).to_sparse()}, tmp_path / "x.pt")
+    result = run("report", tmp_path / "x.pt", "--fail-on", "nonfinite")
+    assert (result.exit_code, result.stderr.count("not looked at for NaN: s")) == (0, 1)
+
+
+def test_a_part_that_is_unread_comes_before_a_gate(tmp_path):
+    np.savez(tmp_path / "x.npz", w=np.array([np.nan]), o=np.array([None]))
+    result = run("report", tmp_path / "x.npz", "--fail-on", "nonfinite")
+    assert result.exit_code == 1
+    assert "Error: " in result.stderr
+    assert "Failed: " in result.stderr
+
+
+# Cosines of convolution kernels.
+
+
+def mean_cosine(x):
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    return np.abs(unit @ unit.T)[np.triu_indices(len(x), 1)].mean()
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "options", "axis"),
+    [
+        ("x.pt", "conv.any", [], 0),
+        ("x.npz", "conv.weight", [], 0),
+        ("x.npz", "conv/kernel", [], -1),
+        ("x.npz", "conv.any", [], None),
+        ("x.npz", "conv.any", ["--filters", "first"], 0),
+        ("x.pt", "conv.any", ["--filters", "last"], -1),
+        ("x.safetensors", "conv.any", [], 0),
+    ],
+)
+def test_cosines_of_filters(tmp_path, file, name, options, axis):
+    x = RANDOM.standard_normal((5, 3, 2, 4)).astype(np.float32)
+    if file == "x.npz":
+        np.savez(tmp_path / file, **{name: x})
+    elif file == "x.pt":
+        torch.save({name: torch.from_numpy(x)}, tmp_path / file)
+    else:
+        save_file({name: x}, tmp_path / file, metadata={"format": "pt"})
+    result = run("report", tmp_path / file, *options, "--json")
+    (row,) = json.loads(result.stdout)["files"][0]["tensors"]
+    text = run("report", tmp_path / file, *options).stdout
+    if axis is None:
+        assert row["cosine"] is None
+        assert "which axis numbers filters is not known" in text
+        return
+    filters = x.reshape(5, -1) if axis == 0 else x.reshape(-1, 4).T
+    assert row["cosine"] == pytest.approx(mean_cosine(filters.astype(np.float64)), rel=1e-6)
+    assert ("along axis 0" if axis == 0 else "along the last axis") in text
+
+
+# Tables.
+
+
+@pytest.mark.parametrize(
+    ("text", "columns"), [("w", 1), ("層.w", 4), ("e\u0301", 1), ("\uff57", 2), ("가", 2), ("😀", 2), ("\u200d", 0)]
+)
+def test_display_width(text, columns):
+    assert width(text) == columns
+    assert width(padded(text, 9)) == width(padded(text, 9, right=True)) == 9
+
+
+def test_wide_names_are_shortened_by_columns():
+    for columns in range(1, 20):
+        assert columns - 3 <= width(elided("層層層層層層層層層層", columns)) <= columns
+    assert elided("編碼器.第一層", 13) == "編碼器.第一層"
+
+
+@pytest.mark.parametrize("columns", [None, 80, 100])
+@pytest.mark.parametrize("script", ["編碼器", "エンコーダ", "인코더", "кодер", "\uff21\uff22", "e\u0301e\u0301"])
+def test_columns_are_aligned_whatever_the_script(tmp_path, columns, script):
+    tensors = {f"{script}.第{i}層": np.full((300, 300), 10.0**i, np.float32) for i in range(4)} | {"plain": np.ones(2)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    lines = run("report", tmp_path / "x.safetensors", "--no-cosine", columns=columns).stdout.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("tensor"))
+    table = list(itertools.takewhile(lambda line: not line.startswith("5 tensors"), lines[start:]))
+    ends = {
+        sum(2 if unicodedata.east_asian_width(c) in "WF" else not unicodedata.combining(c) for c in line)
+        for line in table
+    }
+    assert len(ends) == 1
+    assert all(number in "".join(table) for number in ("9.09e6", "9.009e8", "9.0909e10"))
+
+
+def test_bytes_are_spelled_shortly():
+    assert [decimal(n) for n in (0, 999, 1000, 999_949, 999_950, 10**15)] == [
+        *("0 B", "999 B", "1.0 kB", "999.9 kB", "1.0 MB", "1.0 PB")
+    ]
+
+
+# Differences.
+
+
+def pruned(tensors):
+    x = tensors["encoder.0.weight"].copy()
+    x[np.abs(x) < 0.5] = 0
+    changed = {**tensors, "encoder.0.weight": x, "encoder.0.bias": np.array([0.0, 2.0, 0.0], np.float32)}
+    changed["head.weight"] = tensors["head.weight"].astype(np.float32)
+    del changed["encoder.1.weight"]
+    return changed | {"new": np.ones(2), "steps": np.arange(3) + 1}
+
+
+@pytest.mark.parametrize("suffixes", [(".safetensors", ".npz"), (".npz", ".npz"), (".pt", ".safetensors")])
+def test_differences(tmp_path, suffixes):
+    b = pruned(TENSORS)
+    paths = []
+    for side, tensors, suffix in zip("ab", (TENSORS, b), suffixes, strict=True):
+        paths.append(tmp_path / f"{side}{suffix}")
+        if suffix == ".npz":
+            np.savez(paths[-1], **tensors)
+        elif suffix == ".pt":
+            torch.save({name: torch.from_numpy(x) for name, x in tensors.items()}, paths[-1])
+        else:
+            save_file(tensors, paths[-1])
+    result = run("diff", *paths, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout, parse_constant=pytest.fail)
+    assert (found["only_in_a"], found["only_in_b"]) == (["encoder.1.weight"], ["new"])
+    squares = 0.0
+    for row in found["tensors"]:
+        x, y = (side[row["name"]].astype(np.float64) for side in (TENSORS, b))
+        assert row["norm"] == pytest.approx(np.linalg.norm(y - x), rel=1e-12)
+        assert row["relative"] == pytest.approx(np.linalg.norm(y - x) / np.linalg.norm(x), rel=1e-12)
+        assert row["largest"] == np.abs(y - x).max()
+        assert row["changed"] == (x != y).sum()
+        assert (row["zeros_gained"], row["zeros_lost"]) == (((x != 0) & (y == 0)).sum(), ((x == 0) & (y != 0)).sum())
+        squares += np.square(y - x).sum()
+    assert found["totals"]["norm"] == pytest.approx(math.sqrt(squares), rel=1e-12)
+    text = run("diff", *paths, columns=140).stdout
+    assert "in A alone, 1 tensor: encoder.1.weight" in text
+    assert "in B alone, 1 tensor: new" in text
+
+
+def compared(tmp_path, a, b):
+    for name, x in (("a", a), ("b", b)):
+        np.savez(tmp_path / f"{name}.npz", w=x)
+    with open_weights(tmp_path / "a.npz") as first, open_weights(tmp_path / "b.npz") as second:
+        return difference(first, second)
+
+
+def test_differences_of_what_is_not_finite(tmp_path):
+    nan, inf = np.nan, np.inf
+    row = compared(tmp_path, np.array([nan, inf, 1, 0]), np.array([nan, inf, 3, 0])).rows[0]
+    assert (row.norm, row.largest, row.changed) == (2, 2, 1)
+    row = compared(tmp_path, np.array([1.0, 1.0]), np.array([nan, inf])).rows[0]
+    assert math.isnan(row.norm)
+    assert (math.isnan(row.largest), row.changed) == (True, 2)
+    row = compared(tmp_path, np.zeros(2), np.array([0.0, 3.0])).rows[0]
+    assert (row.relative, row.zeros_lost) == (inf, 1)
+    assert compared(tmp_path, np.zeros(2), np.zeros(2)).rows[0].relative == 0
+    assert compared(tmp_path, np.array([3 + 4j]), np.array([0j])).rows[0].norm == 5
+
+
+@pytest.mark.parametrize("orders", ["CC", "CF", "FF"])
+def test_differences_of_other_layouts(tmp_path, monkeypatch, orders):
+    monkeypatch.setattr("regkern.weights.pieces.PIECE", 16)
+    x, y = RANDOM.standard_normal((2, 13, 11))
+    row = compared(tmp_path, *(np.asarray(z, order=order) for z, order in zip((x, y), orders, strict=True))).rows[0]
+    assert row.norm == pytest.approx(np.linalg.norm(x - y), rel=1e-13)
+
+
+def test_differences_that_cannot_be_taken(tmp_path):
+    changes = compared(tmp_path, np.ones((2, 3)), np.ones((3, 2)))
+    assert (changes.rows[0].norm, changes.rows[0].error) == (None, "other lengths: 2x3 and 3x2")
+    np.savez(tmp_path / "a.npz", w=np.ones(2), o=np.array([None]))
+    np.savez(tmp_path / "b.npz", w=np.ones(2), o=np.array([None]))
+    result = run("diff", tmp_path / "a.npz", tmp_path / "b.npz")
+    assert result.exit_code == 1
+    assert "pickled" in result.stderr
+    assert "1 tensor compared, 1 of them equal" in result.stdout
+    result = run("diff", tmp_path / "a.npz", tmp_path / "missing.npz")
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (1, "", 1)
+
+
+def test_differences_sorted_and_cut(tmp_path, model):
+    save_file(pruned(TENSORS), tmp_path / "b.safetensors")
+    result = run("diff", model, tmp_path / "b.safetensors", "--sort", "zeros_gained", "--top", 1, "--json")
+    (row,) = json.loads(result.stdout)["tensors"]
+    assert row["name"] == "encoder.0.weight"
+    text = run("diff", model, tmp_path / "b.safetensors", "--top", 1, "--exclude", "steps").stdout
+    assert "2 more tensors not shown, but counted" in text
+    assert "steps" not in text
+
+
+def test_tied_tensors_differ_once(tmp_path):
+    for name, value in (("a", 1.0), ("b", 3.0)):
+        x = torch.full((2, 2), value)
+        torch.save({"v": x, "w": x}, tmp_path / f"{name}.pt")
+    found = json.loads(run("diff", tmp_path / "a.pt", tmp_path / "b.pt", "--json").stdout)
+    assert [row["norm"] for row in found["tensors"]] == [4, 4]
+    assert (found["totals"]["norm"], found["totals"]["size"]) == (4, 4)
+
+
+# Pictures, by what is drawn in them.
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are saved, with their texts."""
+    from matplotlib.figure import Figure
+
+    figures, savefig = [], Figure.savefig
+
+    def keep(figure, *arguments, **options):
+        figures.append(figure)
+        return savefig(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return figures
+
+
+def texts(axes):
+    return [text.get_text() for text in axes.texts]
+
+
+def test_a_picture_shows_what_is_wrong(tmp_path, drawn):
+    np.savez(
+        tmp_path / "x.npz",
+        good=np.ones(3),
+        broken=np.array([np.nan, 1]),
+        integers=np.array([0, 1]),
+        objects=np.array([None]),
+    )
+    run("report", tmp_path / "x.npz", "--plot", tmp_path / "x.png")
+    left, right = drawn[0].axes
+    assert texts(left) == ["0.06", "nan  (1 NaN or infinite)", "int64: not evaluated", "not read"]
+    assert texts(right) == ["0%", "0%", "50%", ""]
+    colors = [label.get_color() for label in left.get_yticklabels()]
+    assert [color == "black" for color in colors] == [True, False, True, False]
+    assert any(patch.get_hatch() for patch in left.patches)
+
+
+@pytest.mark.parametrize(("largest", "scale"), [(1.0, "linear"), (20.0, "linear"), (1e4, "log"), (1e150, "log")])
+def test_one_bar_does_not_flatten_the_rest(tmp_path, drawn, largest, scale):
+    save_file({f"w{i}": np.full(3, 1.0 + i) for i in range(5)} | {"x": np.full(3, largest)}, tmp_path / "x.safetensors")
+    run("report", tmp_path / "x.safetensors", "--rule", "*=l1", "--plot", tmp_path / "x.png")
+    axes = drawn[0].axes[0]
+    assert axes.get_xscale() == scale
+    assert ("log scale" in axes.get_xlabel()) is (scale == "log")
+    left, right = axes.get_xlim()
+    assert left < 0.03 * largest < right or largest < 30
+    assert all(left <= text.xy[0] <= right for text in axes.texts)  # no label is out of the picture
+
+
+def test_names_that_no_font_has_are_spelled(tmp_path, drawn, monkeypatch):
+    monkeypatch.setattr(plot, "_characters", lambda file: frozenset(range(128)))
+    save_file({"層.w": np.ones(2), "é": np.ones(2), "w": np.ones(2)}, tmp_path / "x.safetensors")
+    run("report", tmp_path / "x.safetensors", "--plot", tmp_path / "x.png")
+    labels = [label.get_text() for label in drawn[0].axes[0].get_yticklabels()]
+    assert sorted(labels) == sorted([r"\u5c64.w", "e", "w"])
+
+
+def test_names_that_another_font_has_are_drawn_in_it(monkeypatch):
+    from matplotlib import font_manager
+
+    first = font_manager.findfont("DejaVu Sans")
+    other = next(
+        entry for entry in font_manager.fontManager.ttflist if entry.fname != first and entry.style == "normal"
+    )
+    has = {first: frozenset(range(128)), other.fname: frozenset(map(ord, "層"))}
+    monkeypatch.setattr(plot, "_characters", lambda file: has.get(file, frozenset()))
+    fonts, missing = plot._fonts("層ж")
+    assert fonts == ["DejaVu Sans", other.name]
+    assert missing == {"ж"}
+
+
+def test_a_picture_of_a_difference(tmp_path, model, drawn):
+    save_file(pruned(TENSORS) | {"head.weight": np.ones(3)}, tmp_path / "b.safetensors")
+    result = run("diff", model, tmp_path / "b.safetensors", "--plot", tmp_path / "x.png")
+    assert result.exit_code == 0, result.output
+    with Image.open(tmp_path / "x.png") as picture:
+        assert picture.width == 1430
+    left, right = drawn[0].axes
+    assert "other lengths: 7x2 and 3" in texts(left)
+    assert "+1  -1" in texts(right)
+    assert run("diff", model, model, "--plot", tmp_path / "x.xyz").exit_code == 2
