@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from regkern import reductions
+from regkern.numbers import Number
 from regkern.regularizers import ElementwiseRegularizer, OrthogonalRegularizer
 from regkern.rules import RuleError, Rules
 from regkern.serialization import deserialize, get, serialize
@@ -75,6 +76,8 @@ class Penalty:
             ValueError: a tensor's rank is not one that its regularizer takes. Both name the tensor.
         """
         named = reductions.named_arrays(named)
+        if reductions.compiling():
+            return sum(self._traced(named).values(), 0.0)
         return self._tensors(named).value(list(named.values()))
 
     def per_tensor(self, named: Any) -> dict[str, Any]:
@@ -95,6 +98,8 @@ class Penalty:
             {'kernel': np.float64(0.05)}
         """
         named = reductions.named_arrays(named)
+        if reductions.compiling():
+            return self._traced(named)
         return self._tensors(named).values(list(named.values()))
 
     def bind(self, named: Any) -> BoundPenalty:
@@ -143,6 +148,18 @@ class Penalty:
     def __getstate__(self) -> dict[str, Any]:
         """Return what makes the penalty: addresses mean nothing in another process, or to a copy."""
         return vars(self) | {"_last": None}
+
+    def _traced(self, named: Mapping[str, Any]) -> dict[str, Any]:
+        """Return each penalised tensor's penalty, where `torch.compile` traces: one by one, and nothing is kept."""
+        values: dict[str, Any] = {}
+        seen: list[Any] = []
+        for name, x in named.items():
+            regularizer = self.rules.find(name)[1]
+            if regularizer is None or (not self.count_tied and any(x is each for each in seen)):
+                continue
+            seen.append(x)
+            values[name] = regularizer(x)
+        return values
 
     def _tensors(self, named: Mapping[str, Any]) -> _Tensors:
         """Return the tensors' regularizers and plan: those of the last call, if they are the same, where they were.
@@ -239,12 +256,12 @@ class BoundPenalty:
         self._tensors.check(self._arrays)
         return self._tensors.value_and_grad(self._arrays)
 
-    def add_grad(self, grads: Mapping[str, Any], scale: float = 1.0) -> None:
+    def add_grad(self, grads: Mapping[str, Any], scale: Number = 1.0) -> None:
         """Add ``scale * dP/dx`` to every penalised tensor's array in `grads`, without a temporary.
 
         Args:
             grads: arrays by name, each with its tensor's shape and dtype; further names do no harm.
-            scale: a finite factor.
+            scale: a finite number, or a 0-d array whose value can be read.
 
         Raises:
             RuntimeError: as for `value`.
@@ -252,13 +269,13 @@ class BoundPenalty:
                 is not finite. Nothing was written then.
         """
         self._tensors.check(self._arrays)
-        self._tensors.add_grad(self._arrays, grads, reductions.finite("scale", scale))
+        self._tensors.add_grad(self._arrays, grads, reductions.as_float("scale", reductions.finite("scale", scale)))
 
-    def prox_(self, step: float) -> None:
+    def prox_(self, step: Number) -> None:
         """Replace every penalised tensor by ``argmin_z step * P(z) + ||z - x||**2 / 2``, in place.
 
         Args:
-            step: the step size, non-negative and finite.
+            step: the step size, non-negative and finite: a number, or a 0-d array whose value can be read.
 
         Raises:
             RuntimeError: as for `value`.
@@ -266,7 +283,7 @@ class BoundPenalty:
                 negative or not finite. Nothing was written then.
         """
         self._tensors.check(self._arrays)
-        self._tensors.prox(self._arrays, reductions.step_size(step))
+        self._tensors.prox(self._arrays, reductions.as_float("step", reductions.step_size(step)))
 
 
 class _Planned(NamedTuple):
@@ -290,6 +307,7 @@ class _Tensors:
         self._plans: list[_Planned] = []
         self._others: list[int] = []
         self.reusable = True
+        self._recorded = recorded
         groups: dict[Any, list[tuple[int, reductions.Reading]]] = {}
         for i in self._counted(arrays, penalty.count_tied):
             elementwise = isinstance(self._regularizers[i], ElementwiseRegularizer)
@@ -348,18 +366,21 @@ class _Tensors:
 
     def value(self, arrays: Sequence[Any]) -> Any:
         values = []
-        for indices, plan, recorder in self._plans:
+        penalties = self._penalties()
+        for indices, plan, recorder in self._plans if penalties else ():
             taken = _taken(arrays, indices)
-            value = recorder.record(plan, self._penalties(), taken) if recorder else plan.value(self._penalties())
+            value = recorder.record(plan, penalties, taken) if recorder else plan.value(penalties)
             values.append((taken[0], value))
-        values += [(arrays[i], self._call(i, "__call__", arrays[i])) for i in self._others]
+        others = self._others if penalties else self._evaluated()
+        values += [(arrays[i], self._call(i, "__call__", arrays[i])) for i in others]
         return _total(values)
 
     def values(self, arrays: Sequence[Any]) -> dict[str, Any]:
         found: dict[int, Any] = {}
+        penalties = self._penalties()
         for indices, plan, recorder in self._plans:
-            if recorder is None:
-                found |= zip(indices, plan.values(self._penalties()), strict=True)
+            if recorder is None and penalties:
+                found |= zip(indices, plan.values(penalties), strict=True)
             else:
                 found |= {i: self._call(i, "__call__", arrays[i]) for i in indices}
         found |= {i: self._call(i, "__call__", arrays[i]) for i in self._others}
@@ -421,7 +442,8 @@ class _Tensors:
         return [i for planned in self._plans for i in planned.indices] + self._others
 
     def _penalties(self) -> list[Weighted]:
-        return [regularizer._formula for regularizer in self._distinct]
+        """Return what the plans evaluate; nothing where a factor is an array that a library differentiates."""
+        return reductions.weighted([each._factors for each in self._distinct], recorded=self._recorded)
 
     def _need(self, method: str) -> None:
         for i in self._others:
@@ -438,7 +460,7 @@ class _Tensors:
 
 def _has_prox(regularizer: Any) -> bool:
     if isinstance(regularizer, ElementwiseRegularizer):
-        return regularizer._formula[0].prox is not None
+        return regularizer._factors.formula.prox is not None
     return not isinstance(regularizer, OrthogonalRegularizer)
 
 

@@ -49,6 +49,15 @@ def _modules_for(cls: type) -> Iterator[str]:
         yield "regkern.arrays.cuda_interface"
 
 
+def _import_for(cls: type) -> tuple[str, ...]:
+    """Import the adapters' modules of the libraries that a class comes from, and return their names."""
+    with forks.loading:
+        modules = tuple(_modules_for(cls))
+        for module in modules:
+            importlib.import_module(module)
+    return modules
+
+
 def _find(array_type: type) -> str:
     """Import the adapter of an array's type and return the name of its module."""
     with forks.loading:
@@ -64,8 +73,15 @@ def _find(array_type: type) -> str:
 # What `torch.compiler.assume_constant_result` does, without torch: a graph that is being traced may be the first to
 # see a tensor, and imports cannot be traced.
 _find._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_import_for._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 ADAPTERS = _Adapters()
+
+
+def compiling() -> bool:
+    """Whether `torch.compile` is tracing the caller: into its graph goes what is computed, and nothing that is kept."""
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.compiler.is_compiling())
 
 
 def named_arrays(model: Any) -> Mapping[str, Any]:
@@ -77,8 +93,8 @@ def named_arrays(model: Any) -> Mapping[str, Any]:
     """
     if isinstance(model, Mapping):
         return model
-    for module in _modules_for(type(model)):
-        named = importlib.import_module(module).ADAPTER.named_arrays(model)
+    for module in _import_for(type(model)):
+        named = sys.modules[module].ADAPTER.named_arrays(model)
         if named is not None:
             return _by_name(named)
     raise TypeError(
