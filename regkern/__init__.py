@@ -3,9 +3,11 @@
 Importing regkern loads NumPy and nothing heavier: Numba is loaded by the first evaluation.
 """
 
+import importlib
 import sys
 
 from regkern import reductions
+from regkern.imports import after_import
 from regkern.penalty import BoundPenalty, Penalty
 from regkern.regularizers import (
     L1,
@@ -56,5 +58,12 @@ __all__ = [
     "warmup",
 ]
 
+
+def _make_known() -> None:
+    """Make the classes known to the loaders of Keras 3 and tf_keras, as far as they are loaded."""
+    importlib.import_module("regkern.keras").register()
+
+
 if {"keras", "tf_keras"} & sys.modules.keys():
-    import regkern.keras  # noqa: F401  (makes the classes known to their loaders)
+    _make_known()
+after_import(("keras", "tf_keras"), _make_known)

@@ -38,5 +38,17 @@ FLOAT64 = DType("float64", 8, "float64", "float64", "float64", 2.0**-52)
 DTYPES = {dtype.name: dtype for dtype in (FLOAT16, BFLOAT16, FLOAT32, FLOAT64)}
 
 
+def complex_advice(pairs: str) -> str:
+    """Say what to pass for a complex array x.
+
+    Args:
+        pairs: the expression of its library that makes real and imaginary parts the last axis of a real array.
+    """
+    return (
+        f"convert it to real and imaginary parts by {pairs}: L2 of these is that of x, and GroupLasso of their "
+        ".reshape(-1, 2) the sum of |x|."
+    )
+
+
 def _dtype(name: str) -> DType:
     return DTYPES[name]

@@ -51,6 +51,7 @@ class Tensors:
         self._plans: list[_Planned] = []
         self._others: list[int] = []
         self.reusable = True
+        self._recorded = recorded
         groups: dict[Any, list[tuple[int, reductions.Reading]]] = {}
         for i in self._counted(arrays, count_tied):
             elementwise = isinstance(self._regularizers[i], ElementwiseRegularizer)
@@ -111,19 +112,22 @@ class Tensors:
     def value(self, arrays: Sequence[Any]) -> Any:
         """Return the sum of all penalties."""
         values = []
-        for indices, plan, recorder in self._plans:
+        penalties = self._penalties()
+        for indices, plan, recorder in self._plans if penalties else ():
             taken = _taken(arrays, indices)
-            value = recorder.record(plan, self._penalties(), taken) if recorder else plan.value(self._penalties())
+            value = recorder.record(plan, penalties, taken) if recorder else plan.value(penalties)
             values.append((taken[0], value))
-        values += [(arrays[i], self._call(i, "__call__", arrays[i])) for i in self._others]
+        others = self._others if penalties else self._evaluated()
+        values += [(arrays[i], self._call(i, "__call__", arrays[i])) for i in others]
         return _total(values)
 
     def values(self, arrays: Sequence[Any]) -> dict[str, Any]:
         """Return each penalty by name."""
         found: dict[int, Any] = {}
+        penalties = self._penalties()
         for indices, plan, recorder in self._plans:
-            if recorder is None:
-                found |= zip(indices, plan.values(self._penalties()), strict=True)
+            if recorder is None and penalties:
+                found |= zip(indices, plan.values(penalties), strict=True)
             else:
                 found |= {i: self._call(i, "__call__", arrays[i]) for i in indices}
         found |= {i: self._call(i, "__call__", arrays[i]) for i in self._others}
@@ -193,7 +197,8 @@ class Tensors:
         return [self._names[i] for i in self._evaluated() if self._names[i] not in grads]
 
     def _penalties(self) -> list[Weighted]:
-        return [regularizer._formula for regularizer in self._distinct]
+        """Return what the plans evaluate; nothing where a factor is an array that a library differentiates."""
+        return reductions.weighted([each._factors for each in self._distinct], recorded=self._recorded)
 
     def _need(self, method: str) -> None:
         for i in self._others:
@@ -210,7 +215,7 @@ class Tensors:
 
 def _has_prox(regularizer: Any) -> bool:
     if isinstance(regularizer, ElementwiseRegularizer):
-        return regularizer._formula[0].prox is not None
+        return regularizer._factors.formula.prox is not None
     return not isinstance(regularizer, OrthogonalRegularizer)
 
 

@@ -1,10 +1,10 @@
 """Keras 3 and tf_keras: saving models that have regkern's regularizers, and replacing Keras's own in models that exist.
 
 Importing this module registers regkern's classes with `keras` and `tf_keras`, as far as they are loaded (with `keras`
-where none is); importing regkern after one of them imports this module. A model with regkern's regularizers that is
-saved from then on loads
+where none is). Where regkern and one of them are both imported, in whatever order, this module is as well. A model with
+regkern's regularizers that is saved from then on loads
 
-- with regkern's regularizers where this module has been imported as well, in every format but tf_keras's HDF5, which
+- with regkern's regularizers where regkern has been imported as well, in every format but tf_keras's HDF5, which
   keeps nothing but class names;
 - with Keras's own where it has not, even where regkern is not installed. A layer gives a regularizer's config to
   `keras.regularizers.get`, which takes the registered name ``regkern>L2`` where it is known, and else the class name
@@ -168,7 +168,12 @@ def _register(library: ModuleType) -> None:
         library.saving.register_keras_serializable(package, name)(custom)
 
 
+def register() -> None:
+    """Make regkern's classes known to `keras` and `tf_keras`, as far as they are loaded; regkern does so by itself."""
+    for library in keras_libraries():
+        _register(library)
+
+
 if not {"keras", "tf_keras"} & sys.modules.keys():
     import keras  # noqa: F401
-for _loaded in keras_libraries():
-    _register(_loaded)
+register()

@@ -1,9 +1,24 @@
 """What counts as a number in an argument."""
 
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+
+
+class Scalar(Protocol):
+    """A 0-d array, tensor, variable or tracer, of whichever library."""
+
+    @property
+    def shape(self) -> Any:
+        """Its lengths, of which it has none."""
+
+    @property
+    def dtype(self) -> Any:
+        """The type of its element."""
+
+
+Number = float | Scalar
 
 
 def real(value: Any) -> float:
@@ -14,3 +29,11 @@ def real(value: Any) -> float:
         return float(value)
     except OverflowError:
         return math.inf
+
+
+def shown(value: Any) -> str:
+    """Return a value as errors show it."""
+    try:
+        return repr(value)
+    except ValueError:  # an int of more digits than Python prints
+        return "an int of more digits than Python prints"

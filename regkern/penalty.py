@@ -9,6 +9,7 @@ from typing import Any, Self
 from regkern import reductions
 from regkern.evaluation import Tensors
 from regkern.names import matches_any, nearest
+from regkern.numbers import Number
 from regkern.rules import RuleError, Rules
 from regkern.serialization import deserialize, get, serialize
 from regkern.text import html_table, number
@@ -73,6 +74,8 @@ class Penalty:
         Warns:
             UserWarning: no rule matches a name, or a rule that has a regularizer matches none; once for each.
         """
+        if reductions.compiling():
+            return sum(self._traced(named).values(), 0.0)
         tensors, arrays = self._tensors(named)
         return tensors.value(arrays)
 
@@ -93,6 +96,8 @@ class Penalty:
             >>> Penalty({"*bias": None, "*": "l2"}).per_tensor({"kernel": np.ones(5), "bias": np.ones(5)})
             {'kernel': np.float64(0.05)}
         """
+        if reductions.compiling():
+            return self._traced(named)
         tensors, arrays = self._tensors(named)
         return tensors.values(arrays)
 
@@ -172,6 +177,20 @@ class Penalty:
         self._told: set[tuple[str, str]] = set()
         self._last: Tensors | None = None
 
+    def _traced(self, tree: Any) -> dict[str, Any]:
+        """Return each penalised tensor's penalty, where `torch.compile` traces: one by one, and nothing is kept."""
+        named = reductions.named_arrays(tree)
+        rules = self.rules.among(named)
+        values: dict[str, Any] = {}
+        seen: list[Any] = []
+        for name, x in named.items():
+            regularizer = rules.find(name)[1]
+            if regularizer is None or (not self.count_tied and any(x is each for each in seen)):
+                continue
+            seen.append(x)
+            values[name] = regularizer(x)
+        return values
+
     def _tensors(self, tree: Any) -> tuple[Tensors, list[Any]]:
         """Return how a tree is evaluated, as in the last call if it has the same arrays where they were, and these.
 
@@ -195,7 +214,8 @@ class Penalty:
         Warn, once for each, of names that no rule matches, and of rules with a regularizer that match no name.
         """
         names = list(named)
-        found = [self.rules.find(name) for name in names]
+        rules = self.rules.among(names)
+        found = [rules.find(name) for name in names]
         globs = [glob for glob, _ in found]
         if tell:
             new = sorted(name for name, glob in zip(names, globs, strict=True) if glob is None and self._is_new(name))
@@ -305,32 +325,34 @@ class BoundPenalty:
         """
         return self._checked().value_and_grad(self._arrays)
 
-    def add_grad(self, grads: Mapping[str, Any], scale: float = 1.0) -> None:
+    def add_grad(self, grads: Mapping[str, Any], scale: Number = 1.0) -> None:
         """Add ``scale * dP/dx`` to every penalised tensor's array in `grads`, without a temporary.
 
         Args:
             grads: arrays by name, each with its tensor's shape and dtype, nested or not; further names do no harm.
-            scale: a finite factor.
+            scale: a finite number, or a 0-d array whose value can be read.
 
         Raises:
             RuntimeError: as for `value`.
             ValueError, TypeError: a name is missing, an array does not fit, a user's callable has no `grad`, or scale
                 is not finite. Nothing was written then.
         """
-        self._checked().add_grad(self._arrays, grads, reductions.finite("scale", scale))
+        scale = reductions.as_float("scale", reductions.finite("scale", scale))
+        self._checked().add_grad(self._arrays, grads, scale)
 
-    def prox_(self, step: float) -> None:
+    def prox_(self, step: Number) -> None:
         """Replace every penalised tensor by ``argmin_z step * P(z) + ||z - x||**2 / 2``, in place.
 
         Args:
-            step: the step size, non-negative and finite.
+            step: the step size, non-negative and finite: a number, or a 0-d array whose value can be read.
 
         Raises:
             RuntimeError: as for `value`.
             ValueError, TypeError: a tensor cannot be written to, a regularizer has no proximal operator, or step is
                 negative or not finite. Nothing was written then.
         """
-        self._checked().prox(self._arrays, reductions.step_size(step))
+        step = reductions.as_float("step", reductions.step_size(step))
+        self._checked().prox(self._arrays, step)
 
     def _checked(self) -> Tensors:
         """Return how the tensors are evaluated. Bind a copy to what was copied; what there was to tell has been told.

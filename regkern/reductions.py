@@ -8,18 +8,25 @@ scalars of the array's library, float64 for float64 and float32 for the rest. Na
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from regkern.arrays import ADAPTERS
+from regkern.arrays import compiling as compiling
+from regkern.arrays.numbers import Factors as Factors
+from regkern.arrays.numbers import as_float as as_float
+from regkern.arrays.numbers import finite as finite
+from regkern.arrays.numbers import held as held
+from regkern.arrays.numbers import is_number as is_number
+from regkern.arrays.numbers import scaled, taken
+from regkern.arrays.numbers import step_size as step_size
 from regkern.arrays.trees import Tree as Tree
 from regkern.dtypes import DTYPES, DType
 from regkern.kernels import formulas
 from regkern.kernels.formulas import Formula
-from regkern.kernels.operations import ADD_GRADIENT, GRADIENT, PROX, Operation
-from regkern.numbers import real
+from regkern.kernels.operations import ADD_GRADIENT, GRADIENT, PROX, SUMS, SUMS_AND_GRADIENT
 
 if TYPE_CHECKING:
     from regkern.arrays.adapter import Adapter, KernelAdapter
@@ -131,34 +138,36 @@ def gram_offdiagonal_mean(x: Any, mode: str = "rows") -> Any:
     Reference: `keras.regularizers.OrthogonalRegularizer`, https://keras.io/api/layers/regularizers/
     """
     check_mode(mode)
-    return orthogonal_penalty(1.0, x, mode)
+    return ADAPTERS[type(x)].orthogonal(1.0, x, **_vectors(x, mode, None))
 
 
-def orthogonal_penalty(factor: float, x: Any, mode: str, leading_axes: str | None = None) -> Any:
-    """Return `factor` times the mean |cosine| of a matrix's rows or columns."""
-    adapter = ADAPTERS[type(x)]
-    return adapter.orthogonal(factor, x, **_vectors(x, mode, leading_axes))
+def orthogonal_penalty(factors: Factors, x: Any, mode: str, leading_axes: str | None) -> Any:
+    """Return the factor times the mean |cosine| of a matrix's rows or columns."""
+    vectors = _vectors(x, mode, leading_axes)
+    return _times_whole(factors, x, lambda adapter, factor: adapter.orthogonal(factor, x, **vectors))
 
 
-def orthogonal_value_and_grad(factor: float, x: Any, mode: str, leading_axes: str | None) -> tuple[Any, Any]:
+def orthogonal_value_and_grad(factors: Factors, x: Any, mode: str, leading_axes: str | None) -> tuple[Any, Any]:
     """Return the orthogonal penalty and its gradient, a new array."""
-    adapter = ADAPTERS[type(x)]
-    return adapter.orthogonal_value_and_grad(factor, x, **_vectors(x, mode, leading_axes))
+    vectors = _vectors(x, mode, leading_axes)
+    adapter, factor, _ = scaled(factors, x)
+    return adapter.orthogonal_value_and_grad(factor, x, **vectors)
 
 
 def orthogonal_grad(
-    factor: float, x: Any, mode: str, leading_axes: str | None, out: Any, scale: float, accumulate: bool
+    factors: Factors, x: Any, mode: str, leading_axes: str | None, out: Any, scale: Any, accumulate: bool
 ) -> Any:
     """Write ``scale * dP/dx`` of the orthogonal penalty to out, or add it, and return out."""
     scale = finite("scale", scale)
     _check_accumulate(out, accumulate)
-    adapter = ADAPTERS[type(x)]
     vectors = _vectors(x, mode, leading_axes)
-    return adapter.orthogonal_grad(factor * scale, x, out, **vectors, accumulate=accumulate)
+    adapter, factor, _ = scaled(factors, x, "scale", scale)
+    return adapter.orthogonal_grad(factor, x, out, **vectors, accumulate=accumulate)
 
 
 def _vectors(x: Any, mode: str, leading_axes: str | None) -> dict[str, bool]:
     """Say which vectors of x are compared, once its rank is known to be right."""
+    ADAPTERS[type(x)]  # a TypeError for what is no array
     check_rank(x.shape, leading_axes)
     return {"columns": mode == "columns", "flatten": leading_axes == "flatten"}
 
@@ -211,70 +220,112 @@ def check_leading_axes(leading_axes: str | None) -> None:
         raise ValueError(f'leading_axes: expected None, "flatten" or "batch"; got {leading_axes!r}.')
 
 
-def group_lasso(operation: Operation, factor: float, x: Any, mode: str, out: Any = None) -> tuple[Any, Any]:
-    """Run one operation of the group lasso and return the penalty and what was written, as far as the operation has."""
-    adapter = ADAPTERS[type(x)]
+def group_lasso(factors: Factors, x: Any, mode: str) -> Any:
+    """Return the factor times the sum of the norms of x's rows or columns."""
+    groups = _groups(x, mode)
+    return _times_whole(factors, x, lambda adapter, factor: adapter.group_lasso(SUMS, factor, x, None, **groups)[0])
+
+
+def group_lasso_value_and_grad(factors: Factors, x: Any, mode: str) -> tuple[Any, Any]:
+    """Return the group lasso and its gradient, a new array."""
+    groups = _groups(x, mode)
+    adapter, factor, _ = scaled(factors, x)
+    return adapter.group_lasso(SUMS_AND_GRADIENT, factor, x, None, **groups)
+
+
+def group_lasso_grad(factors: Factors, x: Any, mode: str, out: Any, scale: Any, accumulate: bool) -> Any:
+    """Write ``scale * dP/dx`` of the group lasso to out, or add it, and return out."""
+    scale = finite("scale", scale)
+    _check_accumulate(out, accumulate)
+    groups = _groups(x, mode)
+    adapter, factor, _ = scaled(factors, x, "scale", scale)
+    return adapter.group_lasso(ADD_GRADIENT if accumulate else GRADIENT, factor, x, out, **groups)[1]
+
+
+def group_lasso_prox(factors: Factors, x: Any, mode: str, step: Any, out: Any) -> Any:
+    """Write ``argmin_z step * P(z) + ||z - x||**2 / 2`` of the group lasso to out and return out."""
+    step = step_size(step)
+    groups = _groups(x, mode)
+    adapter, factor, _ = scaled(factors, x, "step", step)
+    return adapter.group_lasso(PROX, factor, x, out, **groups)[1]
+
+
+def _groups(x: Any, mode: str) -> dict[str, bool]:
+    """Say which are x's groups, once it is known to have some."""
+    ADAPTERS[type(x)]  # a TypeError for what is no array
     if len(x.shape) == 0:
         raise ValueError(
             "x: expected an array of one dimension or more, whose rows or columns are groups; got one without "
             "dimensions; use L1, which is the same for a single number."
         )
-    return adapter.group_lasso(operation, factor, x, out, columns=mode == "columns")
+    return {"columns": mode == "columns"}
 
 
-def group_lasso_grad(factor: float, x: Any, mode: str, out: Any, scale: float, accumulate: bool) -> Any:
-    """Write ``scale * dP/dx`` of the group lasso to out, or add it, and return out."""
-    scale = finite("scale", scale)
-    _check_accumulate(out, accumulate)
-    return group_lasso(ADD_GRADIENT if accumulate else GRADIENT, factor * scale, x, mode, out)[1]
+def penalty(factors: Factors, x: Any) -> Any:
+    """Return the value of an element-wise penalty."""
+    adapter = ADAPTERS[type(x)]
+    if factors.arrays or adapter.compiles:
+        return _penalty(factors, adapter, x)
+    return adapter.penalty(factors.formula, factors.a, factors.b, x)
 
 
-def group_lasso_prox(factor: float, x: Any, mode: str, step: float, out: Any) -> Any:
-    """Write ``argmin_z step * P(z) + ||z - x||**2 / 2`` of the group lasso to out and return out."""
-    return group_lasso(PROX, factor * step_size(step), x, mode, out)[1]
+def _penalty(factors: Factors, adapter: Adapter, x: Any) -> Any:
+    a, b = taken(factors, adapter, x, recorded=True)
+    if type(a) is type(b) is float:
+        return adapter.penalty(factors.formula, a, b, x)
+    pairs = zip((a, b), adapter.sums(factors.formula, x), strict=True)
+    first, *second = [factor * each for factor, each in pairs if type(factor) is not float or factor != 0.0]
+    return first + second[0] if second else first
 
 
-def penalty(formula: Formula, a: float, b: float, x: Any) -> Any:
-    """Return the value of an element-wise penalty with factors a and b."""
-    return ADAPTERS[type(x)].penalty(formula, a, b, x)
+def _times_whole(factors: Factors, x: Any, penalty: Callable[[Adapter, float], Any]) -> Any:
+    """Return a penalty of one factor, which a function returns for an adapter and a float."""
+    adapter = ADAPTERS[type(x)]
+    factor, _ = taken(factors, adapter, x, recorded=True)
+    return penalty(adapter, factor) if type(factor) is float else factor * penalty(adapter, 1.0)
 
 
-def value_and_grad(formula: Formula, a: float, b: float, x: Any) -> tuple[Any, Any]:
+def value_and_grad(factors: Factors, x: Any) -> tuple[Any, Any]:
     """Return the penalty and its gradient, a new array, in one pass over x."""
-    return ADAPTERS[type(x)].value_and_grad(formula, a, b, x)
+    adapter, a, b = scaled(factors, x)
+    return adapter.value_and_grad(factors.formula, a, b, x)
 
 
-def grad(formula: Formula, a: float, b: float, x: Any, out: Any, scale: float, accumulate: bool) -> Any:
+def grad(factors: Factors, x: Any, out: Any, scale: Any, accumulate: bool) -> Any:
     """Write ``scale * dP/dx`` to out, or add it, and return out."""
     scale = finite("scale", scale)
     _check_accumulate(out, accumulate)
-    return ADAPTERS[type(x)].grad(formula, a * scale, b * scale, x, out, accumulate)
+    adapter, a, b = scaled(factors, x, "scale", scale)
+    return adapter.grad(factors.formula, a, b, x, out, accumulate)
 
 
-def prox(formula: Formula, a: float, b: float, x: Any, step: float, out: Any) -> Any:
+def prox(factors: Factors, x: Any, step: Any, out: Any) -> Any:
     """Write ``argmin_z step * P(z) + ||z - x||**2 / 2`` to out and return out.
 
     Raises:
         NotImplementedError: the formula has no proximal operator.
     """
     step = step_size(step)
+    formula = factors.formula
     if formula.prox is None:
         raise NotImplementedError(
             f"prox: expected a formula with a proximal operator; got {formula.name}, which has none; use its gradient."
         )
-    return ADAPTERS[type(x)].prox(formula, a * step, b * step, x, out)
+    adapter, a, b = scaled(factors, x, "step", step)
+    return adapter.prox(formula, a, b, x, out)
 
 
-def step_size(step: Any) -> float:
-    """Return a step size as a float.
+def weighted(factors: Sequence[Factors], *, recorded: bool) -> list[tuple[Formula, float, float]]:
+    """Return formulas and their factors as floats; none where `recorded` and a factor cannot be one.
 
     Raises:
-        ValueError: it is no non-negative finite number.
+        TypeError: a factor has no value.
     """
-    number = finite("step", step)
-    if number < 0:
-        raise ValueError(f"step: expected a non-negative finite number; got {step!r}.")
-    return number
+    if not any(each.arrays for each in factors):
+        return [(each.formula, each.a, each.b) for each in factors]
+    if recorded and not all(each.readable() for each in factors):
+        return []
+    return [(each.formula, *each.floats()) for each in factors]
 
 
 def named_arrays(tree: Any) -> dict[str, Any]:
@@ -384,19 +435,20 @@ def combine(partials: Any) -> Any:
     return sums[0]
 
 
-def finish(a: float, b: float, partial: Any, dtype: Any) -> Any:
-    """Return ``a * partial[0] + b * partial[1]`` in the result type of a dtype."""
+def finish(factors: Factors, partial: Any, dtype: Any) -> Any:
+    """Return the two factors times two sums, added, in the result type of a dtype."""
+    a, b = factors.values()
     result = np.dtype(_supported(dtype).result)
     if not hasattr(partial, "astype"):
         partial = np.asarray(partial, np.float64)
     return (a * partial[0] + b * partial[1]).astype(result)
 
 
-def orthogonal_finish(factor: float, partial: Any, dtype: Any) -> Any:
-    """Return `factor` times the mean from a sum of |cosine| and its number of pairs, in the result type of a dtype."""
+def orthogonal_finish(factors: Factors, partial: Any, dtype: Any) -> Any:
+    """Return the factor times the mean of |cosine|, from their sum and number, in the result type of a dtype."""
     total, pairs = np.asarray(partial, np.float64).tolist()
     mean = min(total / pairs, 1.0) if pairs else 0.0  # beyond 1 by rounding alone; NaN stays
-    return np.dtype(_supported(dtype).result).type(factor * mean)
+    return np.dtype(_supported(dtype).result).type(as_float("factor", factors.a) * mean)
 
 
 def _supported(dtype: Any) -> DType:
@@ -409,15 +461,3 @@ def _supported(dtype: Any) -> DType:
 def _check_accumulate(out: Any, accumulate: bool) -> None:
     if accumulate and out is None:
         raise ValueError("out: expected the array to add to, because accumulate=True; got None; pass out.")
-
-
-def finite(name: str, value: Any) -> float:
-    """Return a number as a float.
-
-    Raises:
-        ValueError: it is none, or not finite.
-    """
-    number = real(value)
-    if not math.isfinite(number):
-        raise ValueError(f"{name}: expected a finite number; got {value!r}.")
-    return number

@@ -5,65 +5,14 @@ They follow `keras.regularizers` (https://keras.io/api/layers/regularizers/) in 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from regkern import reductions
 from regkern.attributes import CachedAttribute
+from regkern.factors import Choice, Factor
 from regkern.kernels.formulas import ABS, ABS_SQUARE, SQUARE, ZERO, Formula
-from regkern.kernels.operations import SUMS, SUMS_AND_GRADIENT
-from regkern.numbers import real
-
-
-class Factor:
-    """An attribute that holds a non-negative float, checked when it is set and kept exactly as given."""
-
-    def __init__(self, default: float) -> None:
-        self._default = default
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    if TYPE_CHECKING:  # without __get__ at run time, reading finds the instance's own attribute at full speed
-
-        def __get__(self, instance: object, owner: type) -> float: ...
-
-    def __set__(self, instance: object, value: Any) -> None:
-        factor = self._default if value is None else real(value)
-        if not 0.0 <= factor < math.inf:
-            raise ValueError(
-                f"Invalid value for argument {self._name}: expected a non-negative float. "
-                f"Received: {self._name}={_shown(value)}"
-            )
-        state = vars(instance)
-        state[self._name] = factor
-        state.pop("_formula", None)
-
-
-class Choice:
-    """An attribute that a function checks when it is set."""
-
-    def __init__(self, check: Callable[[Any], None]) -> None:
-        self._check = check
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    if TYPE_CHECKING:
-
-        def __get__(self, instance: object, owner: type) -> Any: ...
-
-    def __set__(self, instance: object, value: Any) -> None:
-        self._check(value)
-        vars(instance)[self._name] = value
-
-
-def _shown(value: Any) -> str:
-    try:
-        return repr(value)
-    except ValueError:  # an int of more digits than Python prints
-        return "an int of more digits than Python prints"
+from regkern.numbers import Number
+from regkern.reductions import Factors
 
 
 class Regularizer:
@@ -75,6 +24,9 @@ class Regularizer:
     As in Keras, a regularizer is equal to itself alone: its factors can be set at any time, and a cache that took it
     for an equal one, that of `jax.jit` for instance, would give it the other's penalty. To compare two, compare their
     configs.
+
+    A factor that is a 0-d array, tensor, variable or tracer counts as it is whenever a penalty is evaluated, and
+    libraries that differentiate give it its gradient. `get_config` has its value as a float.
 
     Reference: https://keras.io/api/layers/regularizers/#creating-custom-regularizers
 
@@ -129,21 +81,42 @@ class Regularizer:
         """
         return cls(**config)
 
+    def __getstate__(self) -> Any:
+        """Return the attributes without what is worked out from them: use does not change a pickle, nor a copy."""
+        state = super().__getstate__()
+        if isinstance(state, dict):
+            return {name: value for name, value in state.items() if name != "_factors"}
+        return state
+
     def __repr__(self) -> str:
         try:
             config = self.get_config()
         except NotImplementedError:
             return super().__repr__()
+        except TypeError:  # a factor without a value
+            config = {name: value for name, value in vars(self).items() if name != "_factors"}
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in config.items())})"
 
 
 class ElementwiseRegularizer(Regularizer):
     """A penalty that is a sum over elements: what `L1`, `L2` and `L1L2` share."""
 
-    @CachedAttribute
+    @property
     def _formula(self) -> tuple[Formula, float, float]:
-        """The formula and its two factors; worked out again when a factor is set."""
+        """The formula and its two factors."""
         raise NotImplementedError
+
+    @CachedAttribute
+    def _factors(self) -> Factors:
+        """The same as evaluations take them; worked out again when a factor is set."""
+        formula, a, b = self._formula
+        return Factors(formula, a, b, self._name_of(a), self._name_of(b))
+
+    def _name_of(self, factor: Any) -> str:
+        """Return the name of the attribute that is a factor, for errors on arrays."""
+        if type(factor) is float:  # a comparison would make it a constant of a graph that is traced
+            return ""
+        return next((name for name, value in vars(self).items() if type(value) is not float and value is factor), "")
 
     def __call__(self, x: Any) -> Any:
         """Return the penalty of x.
@@ -162,8 +135,7 @@ class ElementwiseRegularizer(Regularizer):
             >>> L2(0.5)(np.array([1.0, 2.0], np.float16))
             np.float32(2.5)
         """
-        formula, a, b = self._formula
-        return reductions.penalty(formula, a, b, x)
+        return reductions.penalty(self._factors, x)
 
     def partial(self, x: Any) -> Any:
         """Return what a piece of an array contributes to the penalty: partial sums, which are added.
@@ -186,7 +158,7 @@ class ElementwiseRegularizer(Regularizer):
             >>> float(reg.finish(reg.combine([reg.partial(piece) for piece in pieces]), "float64"))
             7.0
         """
-        return reductions.partial(self._formula[0], x)
+        return reductions.partial(self._factors.formula, x)
 
     combine = staticmethod(reductions.combine)
 
@@ -208,8 +180,7 @@ class ElementwiseRegularizer(Regularizer):
             >>> L2(0.5).finish(np.array([3.0, 5.0]))  # of [1.0, 2.0]: the sums of |x_i| and of x_i**2
             np.float32(2.5)
         """
-        _, a, b = self._formula
-        return reductions.finish(a, b, partial, dtype)
+        return reductions.finish(self._factors, partial, dtype)
 
     def value_and_grad(self, x: Any) -> tuple[Any, Any]:
         """Return the penalty and its gradient dP/dx, in one pass over x.
@@ -230,15 +201,15 @@ class ElementwiseRegularizer(Regularizer):
             >>> L1L2(l1=1.0, l2=0.5).value_and_grad(np.array([1.0, 0.0, -3.0]))
             (np.float64(9.0), array([ 2.,  0., -4.]))
         """
-        return reductions.value_and_grad(*self._formula, x)
+        return reductions.value_and_grad(self._factors, x)
 
-    def grad(self, x: Any, out: Any = None, scale: float = 1.0, accumulate: bool = False) -> Any:
+    def grad(self, x: Any, out: Any = None, scale: Number = 1.0, accumulate: bool = False) -> Any:
         """Compute ``scale * dP/dx``.
 
         Args:
             x: an array, as for a call.
             out: where to write, an array with x's shape and dtype, or x itself; None makes a new one.
-            scale: a finite factor.
+            scale: a finite number, or a 0-d array of x's library.
             accumulate: add to `out` instead of overwriting it, without a temporary array.
 
         Returns:
@@ -255,14 +226,15 @@ class ElementwiseRegularizer(Regularizer):
             >>> L2(0.5).grad(np.array([1.0, 2.0]), out=gradient, scale=2.0, accumulate=True)
             array([12., 14.])
         """
-        return reductions.grad(*self._formula, x, out, scale, accumulate)
+        return reductions.grad(self._factors, x, out, scale, accumulate)
 
-    def prox(self, x: Any, step: float, out: Any = None) -> Any:
+    def prox(self, x: Any, step: Number, out: Any = None) -> Any:
         """Compute the proximal operator ``argmin_z step * P(z) + ||z - x||**2 / 2``, which reaches exact zeros for L1.
 
         Args:
             x: an array, as for a call.
-            step: the step size, non-negative and finite; in proximal gradient descent the learning rate.
+            step: the step size, non-negative and finite, a number or a 0-d array of x's library; in proximal gradient
+                descent the learning rate.
             out: where to write, an array with x's shape and dtype, or x itself; None makes a new one.
 
         Returns:
@@ -279,14 +251,15 @@ class ElementwiseRegularizer(Regularizer):
 
         Reference: Parikh and Boyd, Proximal Algorithms, 2014, sections 6.1 and 6.5, https://doi.org/10.1561/2400000003
         """
-        return reductions.prox(*self._formula, x, step, out)
+        return reductions.prox(self._factors, x, step, out)
 
 
 class L1(ElementwiseRegularizer):
     """``P(x) = l1 * sum(|x_i|)``.
 
     Args:
-        l1: the factor; None means 0.01. The old spelling ``L1(l=...)`` is accepted.
+        l1: the factor, a number or a 0-d array, tensor or variable; None means 0.01. The old spelling
+            ``L1(l=...)`` is accepted.
 
     Raises:
         ValueError: the factor is not a non-negative finite real number.
@@ -301,16 +274,16 @@ class L1(ElementwiseRegularizer):
 
     l1 = Factor(0.01)
 
-    def __init__(self, l1: float | None = 0.01, **old: float) -> None:
+    def __init__(self, l1: Number | None = 0.01, **old: Number) -> None:
         self.l1 = _old_spelling(l1, old)
 
-    @CachedAttribute
+    @property
     def _formula(self) -> tuple[Formula, float, float]:
         return ABS, self.l1, 0.0
 
     def get_config(self) -> dict[str, Any]:
         """Return ``{"l1": l1}``."""
-        return {"l1": self.l1}
+        return {"l1": reductions.as_float("l1", self.l1)}
 
 
 class L2(ElementwiseRegularizer):
@@ -319,7 +292,8 @@ class L2(ElementwiseRegularizer):
     Its gradient is ``2 * l2 * x``: as a weight decay in the sense of PyTorch's optimizers, l2 counts twice.
 
     Args:
-        l2: the factor; None means 0.01. The old spelling ``L2(l=...)`` is accepted.
+        l2: the factor, a number or a 0-d array, tensor or variable; None means 0.01. The old spelling
+            ``L2(l=...)`` is accepted.
 
     Raises:
         ValueError: the factor is not a non-negative finite real number.
@@ -334,25 +308,25 @@ class L2(ElementwiseRegularizer):
 
     l2 = Factor(0.01)
 
-    def __init__(self, l2: float | None = 0.01, **old: float) -> None:
+    def __init__(self, l2: Number | None = 0.01, **old: Number) -> None:
         self.l2 = _old_spelling(l2, old)
 
-    @CachedAttribute
+    @property
     def _formula(self) -> tuple[Formula, float, float]:
         return SQUARE, 0.0, self.l2
 
     def get_config(self) -> dict[str, Any]:
         """Return ``{"l2": l2}``."""
-        return {"l2": self.l2}
+        return {"l2": reductions.as_float("l2", self.l2)}
 
 
 class L1L2(ElementwiseRegularizer):
     """``P(x) = l1 * sum(|x_i|) + l2 * sum(x_i**2)``, the elastic net, in one pass over x.
 
-    A term whose factor is 0 is left out, as in Keras, so that an infinity in x does not make it NaN.
+    A term whose factor is the number 0 is left out, as in Keras, so that an infinity in x does not make it NaN.
 
     Args:
-        l1: the factor of the absolute values; None means 0.0.
+        l1: the factor of the absolute values, as for `L1`; None means 0.0.
         l2: the factor of the squares; None means 0.0.
 
     Raises:
@@ -370,20 +344,20 @@ class L1L2(ElementwiseRegularizer):
     l1 = Factor(0.0)
     l2 = Factor(0.0)
 
-    def __init__(self, l1: float | None = 0.0, l2: float | None = 0.0) -> None:
+    def __init__(self, l1: Number | None = 0.0, l2: Number | None = 0.0) -> None:
         self.l1 = l1
         self.l2 = l2
 
-    @CachedAttribute
+    @property
     def _formula(self) -> tuple[Formula, float, float]:
         l1, l2 = self.l1, self.l2
-        if l1 and l2:
-            return ABS_SQUARE, l1, l2
-        return (ABS if l1 else SQUARE if l2 else ZERO), l1, l2
+        has_l1, has_l2 = (type(factor) is not float or factor != 0.0 for factor in (l1, l2))
+        formula = ABS_SQUARE if has_l1 and has_l2 else ABS if has_l1 else SQUARE if has_l2 else ZERO
+        return formula, l1, l2
 
     def get_config(self) -> dict[str, Any]:
         """Return ``{"l1": l1, "l2": l2}``."""
-        return {"l1": self.l1, "l2": self.l2}
+        return {"l1": reductions.as_float("l1", self.l1), "l2": reductions.as_float("l2", self.l2)}
 
 
 class OrthogonalRegularizer(Regularizer):
@@ -394,7 +368,7 @@ class OrthogonalRegularizer(Regularizer):
     memory beyond x grows with n * d.
 
     Args:
-        factor: the factor; None means 0.01.
+        factor: the factor, a number or a 0-d array, tensor or variable; None means 0.01.
         mode: "rows" or "columns".
         leading_axes: what becomes of the axes before the last two. None takes matrices alone, as Keras does. "flatten"
             merges them into the rows: a convolution kernel (h, w, in, out) is regularised as (h * w * in, out), its
@@ -419,10 +393,14 @@ class OrthogonalRegularizer(Regularizer):
     mode = Choice(reductions.check_mode)
     leading_axes = Choice(reductions.check_leading_axes)
 
-    def __init__(self, factor: float | None = 0.01, mode: str = "rows", leading_axes: str | None = None) -> None:
+    def __init__(self, factor: Number | None = 0.01, mode: str = "rows", leading_axes: str | None = None) -> None:
         self.factor = factor
         self.mode = mode
         self.leading_axes = leading_axes
+
+    @CachedAttribute
+    def _factors(self) -> Factors:
+        return Factors(None, self.factor, 0.0, "factor", "")
 
     def __call__(self, x: Any) -> Any:
         """Return the penalty of a matrix.
@@ -438,7 +416,7 @@ class OrthogonalRegularizer(Regularizer):
             TypeError: x is no array of a supported library and dtype.
             ValueError: x has another number of dimensions.
         """
-        return reductions.orthogonal_penalty(self.factor, x, self.mode, self.leading_axes)
+        return reductions.orthogonal_penalty(self._factors, x, self.mode, self.leading_axes)
 
     def partial(self, x: Any, other: Any = None) -> Any:
         """Return what a block of rows, or a pair of blocks, contributes to the penalty: partial sums, which are added.
@@ -487,7 +465,7 @@ class OrthogonalRegularizer(Regularizer):
         Raises:
             TypeError: the dtype is not supported.
         """
-        return reductions.orthogonal_finish(self.factor, partial, dtype)
+        return reductions.orthogonal_finish(self._factors, partial, dtype)
 
     def value_and_grad(self, x: Any) -> tuple[Any, Any]:
         """Return the penalty and its gradient dP/dx.
@@ -513,15 +491,15 @@ class OrthogonalRegularizer(Regularizer):
             array([[ 0.   ,  0.354],
                    [ 0.354, -0.354]])
         """
-        return reductions.orthogonal_value_and_grad(self.factor, x, self.mode, self.leading_axes)
+        return reductions.orthogonal_value_and_grad(self._factors, x, self.mode, self.leading_axes)
 
-    def grad(self, x: Any, out: Any = None, scale: float = 1.0, accumulate: bool = False) -> Any:
+    def grad(self, x: Any, out: Any = None, scale: Number = 1.0, accumulate: bool = False) -> Any:
         """Compute ``scale * dP/dx``, with the derivatives of `value_and_grad`.
 
         Args:
             x: an array, as for a call.
             out: where to write, an array with x's shape and dtype, or x itself; None makes a new one.
-            scale: a finite factor.
+            scale: a finite number, or a 0-d array of x's library.
             accumulate: add to `out` instead of overwriting it, without a temporary array.
 
         Returns:
@@ -532,9 +510,9 @@ class OrthogonalRegularizer(Regularizer):
             ValueError: x has another number of dimensions; out is of another shape, read-only or overlaps x in part,
                 is missing with accumulate; or scale is not finite.
         """
-        return reductions.orthogonal_grad(self.factor, x, self.mode, self.leading_axes, out, scale, accumulate)
+        return reductions.orthogonal_grad(self._factors, x, self.mode, self.leading_axes, out, scale, accumulate)
 
-    def prox(self, x: Any, step: float, out: Any = None) -> Any:
+    def prox(self, x: Any, step: Number, out: Any = None) -> Any:
         """Raise an error: the proximal operator of this penalty has no closed form.
 
         Args:
@@ -552,7 +530,7 @@ class OrthogonalRegularizer(Regularizer):
 
     def get_config(self) -> dict[str, Any]:
         """Return ``{"factor": factor, "mode": mode}``, Keras's own, and leading_axes only where it is used."""
-        config: dict[str, Any] = {"factor": self.factor, "mode": self.mode}
+        config: dict[str, Any] = {"factor": reductions.as_float("factor", self.factor), "mode": self.mode}
         if self.leading_axes is not None:
             config["leading_axes"] = self.leading_axes
         return config
@@ -562,7 +540,7 @@ class GroupLasso(Regularizer):
     """``P(x) = factor * sum over rows of ||x_i||``, their Euclidean norms: whole rows, columns or filters become zero.
 
     Args:
-        factor: the factor; None means 0.01.
+        factor: the factor, a number or a 0-d array, tensor or variable; None means 0.01.
         mode: "rows", what one index of the first axis selects (PyTorch's filters, of a kernel (out, in, h, w)), or
             "columns", what one of the last does (Keras's filters, of a kernel (h, w, in, out)).
 
@@ -581,9 +559,13 @@ class GroupLasso(Regularizer):
     factor = Factor(0.01)
     mode = Choice(reductions.check_mode)
 
-    def __init__(self, factor: float | None = 0.01, mode: str = "rows") -> None:
+    def __init__(self, factor: Number | None = 0.01, mode: str = "rows") -> None:
         self.factor = factor
         self.mode = mode
+
+    @CachedAttribute
+    def _factors(self) -> Factors:
+        return Factors(None, self.factor, 0.0, "factor", "")
 
     def __call__(self, x: Any) -> Any:
         """Return the penalty of x.
@@ -600,7 +582,7 @@ class GroupLasso(Regularizer):
             ValueError: x has no dimension.
             NotImplementedError: x is of another library that regkern supports.
         """
-        return reductions.group_lasso(SUMS, self.factor, x, self.mode)[0]
+        return reductions.group_lasso(self._factors, x, self.mode)
 
     def value_and_grad(self, x: Any) -> tuple[Any, Any]:
         """Return the penalty and its gradient ``factor * x_i / ||x_i||``, where that of a row of zeros is 0.
@@ -620,15 +602,15 @@ class GroupLasso(Regularizer):
             (np.float64(2.5), array([[0.3, 0.4],
                    [0. , 0. ]]))
         """
-        return reductions.group_lasso(SUMS_AND_GRADIENT, self.factor, x, self.mode)
+        return reductions.group_lasso_value_and_grad(self._factors, x, self.mode)
 
-    def grad(self, x: Any, out: Any = None, scale: float = 1.0, accumulate: bool = False) -> Any:
+    def grad(self, x: Any, out: Any = None, scale: Number = 1.0, accumulate: bool = False) -> Any:
         """Compute ``scale * dP/dx``, with the derivatives of `value_and_grad`.
 
         Args:
             x: an array, as for a call.
             out: where to write, an array with x's shape and dtype, or x itself; None makes a new one.
-            scale: a finite factor.
+            scale: a finite number, or a 0-d array of x's library.
             accumulate: add to `out` instead of overwriting it, without a temporary array.
 
         Returns:
@@ -639,14 +621,14 @@ class GroupLasso(Regularizer):
             ValueError: x has no dimension; out is of another shape, read-only or overlaps x in part, is missing with
                 accumulate; or scale is not finite.
         """
-        return reductions.group_lasso_grad(self.factor, x, self.mode, out, scale, accumulate)
+        return reductions.group_lasso_grad(self._factors, x, self.mode, out, scale, accumulate)
 
-    def prox(self, x: Any, step: float, out: Any = None) -> Any:
+    def prox(self, x: Any, step: Number, out: Any = None) -> Any:
         """Compute the proximal operator ``max(0, 1 - step * factor / ||x_i||) * x_i``, which reaches rows of zeros.
 
         Args:
             x: an array, as for a call.
-            step: the step size, non-negative and finite.
+            step: the step size, non-negative and finite, a number or a 0-d array of x's library.
             out: where to write, an array with x's shape and dtype, or x itself; None makes a new one.
 
         Returns:
@@ -665,14 +647,14 @@ class GroupLasso(Regularizer):
 
         Reference: Parikh and Boyd, Proximal Algorithms, 2014, section 6.5.4, https://doi.org/10.1561/2400000003
         """
-        return reductions.group_lasso_prox(self.factor, x, self.mode, step, out)
+        return reductions.group_lasso_prox(self._factors, x, self.mode, step, out)
 
     def get_config(self) -> dict[str, Any]:
         """Return ``{"factor": factor, "mode": mode}``."""
-        return {"factor": self.factor, "mode": self.mode}
+        return {"factor": reductions.as_float("factor", self.factor), "mode": self.mode}
 
 
-def _old_spelling(value: float | None, old: dict[str, float]) -> float | None:
+def _old_spelling(value: Number | None, old: dict[str, Number]) -> Number | None:
     """Return the factor given as ``l=``, as Keras 2 spelled it, else the value."""
     value = old.pop("l", value)
     if old:
@@ -709,11 +691,11 @@ def activity_penalty(regularizer: Any, outputs: Any) -> Any:
     if len(shape) == 0:
         raise ValueError("outputs: expected a batch on axis 0; got an array without dimensions; pass a batch of one.")
     if shape[0] == 0:
-        return reductions.penalty(ZERO, 0.0, 0.0, outputs)
+        return reductions.penalty(_NOTHING, outputs)
     return reductions.over_batch(regularizer(outputs), outputs)
 
 
-def l1_l2(l1: float | None = 0.01, l2: float | None = 0.01) -> L1L2:
+def l1_l2(l1: Number | None = 0.01, l2: Number | None = 0.01) -> L1L2:
     """Make ``L1L2(l1, l2)``, with Keras's defaults for this name: 0.01 and 0.01.
 
     Args:
@@ -732,6 +714,8 @@ def l1_l2(l1: float | None = 0.01, l2: float | None = 0.01) -> L1L2:
     """
     return L1L2(l1=l1, l2=l2)
 
+
+_NOTHING = Factors(ZERO, 0.0, 0.0, "", "")
 
 l1 = L1
 l2 = L2

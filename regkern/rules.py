@@ -11,6 +11,14 @@ from regkern.serialization import get
 _EXPECTED = "expected 'GLOB=none' or 'GLOB=IDENTIFIER:factor=value,...', as in '*kernel*=l1_l2:l1=1e-5,l2=1e-4'"
 
 
+def _matches(name: str, glob: str) -> bool:
+    return fnmatchcase(name, glob)
+
+
+# As `torch.compiler.assume_constant_result` marks what a graph takes as known: it cannot trace `fnmatch`.
+_matches._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 class RuleError(ValueError):
     """A rule that does not parse, or that cannot be applied to a tensor; the text is one sentence."""
 
@@ -49,7 +57,7 @@ class Rules:
     def find(self, name: str) -> tuple[str | None, Any]:
         """Return the first glob that matches the name, and its regularizer; (None, None) where none does."""
         for glob, regularizer in self.regularizers.items():
-            if name == glob or (glob not in self._exact and fnmatchcase(name, glob)):
+            if name == glob or (glob not in self._exact and _matches(name, glob)):
                 return glob, regularizer
         return None, None
 

@@ -48,7 +48,7 @@ def warmup(
     from regkern.kernels.cpu import warm  # brings Numba
 
     count = warm.compile_shared()
-    formulas = {each._formula[0] for each in regularizers if isinstance(each, ElementwiseRegularizer)}
+    formulas = {each._factors.formula for each in regularizers if isinstance(each, ElementwiseRegularizer)}
     orthogonal = any(isinstance(each, OrthogonalRegularizer) for each in regularizers)
     groups = any(isinstance(each, GroupLasso) for each in regularizers)
     for dtype in dict.fromkeys(dtypes):

@@ -507,6 +507,92 @@ def test_penalties_of_models(digits):
     np.testing.assert_allclose(numbers(bound.value()), sum(numbers(loss) for loss in model.losses), rtol=1e-6)
 
 
+def variable(value):
+    if LIBRARY == "tf_keras":
+        import tensorflow as tf
+
+        return tf.Variable(value, trainable=False)
+    return keras.Variable(value, trainable=False)
+
+
+VARYING = {
+    "L2": rk.L2,
+    "L1L2": lambda factor: rk.L1L2(1e-3, factor),
+    "group": rk.GroupLasso,
+    "orthogonal": rk.OrthogonalRegularizer,
+}
+
+
+@pytest.mark.parametrize("name", VARYING)
+def test_a_factor_that_is_a_variable(name):
+    make, factor = VARYING[name], variable(1.0)
+    regularizer = make(factor)
+    dense = layers.Dense(3, kernel_regularizer=regularizer, use_bias=False)
+    dense.factor = factor  # tracked by the layer: of JAX's compiled steps a part that changes
+    model = keras.Sequential([inputs((4,)), dense])
+    if CAN_FIT:
+        model.compile(keras.optimizers.SGD(0.0), "mse")
+    for value in (1.0, 0.5, 0.25):
+        factor.assign(value)
+        kernel = tensor(numbers(dense.kernel).astype("float32"))
+        expected = float(numbers(make(value)(kernel)))
+        assert float(numbers(model.losses[0])) == pytest.approx(expected, rel=1e-5)
+        if CAN_FIT:
+            history = model.fit(np.zeros((8, 4)), np.zeros((8, 3)), verbose=0).history
+            assert history["loss"][0] == pytest.approx(expected, rel=1e-4)
+        assert regularizer.get_config() == make(value).get_config()
+    if LIBRARY == "keras":
+        assert keras.models.clone_model(model).layers[0].kernel_regularizer.get_config() == make(0.25).get_config()
+    factor.assign(-1.0)
+    with pytest.raises(ValueError, match="expected a non-negative float; got"):
+        regularizer(tensor(np.ones((4, 3), np.float32)))
+
+
+def test_steps_and_scales_that_are_variables():
+    x, rate = tensor(np.array([[3.0, 0.2], [-2.0, 1.0]], np.float32)), variable(0.5)
+    for regularizer in (rk.L1(1.0), rk.L1L2(0.1, 0.2), rk.GroupLasso(1.0)):
+        np.testing.assert_allclose(numbers(regularizer.prox(x, rate)), numbers(regularizer.prox(x, 0.5)), rtol=1e-6)
+        np.testing.assert_allclose(
+            numbers(regularizer.grad(x, scale=rate)), numbers(regularizer.grad(x, scale=0.5)), rtol=1e-6
+        )
+
+
+def test_a_factor_under_mixed_precision():
+    if LIBRARY == "tf_keras":
+        pytest.skip("its variables are TensorFlow's, which no policy casts")
+    factor, x = keras.Variable(1e-5, trainable=False, dtype="float32"), np.ones((4, 4), np.float32)
+    dense = layers.Dense(
+        3, activity_regularizer=rk.L2(factor), kernel_initializer="ones", use_bias=False, dtype="mixed_float16"
+    )
+    dense(tensor(x))
+    assert float(numbers(dense.losses[0])) == pytest.approx(1e-5 * 16.0 * 3.0, rel=1e-5)  # in float16: 1.0014e-5
+
+
+@needs_fit
+@pytest.mark.skipif(BACKEND not in ("jax", "tensorflow"), reason="torch compiles nothing here")
+def test_a_float_that_is_set_after_a_step_was_compiled():
+    regularizer = rk.L2(0.25)
+    model = keras.Sequential([inputs((4,)), layers.Dense(3, kernel_regularizer=regularizer)])
+    model.compile("sgd", "mse")
+    model.fit(np.zeros((8, 4)), np.zeros((8, 3)), verbose=0)
+    with pytest.warns(UserWarning, match=r"^l2: set to 0.5 on a regularizer .* holds with l2=0.25"):
+        regularizer.l2 = 0.5
+
+
+@pytest.mark.skipif(LIBRARY != "tf_keras", reason="Keras 3 has no ragged outputs")
+@pytest.mark.parametrize("name", ["L1", "L1L2"])  # its own L2 fails on them
+def test_ragged_activities(name):
+    import tensorflow as tf
+
+    ragged = tf.ragged.constant([[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0]]], ragged_rank=1)
+    losses = []
+    for library in (keras.regularizers, rk):
+        layer = layers.Dense(2, kernel_initializer="ones", activity_regularizer=getattr(library, name)(0.1))
+        layer(ragged)
+        losses.append(float(layer.losses[0]))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
 def test_variables_of_one_name_are_refused():
     class Twins(layers.Layer):
         def build(self, shape):

@@ -1,5 +1,6 @@
 """Importing regkern loads NumPy and nothing heavier, shown in fresh processes."""
 
+import os
 import subprocess
 import sys
 
@@ -106,3 +107,64 @@ made = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object
 print(type(made).__module__, made)
 """
     assert run(code) == "regkern.regularizers L1(l1=0.1)\n"
+
+
+AFTER = """
+import importlib, sys
+import regkern as rk
+library, path = sys.argv[1:]
+assert not {"keras", "tf_keras", "tensorflow"} & sys.modules.keys()
+keras = importlib.import_module(library)
+layers = keras.layers
+
+
+def model(regularizer):
+    return keras.Sequential([layers.InputLayer(shape=(4,)) if library == "keras" else layers.InputLayer((4,)),
+                             layers.Dense(3, kernel_regularizer=regularizer)])
+
+
+for regularizer in (rk.GroupLasso(0.02), rk.L2(0.03), rk.OrthogonalRegularizer(0.1, "columns", leading_axes="flatten")):
+    net = model(regularizer)
+    net.save(path)
+    both = layers.Bidirectional(layers.LSTM(3, kernel_regularizer=regularizer))
+    for made in (
+        keras.models.clone_model(net).layers[-1].kernel_regularizer,
+        keras.models.load_model(path).layers[-1].kernel_regularizer,
+        keras.models.model_from_json(net.to_json()).layers[-1].kernel_regularizer,
+        both.forward_layer.cell.kernel_regularizer,
+        both.backward_layer.cell.kernel_regularizer,
+    ):
+        assert type(made) is type(regularizer), made
+        assert made.get_config() == regularizer.get_config()
+print(keras.__spec__.loader.is_package(library), "exec_module" in vars(keras.__spec__.loader), keras.__name__)
+"""
+
+
+@pytest.mark.parametrize("library", ["keras", "tf_keras"])
+def test_keras_may_be_imported_later(library, tmp_path):
+    pytest.importorskip(library)
+    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
+    command = [sys.executable, "-W", "ignore", "-c", AFTER, library, str(tmp_path / "model.keras")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1].split()[:2] == ["True", "False"]
+
+
+@pytest.mark.parametrize("imports", ["import regkern, tf_keras, keras", "import keras, regkern, tf_keras"])
+def test_both_of_two_kerases_know_the_classes(imports):
+    pytest.importorskip("tf_keras")
+    code = f"""
+{imports}
+for saving in (keras.saving, tf_keras.saving):
+    print(saving.get_registered_name(regkern.L1), saving.get_registered_object("regkern>L1") is regkern.L1)
+"""
+    assert run(code) == "regkern>L1 True\nregkern>L1 True\n"
+
+
+def test_looking_for_keras_imports_nothing():
+    code = """
+import importlib.util, sys
+import regkern
+print(importlib.util.find_spec("keras") is not None, importlib.util.find_spec("no_such_module"), "keras" in sys.modules)
+"""
+    assert run(code) == "True None False\n"

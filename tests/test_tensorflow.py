@@ -285,9 +285,8 @@ def test_other_dtypes_are_named(regularizer, dtype):
 
 
 def test_other_tensors_are_refused():
-    for x in (tf.ragged.constant([[1.0], [2.0, 3.0]]), tf.sparse.from_dense(tf.ones((2, 2)))):
-        with pytest.raises(TypeError, match=f"expected an array of .*; got {type(x).__name__}"):
-            rk.L2(0.1)(x)
+    with pytest.raises(TypeError, match=r"expected an array of .*; got SparseTensor"):
+        rk.L2(0.1)(tf.sparse.from_dense(tf.ones((2, 2))))
 
 
 def test_eager_tensors_are_not_copied():

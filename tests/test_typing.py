@@ -27,6 +27,8 @@ def test_regularizers() -> None:
     assert_type(rk.L1L2(0.1, 0.2).l2, float)
     assert_type(rk.OrthogonalRegularizer(mode="columns").factor, float)
     assert_type(rk.L2(0.1).get_config(), dict[str, Any])
+    assert_type(rk.L2(np.array(0.1)), rk.L2)
+    rk.L2(0.1).prox(X, np.array(0.1))
     assert_type(rk.__version__, str)
 
 
@@ -71,6 +73,8 @@ def test_a_subclass_keeps_its_type() -> None:
 def test_what_a_checker_refuses() -> None:
     with pytest.raises(ValueError, match="expected a non-negative float"):
         rk.L2("0.1")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="expected a finite number"):
+        rk.L2(0.1).grad(X, scale="0.1")  # type: ignore[arg-type]
     with pytest.raises(TypeError):
         rk.L1L2(factor=0.1)  # type: ignore[call-arg]
     with pytest.raises(TypeError):

@@ -91,3 +91,9 @@ import_for._dynamo_marked_constant = True  # type: ignore[attr-defined]
 owner._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 ADAPTERS = _Adapters()
+
+
+def compiling() -> bool:
+    """Whether `torch.compile` is tracing the caller: into its graph goes what is computed, and nothing that is kept."""
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.compiler.is_compiling())

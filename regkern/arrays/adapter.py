@@ -25,9 +25,14 @@ class Adapter(ABC):
 
     Attributes:
         records_plans: whether there is `record`; else arrays that the library tracks are called one by one.
+        compiles: whether the library compiles functions into programs that keep a float as it was.
     """
 
     records_plans = False
+    compiles = False
+
+    def __init__(self) -> None:
+        self.compiles = self.compiles  # of an instance's own, it is read in a tenth of the time
 
     @abstractmethod
     def owns(self, array_type: type) -> bool:
@@ -44,6 +49,30 @@ class Adapter(ABC):
     def tracks(self, x: Any) -> bool:
         """Whether the library would differentiate what is computed from x: kernels must not bypass it then."""
         return False
+
+    def captures(self, x: Any) -> bool:
+        """Whether what is computed from x now becomes part of such a program."""
+        return False
+
+    def native(self, x: Any) -> Any:
+        """Return what an array stands for now, which may be of another library."""
+        return x
+
+    def held(self, number: Any) -> float | None:
+        """Return what a 0-d array holds; None where that cannot be seen now, or not without a wait for a device."""
+        return None
+
+    def differentiates(self, number: Any) -> bool:
+        """Whether the library may differentiate what is computed from a 0-d array."""
+        return self.tracks(number)
+
+    def number(self, number: Any, x: Any) -> Any:
+        """Return a 0-d array in the type of x's penalty, on x's device; None where it is of another library."""
+        return None
+
+    def expressions(self) -> Adapter | None:
+        """Return an adapter whose methods take 0-d arrays of the library for factors; None where there is none."""
+        return None
 
     def record(self, plan: Plan, penalties: Sequence[Weighted], arrays: Sequence[Any]) -> Any:
         """Return a plan's value as a scalar that the library can differentiate by the plan's arrays, all tracked."""
@@ -217,6 +246,14 @@ class ChoosingAdapter(Adapter):
     def tracks(self, x: Any) -> bool:
         adapter, x = self.choose(x)
         return adapter.tracks(x)
+
+    def captures(self, x: Any) -> bool:
+        adapter, x = self.choose(x)
+        return adapter.captures(x)
+
+    def number(self, number: Any, x: Any) -> Any:
+        adapter, x = self.choose(x)
+        return adapter.number(number, x)
 
     @abstractmethod
     def choose(self, x: Any) -> tuple[Adapter, Any]:

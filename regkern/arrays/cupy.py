@@ -43,6 +43,11 @@ class CupyAdapter(DeviceAdapter):
     def upload(self, x: Any, table: Any) -> Any:
         return _on(x.data.device_id, cupy.asarray, table)
 
+    def number(self, number: Any, x: Any) -> Any:
+        if not isinstance(number, cupy.ndarray):
+            return None
+        return _on(x.data.device_id, cupy.asarray, number, dtype_of(x.dtype).result)
+
     def empty_like(self, x: Any) -> Any:
         return _on(x.data.device_id, cupy.empty_like, x)
 

@@ -37,6 +37,9 @@ class DaskAdapter(Adapter):
     def owns(self, array_type: type) -> bool:
         return issubclass(array_type, da.Array)
 
+    def number(self, number: Any, x: Any) -> Any:
+        return number.astype(_result(x)) if isinstance(number, da.Array) else None
+
     def penalty(self, formula: Formula, a: float, b: float, x: Any) -> Any:
         return _reduce(x, functools.partial(_sums, formula), functools.partial(_weigh, a, b))
 

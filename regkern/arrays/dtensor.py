@@ -23,6 +23,12 @@ class DTensorAdapter(Adapter):
     def owns(self, array_type: type) -> bool:
         return issubclass(array_type, DTensor)
 
+    def number(self, number: Any, x: DTensor) -> Any:
+        if isinstance(number, DTensor):
+            return number
+        local = TORCH.number(number, x.to_local())
+        return None if local is None else _like_scalar(x, local)
+
     def penalty(self, formula: Formula, a: float, b: float, x: DTensor) -> DTensor:
         x = _settled(x)
         return _sum_of_pieces(TORCH.penalty(formula, a, b, x.to_local()), x)

@@ -23,7 +23,7 @@ from jax.interpreters import ad, batching, mlir
 
 from regkern.arrays.adapter import Adapter, require
 from regkern.arrays.operations import OperationsAdapter
-from regkern.dtypes import DTYPES
+from regkern.dtypes import DTYPES, complex_advice
 from regkern.kernels.cpu import xla
 from regkern.kernels.cpu.xla import GRADIENT, PARTIAL, PROX, VALUE, VALUE_AND_GRADIENT
 from regkern.kernels.formulas import Formula
@@ -54,6 +54,9 @@ class _Operations(OperationsAdapter):
 
     def narrow(self, value: Any, x: Any) -> Any:
         return value.astype(x.dtype)
+
+    def prox(self, formula: Formula, a: Any, b: Any, x: Any, out: Any = None) -> Any:
+        return super().prox(formula, a, b, x, out)
 
     def zero(self, x: Any) -> Any:
         return jnp.zeros((), x.dtype)
@@ -120,7 +123,7 @@ class _Elementwise:
         return _operations.partial(self.formula, x)
 
     def prox(self, x: Any, factors: Any) -> Any:
-        return _operations.prox(self.formula, factors[0], factors[1], x, None)
+        return _operations.prox(self.formula, factors[0], factors[1], x)
 
     def call(self, kind: int, shape: Sequence[int], dtype: str) -> xla.Call | None:
         return xla.elementwise_call(kind, self.formula, DTYPES[dtype], math.prod(shape))
@@ -207,7 +210,8 @@ def _widest() -> Any:
 
 
 def _compute(*operands: Any, **parameters: Any) -> Any:
-    return _call(*operands, **parameters)
+    with jax.disable_jit(False):  # as JAX's own primitives: under `jax.disable_jit` they are compiled, one by one
+        return _call(*operands, **parameters)
 
 
 def _types(x: Any, factors: Any, *rest: Any, kind: int, penalty: _Penalty, batch: int) -> list[Any]:
@@ -341,6 +345,8 @@ mlir.register_lowering(_primitive, _lower_on_cpu, platform="cpu")
 class JaxAdapter(Adapter):
     """Binds the primitive; arrays of JAX are immutable, so results are new ones."""
 
+    compiles = True
+
     def owns(self, array_type: type) -> bool:
         return issubclass(array_type, jax.Array | jax.core.Tracer)
 
@@ -355,6 +361,21 @@ class JaxAdapter(Adapter):
         if _on_device(x):
             return _device().penalty(formula, a, b, x)
         return _call(_checked(x), _words(a, b), kind=VALUE, penalty=_Elementwise(formula))[0]
+
+    def captures(self, x: Any) -> bool:
+        # Even a constant becomes a part of what `jax.jit` traces; in other transformations it is an array.
+        return isinstance(x, jax.core.Tracer) and isinstance(jnp.zeros(()), jax.core.Tracer)
+
+    def held(self, number: Any) -> float | None:
+        if isinstance(number, jax.core.Tracer) or not number.is_fully_addressable:
+            return None
+        return float(number) if all(device.platform == "cpu" for device in number.devices()) else None
+
+    def number(self, number: Any, x: Any) -> Any:
+        return lax.convert_element_type(number, _result_type(_checked(x))) if self.owns(type(number)) else None
+
+    def expressions(self) -> Adapter:
+        return EXPRESSIONS
 
     def beside(self, value: Any, other: Any) -> Any:
         if isinstance(value, jax.core.Tracer) or isinstance(other, jax.core.Tracer) or not isinstance(other, jax.Array):
@@ -425,6 +446,40 @@ def keys(path: Iterable[Any]) -> tuple[Any, ...]:
     return tuple(next((getattr(each, name) for name in names if hasattr(each, name)), str(each)) for each in path)
 
 
+@functools.partial(jax.jit, static_argnames=("method", "formula"), inline=True)
+def _by_operations(method: str, formula: Formula, a: Any, b: Any, x: Any) -> Any:
+    return getattr(_operations, method)(formula, a, b, x)
+
+
+@functools.partial(jax.jit, static_argnames="columns", inline=True)
+def _orthogonal_by_operations(factor: Any, x: Any, columns: bool) -> Any:
+    return _operations.orthogonal_value_and_grad(factor, x, columns=columns, flatten=False)
+
+
+class Expressions(JaxAdapter):
+    """Takes arrays and tracers for factors, by JAX's own operations: what is differentiated or mapped are they too."""
+
+    def value_and_grad(self, formula: Formula, a: Any, b: Any, x: Any) -> tuple[Any, Any]:
+        value, gradient = _by_operations("value_and_grad", formula, a, b, _checked(x))
+        return value, gradient
+
+    def grad(self, formula: Formula, a: Any, b: Any, x: Any, out: Any, accumulate: bool) -> Any:
+        _refuse(out, accumulate)
+        return self.value_and_grad(formula, a, b, x)[1]
+
+    def prox(self, formula: Formula, a: Any, b: Any, x: Any, out: Any) -> Any:
+        _refuse(out, False)
+        return _by_operations("prox", formula, a, b, _checked(x))
+
+    def orthogonal_value_and_grad(self, factor: Any, x: Any, *, columns: bool, flatten: bool) -> tuple[Any, Any]:
+        matrices = _matrices(_checked(x), flatten)
+        value, gradient = _orthogonal_by_operations(factor, matrices, columns)
+        return value, gradient.reshape(x.shape)
+
+
+EXPRESSIONS = Expressions()
+
+
 @functools.cache
 def _device() -> Any:
     """Return what evaluates arrays on CUDA devices; None where there is no device, or where a package is missing."""
@@ -451,10 +506,10 @@ def _on_device(x: Any) -> bool:
 
 def _checked(x: Any) -> Any:
     if x.dtype.name not in DTYPES:
-        raise TypeError(
-            f"x: expected an array of {', '.join(DTYPES)}; got dtype {x.dtype}; "
-            "convert it, for example by x.astype('float32')."
-        )
+        advice = "convert it, for example by x.astype('float32')."
+        if x.dtype.kind == "c":
+            advice = complex_advice("jax.numpy.stack([x.real, x.imag], -1)")
+        raise TypeError(f"x: expected an array of {', '.join(DTYPES)}; got dtype {x.dtype}; {advice}")
     return x
 
 

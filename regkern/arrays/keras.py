@@ -14,7 +14,7 @@ from regkern.arrays import ADAPTERS
 from regkern.arrays.adapter import Adapter, ChoosingAdapter, require
 from regkern.arrays.layers import distinct, through_layers
 from regkern.arrays.operations import OperationsAdapter
-from regkern.dtypes import DTYPES
+from regkern.dtypes import DTYPES, complex_advice
 from regkern.kernels.formulas import Formula
 from regkern.kernels.operations import ADD_GRADIENT, GRADIENT, Operation
 
@@ -30,13 +30,17 @@ class Operations(OperationsAdapter):
         return issubclass(array_type, KerasTensor)
 
     def widen(self, x: Any) -> Any:
+        return ops.cast(x, self.widened(x))
+
+    def widened(self, x: Any) -> str:
+        """Return the name of x's result type."""
         name = keras.backend.standardize_dtype(x.dtype)
         if name not in DTYPES:
-            raise TypeError(
-                f"x: expected an array of {', '.join(DTYPES)}; got dtype {name}; "
-                "convert it, for example by keras.ops.cast(x, 'float32')."
-            )
-        return ops.cast(x, DTYPES[name].result)
+            advice = "convert it, for example by keras.ops.cast(x, 'float32')."
+            if name.startswith("complex"):
+                advice = complex_advice("keras.ops.stack([keras.ops.real(x), keras.ops.imag(x)], -1)")
+            raise TypeError(f"x: expected an array of {', '.join(DTYPES)}; got dtype {name}; {advice}")
+        return DTYPES[name].result
 
     def narrow(self, value: Any, x: Any) -> Any:
         return ops.cast(value, x.dtype)
@@ -98,6 +102,8 @@ OPERATIONS = Operations()
 class KerasAdapter(ChoosingAdapter):
     """Hands a variable's value on to the adapter of its library."""
 
+    compiles = True
+
     def owns(self, array_type: type) -> bool:
         return issubclass(array_type, Variable | KerasTensor)
 
@@ -112,6 +118,15 @@ class KerasAdapter(ChoosingAdapter):
             return OPERATIONS, x
         value = x.value
         return ADAPTERS[type(value)], value
+
+    def native(self, x: Any) -> Any:
+        return x if isinstance(x, KerasTensor) else x.value
+
+    def number(self, number: Any, x: Any) -> Any:
+        return ops.cast(number, OPERATIONS.widened(x)) if isinstance(x, KerasTensor) else super().number(number, x)
+
+    def expressions(self) -> Adapter:
+        return EXPRESSIONS
 
     def grad(self, formula: Formula, a: float, b: float, x: Any, out: Any, accumulate: bool) -> Any:
         def compute(out: Any, accumulate: bool) -> Any:
@@ -159,4 +174,13 @@ def _compute(compute: Callable[[Any, bool], Any], out: Any, accumulate: bool) ->
     return out
 
 
+class Expressions(KerasAdapter):
+    """Takes 0-d arrays for factors."""
+
+    def choose(self, x: Any) -> tuple[Adapter, Any]:
+        adapter, x = super().choose(x)
+        return adapter.expressions() or adapter, x
+
+
+EXPRESSIONS = Expressions()
 ADAPTER = KerasAdapter()

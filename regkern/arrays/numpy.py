@@ -10,7 +10,7 @@ import numpy as np
 
 from regkern.arrays.host import HostAdapter
 from regkern.arrays.layout import Strides
-from regkern.dtypes import BFLOAT16, DTYPES, FLOAT64, DType
+from regkern.dtypes import BFLOAT16, DTYPES, FLOAT64, DType, complex_advice
 from regkern.kernels.cpu.watch import first_changed
 
 
@@ -69,6 +69,9 @@ class NumpyAdapter(HostAdapter):
     def scalar(self, value: float, dtype: DType) -> Any:
         return (_ONE64 if dtype is FLOAT64 else _ONE32) * value
 
+    def held(self, number: Any) -> float | None:
+        return float(number)
+
     def empty_like(self, x: Any) -> Any:
         return np.empty_like(x, subok=False)
 
@@ -110,10 +113,10 @@ class _DTypes(dict[Any, DType]):
             )
         if dtype.name == "bfloat16" and dtype.type.__module__ == "ml_dtypes":
             return self.setdefault(dtype, BFLOAT16)
-        raise TypeError(
-            f"x: expected an array of {', '.join(DTYPES)}; got dtype {dtype}; "
-            "convert it, for example by x.astype('float32')."
-        )
+        advice = "convert it, for example by x.astype('float32')."
+        if dtype.kind == "c":
+            advice = complex_advice("numpy.stack([x.real, x.imag], -1)")
+        raise TypeError(f"x: expected an array of {', '.join(DTYPES)}; got dtype {dtype}; {advice}")
 
 
 _dtypes = _DTypes({np.dtype(name): dtype for name, dtype in DTYPES.items() if dtype is not BFLOAT16})

@@ -5,7 +5,7 @@ devices, penalties are TensorFlow's operations, of which nothing leaves the grap
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from regkern.arrays.adapter import Adapter, ChoosingAdapter, require
 from regkern.arrays.layers import distinct, through_layers
 from regkern.arrays.numpy import NumpyAdapter
 from regkern.arrays.operations import OperationsAdapter
-from regkern.dtypes import DTYPES
+from regkern.dtypes import DTYPES, complex_advice
 from regkern.kernels.formulas import ABS, ABS_SQUARE, SQUARE, Formula
 from regkern.kernels.operations import Operation
 
@@ -32,10 +32,10 @@ class _DTypes(dict[Any, Any]):
     """The result types of TensorFlow's dtypes."""
 
     def __missing__(self, dtype: Any) -> Any:
-        raise TypeError(
-            f"x: expected an array of {', '.join(DTYPES)}; got dtype {dtype.name}; "
-            "convert it, for example by tf.cast(x, 'float32')."
-        )
+        advice = "convert it, for example by tf.cast(x, 'float32')."
+        if dtype.is_complex:
+            advice = complex_advice("tf.stack([tf.math.real(x), tf.math.imag(x)], -1)")
+        raise TypeError(f"x: expected an array of {', '.join(DTYPES)}; got dtype {dtype.name}; {advice}")
 
 
 _results = _DTypes({tf.dtypes.as_dtype(name): tf.dtypes.as_dtype(dtype.result) for name, dtype in DTYPES.items()})
@@ -105,9 +105,22 @@ class Operations(OperationsAdapter):
             out.assign(value)
         return out
 
-    def penalty(self, formula: Formula, a: float, b: float, x: Any) -> Any:
+    def sums(self, formula: Formula, x: Any) -> tuple[Any, Any]:
+        if formula not in _TERMS:
+            return super().sums(formula, x)
+        v = self.widen(x)
+        has_abs, has_square = _TERMS[formula]
+        return (
+            self.penalty(ABS, 1.0, 0.0, v) if has_abs else self.zero(v),
+            self.penalty(SQUARE, 0.0, 1.0, v) if has_square else self.zero(v),
+        )
+
+    def penalty(self, formula: Formula, a: Any, b: Any, x: Any) -> Any:
         if formula not in _TERMS:
             return super().penalty(formula, a, b, x)
+        if not (type(a) is type(b) is float):  # below, nothing would reach them
+            sum0, sum1 = self.sums(formula, x)
+            return a * sum0 + b * sum1
         has_abs, has_square = _TERMS[formula]
 
         # Keras's expressions as autodiff sees them fill arrays with the upstream gradient; a sum of squares by
@@ -165,14 +178,20 @@ class Kernels(Adapter):
 
     def penalty(self, formula: Formula, a: float, b: float, x: Any) -> Any:
         penalty = _Penalty(
-            lambda view: VIEWS.penalty(formula, a, b, view),
+            lambda view: (VIEWS.penalty(formula, a, b, view),),
             lambda view, scale: VIEWS.grad(formula, a * scale, b * scale, view, None, False),
-            lambda x: OPERATIONS.penalty(formula, a, b, x),
+            lambda x: (OPERATIONS.penalty(formula, a, b, x),),
         )
-        return _recorded(x, penalty=penalty)
+        return _recorded(x, penalty=penalty)[0]
 
     def sums(self, formula: Formula, x: Any) -> tuple[Any, Any]:
-        return self.penalty(formula, 1.0, 0.0, x), self.penalty(formula, 0.0, 1.0, x)
+        sums = _Penalty(
+            lambda view: VIEWS.sums(formula, view),
+            lambda view, a, b: VIEWS.grad(formula, a, b, view, None, False),
+            lambda x: OPERATIONS.sums(formula, x),
+        )
+        sum0, sum1 = _recorded(x, penalty=sums)
+        return sum0, sum1
 
     def partial(self, formula: Formula, x: Any) -> Any:
         return tf.convert_to_tensor(VIEWS.partial(formula, _view(x)))
@@ -193,11 +212,11 @@ class Kernels(Adapter):
 
     def orthogonal(self, factor: float, x: Any, **vectors: bool) -> Any:
         penalty = _Penalty(
-            lambda view: VIEWS.orthogonal(factor, view, **vectors),
+            lambda view: (VIEWS.orthogonal(factor, view, **vectors),),
             lambda view, scale: VIEWS.orthogonal_grad(factor * scale, view, None, **vectors, accumulate=False),
-            lambda x: OPERATIONS.orthogonal(factor, x, **vectors),
+            lambda x: (OPERATIONS.orthogonal(factor, x, **vectors),),
         )
-        return _recorded(x, penalty=penalty)
+        return _recorded(x, penalty=penalty)[0]
 
     def orthogonal_value_and_grad(self, factor: float, x: Any, **vectors: bool) -> tuple[Any, Any]:
         value, gradient = VIEWS.orthogonal_value_and_grad(factor, _view(x), **vectors)
@@ -217,20 +236,20 @@ class Kernels(Adapter):
 
 @dataclass(frozen=True, slots=True)
 class _Penalty:
-    """What gradient tapes need of a penalty.
+    """What gradient tapes need of a penalty, or of several sums.
 
     Attributes:
-        value: computes it from a view.
-        gradient: computes its gradient, times a scale, from a view and the scale.
-        by_operations: computes it by TensorFlow's operations, for second derivatives and vectorised tapes.
+        value: computes them from a view.
+        gradient: computes the sum of their gradients, each times a scale, from a view and the scales.
+        by_operations: computes them by TensorFlow's operations, for second derivatives and vectorised tapes.
     """
 
-    value: Callable[[Any], Any]
-    gradient: Callable[[Any, float], Any]
-    by_operations: Callable[[Any], Any]
+    value: Callable[[Any], Sequence[Any]]
+    gradient: Callable[..., Any]
+    by_operations: Callable[[Any], Sequence[Any]]
 
-    def slope(self, x: Any, upstream: Any) -> Any:
-        """Return the gradient times upstream, by operations, in a graph."""
+    def slope(self, x: Any, upstream: Sequence[Any]) -> Any:
+        """Return the sum of the gradients, each times its upstream, by operations, in a graph."""
         x = tf.identity(x)
         return tf.gradients(self.by_operations(x), x, upstream, unconnected_gradients="zero")[0]
 
@@ -238,29 +257,29 @@ class _Penalty:
 # Each decoration costs 15 us, so that nothing is decorated anew for each call.
 @tf.custom_gradient
 def _recorded(x: Any, *, penalty: _Penalty) -> Any:
-    """Return the penalty of an eager tensor, which gradient tapes can differentiate."""
+    """Return what is computed of an eager tensor, which gradient tapes can differentiate."""
 
-    def gradient(upstream: Any) -> Any:
-        if _is_plain(upstream):
-            return _recorded_slope(x, upstream, penalty=penalty)
+    def gradient(*upstream: Any) -> Any:
+        if all(map(_is_plain, upstream)):
+            return _recorded_slope(x, *upstream, penalty=penalty)
         return penalty.slope(x, upstream)
 
-    return _scalar(penalty.value(_view(x))), gradient
+    return [_scalar(value) for value in penalty.value(_view(x))], gradient
 
 
 @tf.custom_gradient
-def _recorded_slope(x: Any, upstream: Any, *, penalty: _Penalty) -> Any:
-    """Return the gradient times upstream, which gradient tapes can differentiate again."""
+def _recorded_slope(x: Any, *upstream: Any, penalty: _Penalty) -> Any:
+    """Return the sum of the gradients, each times its upstream, which gradient tapes can differentiate again."""
 
     def gradient(vector: Any) -> Any:
         # In a graph: a `tf.autodiff.ForwardAccumulator` comes here with all tapes stopped, new ones too.
         @tf.function(autograph=False)
-        def second(x: Any, upstream: Any, vector: Any) -> Any:
-            return tf.gradients(penalty.slope(x, upstream), (x, upstream), vector, unconnected_gradients="zero")
+        def second(x: Any, vector: Any, *upstream: Any) -> Any:
+            return tf.gradients(penalty.slope(x, upstream), (x, *upstream), vector, unconnected_gradients="zero")
 
-        return second(x, upstream, vector)
+        return second(x, vector, *upstream)
 
-    return _tensor(penalty.gradient(_view(x), float(upstream))), gradient
+    return _tensor(penalty.gradient(_view(x), *map(float, upstream))), gradient
 
 
 def _view(x: Any) -> np.ndarray[Any, Any]:
@@ -306,11 +325,23 @@ def _is_plain(x: Any) -> bool:
 KERNELS = Kernels()
 
 
-class TensorflowAdapter(ChoosingAdapter):
-    """Reads variables, and chooses the evaluator for each tensor."""
+class Expressions(ChoosingAdapter):
+    """Takes tensors for factors, by TensorFlow's own operations."""
 
     def owns(self, array_type: type) -> bool:
         return issubclass(array_type, tf.Tensor | tf.Variable)
+
+    def choose(self, x: Any) -> tuple[Adapter, Any]:
+        return OPERATIONS, tf.convert_to_tensor(x)
+
+
+class TensorflowAdapter(ChoosingAdapter):
+    """Reads variables, and chooses the evaluator for each tensor."""
+
+    compiles = True
+
+    def owns(self, array_type: type) -> bool:
+        return issubclass(array_type, tf.Tensor | tf.Variable | tf.RaggedTensor)
 
     def named_arrays(self, model: Any) -> Iterable[tuple[str, Any]] | None:
         """Name the variables of a `tf.Module`, as tf_keras's models are."""
@@ -320,8 +351,80 @@ class TensorflowAdapter(ChoosingAdapter):
         return distinct(named, lambda: _longer_names(model))
 
     def choose(self, x: Any) -> tuple[Adapter, Any]:
+        if isinstance(x, tf.RaggedTensor):
+            return RAGGED, x
         tensor = tf.convert_to_tensor(x)
         return (KERNELS if _is_plain(tensor) else OPERATIONS), tensor
+
+    def captures(self, x: Any) -> bool:
+        return not tf.executing_eagerly()
+
+    def held(self, number: Any) -> float | None:
+        tensor = tf.convert_to_tensor(number)
+        return float(tensor.numpy()) if _is_plain(tensor) else None
+
+    def differentiates(self, number: Any) -> bool:
+        return True  # nothing tells whether a tape watches
+
+    def number(self, number: Any, x: Any) -> Any:
+        return tf.cast(number, _results[x.dtype]) if isinstance(number, tf.Tensor | tf.Variable) else None
+
+    def expressions(self) -> Adapter:
+        return EXPRESSIONS
+
+
+class Ragged(Adapter):
+    """Evaluates element-wise penalties of the values that a ragged tensor holds, whatever their partition."""
+
+    def owns(self, array_type: type) -> bool:
+        return issubclass(array_type, tf.RaggedTensor)
+
+    def penalty(self, formula: Formula, a: float, b: float, x: Any) -> Any:
+        return ADAPTER.penalty(formula, a, b, x.flat_values)
+
+    def sums(self, formula: Formula, x: Any) -> tuple[Any, Any]:
+        return ADAPTER.sums(formula, x.flat_values)
+
+    def partial(self, formula: Formula, x: Any) -> Any:
+        return ADAPTER.partial(formula, x.flat_values)
+
+    def value_and_grad(self, formula: Formula, a: float, b: float, x: Any) -> tuple[Any, Any]:
+        value, gradient = ADAPTER.value_and_grad(formula, a, b, x.flat_values)
+        return value, x.with_flat_values(gradient)
+
+    def grad(self, formula: Formula, a: float, b: float, x: Any, out: Any, accumulate: bool) -> Any:
+        _check_out(x.flat_values, out)
+        return x.with_flat_values(ADAPTER.grad(formula, a, b, x.flat_values, None, False))
+
+    def prox(self, formula: Formula, a: float, b: float, x: Any, out: Any) -> Any:
+        _check_out(x.flat_values, out)
+        return x.with_flat_values(ADAPTER.prox(formula, a, b, x.flat_values, None))
+
+    def orthogonal(self, factor: float, x: Any, **vectors: bool) -> Any:
+        raise _no_matrix(x)
+
+    def orthogonal_value_and_grad(self, factor: float, x: Any, **vectors: bool) -> tuple[Any, Any]:
+        raise _no_matrix(x)
+
+    def orthogonal_grad(self, factor: float, x: Any, out: Any, **options: bool) -> Any:
+        raise _no_matrix(x)
+
+    def group_lasso(self, operation: Operation, factor: float, x: Any, out: Any, *, columns: bool) -> tuple[Any, Any]:
+        raise _no_matrix(x)
+
+    def over_batch(self, penalty: Any, x: Any) -> Any:
+        return tf.math.divide_no_nan(penalty, tf.cast(x.nrows(), penalty.dtype))
+
+
+def _no_matrix(x: Any) -> TypeError:
+    return TypeError(
+        f"x: expected rows of one length; got a RaggedTensor with shape {tuple(x.shape)}; "
+        "pass x.to_tensor(), or its x.flat_values."
+    )
+
+
+RAGGED = Ragged()
+EXPRESSIONS = Expressions()
 
 
 def _longer_names(model: Any) -> Iterable[tuple[str, Any]]:

@@ -26,7 +26,7 @@ from regkern.arrays.layout import Strides
 from regkern.arrays.operations import OperationsAdapter
 from regkern.arrays.pages import ask_for_large_pages
 from regkern.arrays.plan import Plan, Weighted
-from regkern.dtypes import DTYPES, DType
+from regkern.dtypes import DTYPES, DType, complex_advice
 from regkern.kernels.formulas import FORMULAS, Formula
 from regkern.kernels.operations import GRADIENT, SUMS, Operation
 
@@ -43,9 +43,8 @@ class _DTypes(dict[torch.dtype, DType]):
 
 
 def _dtype_error(dtype: torch.dtype) -> TypeError:
-    return TypeError(
-        f"x: expected a tensor of {', '.join(DTYPES)}; got dtype {dtype}; convert it, for example by x.float()."
-    )
+    advice = complex_advice("torch.view_as_real(x)") if dtype.is_complex else "convert it, for example by x.float()."
+    return TypeError(f"x: expected a tensor of {', '.join(DTYPES)}; got dtype {dtype}; {advice}")
 
 
 dtypes = _DTypes({getattr(torch, name): dtype for name, dtype in DTYPES.items()})
@@ -507,7 +506,7 @@ class Compiled(Operations):
         x = x.detach()
         if self._result(x) is None:
             return super().value_and_grad(formula, a, b, x)
-        factors = torch.tensor([a, b], dtype=torch.float64)
+        factors = torch.stack([_traced(a), _traced(b)])
         return self.penalty(formula, a, b, x), torch.ops.regkern.gradient(x, formula.name, factors)
 
     def orthogonal_value_and_grad(
@@ -517,8 +516,16 @@ class Compiled(Operations):
         if self._result(x) is None:
             return super().orthogonal_value_and_grad(factor, x, columns=columns, flatten=flatten)
         value = self.orthogonal(factor, x, columns=columns, flatten=flatten)
-        scale = torch.tensor(factor, dtype=torch.float64)
+        scale = _traced(factor)
         return value, torch.ops.regkern.mean_cosine_gradient(x, columns, flatten, scale)
+
+    def prox(self, formula: Formula, a: Any, b: Any, x: Tensor, out: Any) -> Tensor:
+        dtype = _results[dtypes[x.dtype]]
+        return super().prox(formula, _traced(a).to(dtype), _traced(b).to(dtype), x, out)
+
+    def group_lasso(self, operation: Operation, factor: Any, x: Tensor, out: Any, *, columns: bool) -> tuple[Any, Any]:
+        factor = _traced(factor).to(_results[dtypes[x.dtype]])
+        return super().group_lasso(operation, factor, x, out, columns=columns)
 
     def _result(self, x: Tensor) -> torch.dtype | None:
         """The result's type, where the kernels can serve a tensor of this kind."""
@@ -527,6 +534,14 @@ class Compiled(Operations):
         if dtype is None:
             raise _dtype_error(x.dtype)
         return _results[dtype] if x.device.type == "cpu" else None
+
+
+def _traced(number: Any) -> Tensor:
+    """Return a float that may change, or a 0-d tensor, as one of float64.
+
+    By a sum: of what takes a float itself, `clamp` or `torch.tensor`, each value would be compiled anew.
+    """
+    return number.double() if isinstance(number, Tensor) else torch.zeros((), dtype=torch.float64) + number
 
 
 COMPILED = Compiled()
@@ -555,6 +570,19 @@ class TorchAdapter(Adapter):
     def record(self, plan: Plan, penalties: Sequence[Weighted], arrays: Sequence[Tensor]) -> Tensor:
         value: Tensor = Penalties.apply(plan, penalties, *arrays)
         return value
+
+    def held(self, number: Tensor) -> float | None:
+        if torch.compiler.is_compiling() or not _is_plain(number):
+            return None
+        return float(number.item())
+
+    def number(self, number: Any, x: Tensor) -> Any:
+        if not isinstance(number, Tensor):
+            return None
+        return number.to(device=x.device, dtype=_results[dtypes[x.dtype]])
+
+    def expressions(self) -> Adapter:
+        return COMPILED if torch.compiler.is_compiling() else OPERATIONS
 
     def beside(self, value: Tensor, other: Any) -> Tensor:
         # The host's scalars can be added as they are, and to bring one there would wait for its device.

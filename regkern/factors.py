@@ -1,0 +1,71 @@
+"""The attributes of regularizers: factors, which are numbers, and options, which are checked when they are set."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from regkern import reductions
+from regkern.numbers import real, shown
+
+
+class Factor:
+    """An attribute that holds a non-negative number, checked when it is set and kept exactly as given.
+
+    It is a float, or a 0-d array, tensor, variable or tracer, whose value counts whenever a penalty is evaluated.
+    """
+
+    def __init__(self, default: float) -> None:
+        self._default = default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    if TYPE_CHECKING:  # without __get__ at run time, reading finds the instance's own attribute at full speed
+
+        def __get__(self, instance: object, owner: type) -> float: ...
+
+    def __set__(self, instance: object, value: Any) -> None:
+        factor: Any = self._default if value is None else real(value)
+        seen: float | None = factor
+        if factor != factor and reductions.is_number(value):
+            factor, seen = value, reductions.held(value)
+        if seen is not None and not 0.0 <= seen < math.inf:
+            raise ValueError(
+                f"Invalid value for argument {self._name}: expected a non-negative float. "
+                f"Received: {self._name}={shown(value)}"
+            )
+        state = vars(instance)
+        before = state.pop("_factors", None)
+        if before is not None and before.captured and state[self._name] is not factor:
+            self._warn(state[self._name], factor)
+        state[self._name] = factor
+
+    def _warn(self, old: Any, new: Any) -> None:
+        warnings.warn(
+            f"{self._name}: set to {new!r} on a regularizer that a compiled function of JAX or TensorFlow holds, and "
+            f"holds with {self._name}={old!r} until it is compiled anew; let the factor be a variable and assign to "
+            "that, or a 0-d array that the function takes as an argument.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+class Choice:
+    """An attribute that a function checks when it is set."""
+
+    def __init__(self, check: Callable[[Any], None]) -> None:
+        self._check = check
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    if TYPE_CHECKING:
+
+        def __get__(self, instance: object, owner: type) -> Any: ...
+
+    def __set__(self, instance: object, value: Any) -> None:
+        self._check(value)
+        vars(instance)[self._name] = value
