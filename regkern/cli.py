@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +36,7 @@ _DEFAULT_RULE = "*=l1_l2"
 _LONG_BYTES, _LONG_PRODUCTS = 1 << 28, 1e10
 _NARROWEST = 64
 _MOST_ERRORS = 10  # of one file; how many more there are is said
+COMPILING = "Compiling kernels for this machine, which is done once."
 _GATE = 3  # the exit status where a gate did not hold
 
 # Click keeps the lines after \b as they are.
@@ -209,7 +212,7 @@ def _checked(files: Sequence[Path], options: Mapping[str, Any]) -> Rules:
 def _evaluate(path: Path, rules: Rules, options: Mapping[str, Any]) -> Report:
     chosen = {key: options[key] for key in ("cosine", "filters", "stats", "compare", "state")}
     try:
-        with open_weights(path) as found:
+        with open_weights(path) as found, _compiling_said():
             tensors = _selected(found, options)
             with _progress(tensors, options["cosine"]) as done:
                 return evaluate(tensors, rules, done=done, **chosen)
@@ -372,6 +375,35 @@ def _info_lines(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     versions = found["versions"]
     yield "packages", ", ".join(f"{name} {version}" for name, version in versions.items() if version)
     yield "not installed", ", ".join(name for name, version in versions.items() if not version) or "none"
+
+
+class _Compiling(logging.Handler):
+    """Says once that kernels are being compiled, when that has gone on for a second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._since: float | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        now = time.monotonic()
+        if self._since is None:
+            self._since = now
+        elif now - self._since > 1.0:
+            self._since = float("inf")
+            click.echo(COMPILING, err=True)
+
+
+@contextmanager
+def _compiling_said() -> Iterator[None]:
+    logger, handler = logging.getLogger("regkern"), _Compiling()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 @contextmanager

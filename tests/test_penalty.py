@@ -150,7 +150,9 @@ def test_nothing_to_penalise(evaluate):
     assert penalty.bind({}).value_and_grad() == (0.0, {})
 
 
-@pytest.mark.parametrize("value", ["text", 3.0, 1, np.float32(1), b"bytes", object(), {1, 2}, len], ids=str)
+@pytest.mark.parametrize(
+    "value", ["text", 3.0, 1, np.float32(1), b"bytes", object(), {1, 2}, len], ids=lambda each: type(each).__name__
+)
 def test_values_without_a_rule_are_looked_at(value, evaluate):
     penalty = rk.Penalty({"x": None, "*": rk.L1(1.0)})
     named = {"y": np.ones(3), "x": np.ones(2)}

@@ -59,7 +59,9 @@ def test_names_of_a_tree(case):
     assert PENALTY.unused(tree) == []
 
 
-@pytest.mark.parametrize("key", [None, True, 1.5, b"a", object(), frozenset("a"), (), ("a", None)], ids=str)
+@pytest.mark.parametrize(
+    "key", [None, True, 1.5, b"a", object(), frozenset("a"), (), ("a", None)], ids=lambda each: type(each).__name__
+)
 def test_keys_that_are_no_names(key):
     for tree, place in (({key: np.ones(2)}, ""), ({"a": [{key: np.ones(2)}]}, " in a/0")):
         with pytest.raises(
@@ -84,7 +86,9 @@ def test_names_that_two_arrays_have(tree, name):
 
 
 @pytest.mark.parametrize(
-    "leaf", ["text", 3.0, object(), {1, 2}, np.float64(1.0), range(3), iter([np.ones(2)])], ids=str
+    "leaf",
+    ["text", 3.0, object(), {1, 2}, np.float64(1.0), range(3), iter([np.ones(2)])],
+    ids=lambda each: type(each).__name__,
 )
 def test_leaves_that_are_no_arrays(leaf):
     for rules in ({"*": "l2"}, {"*": None}):
@@ -97,7 +101,9 @@ def test_arrays_that_are_refused_say_why():
         PENALTY({"a": {"b": np.ma.ones(2)}})
 
 
-@pytest.mark.parametrize("model", [None, np.ones(3), jnp.ones(3), "text", 3, {1, 2}, iter([]), np.ones], ids=str)
+@pytest.mark.parametrize(
+    "model", [None, np.ones(3), jnp.ones(3), "text", 3, {1, 2}, iter([]), np.ones], ids=lambda each: type(each).__name__
+)
 def test_what_is_no_tree(model):
     for call in (PENALTY, PENALTY.per_tensor, PENALTY.bind, PENALTY.unused):
         with pytest.raises(
