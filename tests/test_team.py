@@ -65,6 +65,47 @@ print(everything(x) == expected)
 
 
 @linux
+def test_helpers_are_started_once_each():
+    """As after Ctrl-C in the midst of it: two with one number would share what is a worker's own."""
+    code = (
+        COUNT
+        + """
+from regkern.kernels.cpu import threads
+rk.L2(1.0)(x[:100])
+before = count()
+print(threads._start_helpers(1), threads._start_helpers(3), threads._start_helpers(3), count() - before)
+"""
+    )
+    assert run(code) == "1 3 3 3\n"
+
+
+@linux
+def test_helpers_take_subnormal_numbers_as_their_caller_does():
+    pytest.importorskip("torch")
+    code = """
+import torch
+subnormal = np.full(3_000_000, 1e-40, np.float32)
+def found():
+    return {float((rk.L1(1.0).grad(subnormal) != 0).mean()) for _ in range(20)}
+before = found()
+torch.set_flush_denormal(True)
+flushed = found()
+torch.set_flush_denormal(False)
+print(before, flushed, found())
+"""
+    assert run(code, NUMBA_NUM_THREADS="3") == "{1.0} {0.0} {1.0}\n"
+
+
+def test_large_arrays_without_numbas_compiler():
+    code = """
+y = x[:40_000].reshape(200, 200)
+values = [rk.L1(1.0)(y), rk.L1(1.0)(y.T[::-1, 1:]), rk.Penalty({"*": "l1"})({"a": y}), rk.GroupLasso(1.0)(y[:20, :100])]
+print([f"{value:.2e}" for value in values])
+"""
+    assert run(code, NUMBA_DISABLE_JIT="1", NUMBA_NUM_THREADS="2") == run(code)
+
+
+@linux
 def test_one_thread_where_the_system_has_no_more():
     """A thread's stack would be larger than what this process may map."""
     code = """

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import numba
+import numpy as np
 from numba import prange
 
 from regkern.kernels import forks
@@ -83,7 +84,7 @@ def launch_numba(task, argument, count, batch, work, width):
     publish(team, task, argument, count, batch, width)
     came = 0
     for worker in prange(width):
-        came += draw(team, worker) > 0
+        came += draw(team, np.int64(worker)) > 0
     # The last number of launches to leave out stands beside those that are left.
     leave = 0 if came > 1 else min(_MAX_ALONE, max(1, 2 * (alone >> 16)))
     store_word(team + ALONE, (leave << 16) + leave)

@@ -21,10 +21,13 @@ from numba import types
 from regkern.kernels.cpu.compile import inlined, make_call
 from regkern.kernels.cpu.words import (
     add_shared,
+    floating_point_mode,
+    give_way,
     load_shared,
     load_word,
     pause,
     replace_shared,
+    set_floating_point_mode,
     store_shared,
     store_word,
     symbol,
@@ -38,12 +41,10 @@ WAKE = 250_000
 JOIN = 5_000
 
 # Words of the team, in bytes from its start; what different threads write lies on cache lines of its own.
-LEFT, UNFINISHED, BUSY = (
-    0,
-    64,
-    128,
-)  # the width times 2**32 and the chunks left; chunks not done; whether there is a job
-_TASK, _ARGUMENT, _COUNT, _BATCH = 192, 200, 208, 216  # the job
+# The job's width times 2**32 and the chunks that are left; the chunks that are not done; whether there is a job.
+LEFT, UNFINISHED, BUSY = 0, 64, 128
+# The job, and the caller's floating-point mode: subnormal numbers are zero in some programs' threads.
+_TASK, _ARGUMENT, _COUNT, _BATCH, _ROUNDING = 192, 200, 208, 216, 224
 _LAST, _CLOCK = 256, 264  # when the last job ended, of the caller alone
 LAUNCH, THREADS, STOP, ALONE = 320, 328, 336, 344  # settings, and launches of Numba's threads to leave out
 SUM_CHUNKS, SUM_FLAT_CHUNKS, SUM_PARTS = 384, 392, 400  # addresses of tasks
@@ -51,8 +52,9 @@ SLOTS, SLOT = 512, 128  # of each helper: whether it sleeps, its semaphore, its 
 SEMAPHORE, _HELPER_CLOCK = 16, 64
 
 MAX_THREADS = 1024
-TEAM = np.zeros((SLOTS + SLOT * MAX_THREADS) // 8 + 8, np.int64)
-ADDRESS = (TEAM.ctypes.data + 63) // 64 * 64
+_memory = np.zeros((SLOTS + SLOT * MAX_THREADS) // 8 + 8, np.int64)
+TEAM = _memory[-_memory.ctypes.data // 8 % 8 :]  # from a cache line on
+ADDRESS = TEAM.ctypes.data
 address = symbol("regkern_team", ADDRESS)
 
 _INT = types.intp
@@ -69,15 +71,12 @@ _sem_post = types.ExternalFunction("sem_post", types.int32(_INT))
 
 def set_word(offset: int, value: int) -> None:
     """Write one of the team's settings."""
-    TEAM[(ADDRESS - TEAM.ctypes.data + offset) // 8] = value
+    TEAM[offset // 8] = value
 
 
 def forget() -> None:
     """Forget jobs and helpers, but no task: to be called where there are none, in a forked child."""
-    tasks = slice((ADDRESS - TEAM.ctypes.data + SUM_CHUNKS) // 8, (ADDRESS - TEAM.ctypes.data + SLOTS) // 8)
-    kept = TEAM[tasks].copy()
-    TEAM[:] = 0
-    TEAM[tasks] = kept
+    TEAM[: SUM_CHUNKS // 8] = TEAM[SLOTS // 8 :] = 0
 
 
 def semaphore(worker: int) -> int:
@@ -90,6 +89,15 @@ def _now(place):
     """Read the clock, in ns; place has room for two words."""
     _clock_gettime(np.int32(1), place)  # CLOCK_MONOTONIC
     return load_word(place) * 1_000_000_000 + load_word(place + 8)
+
+
+@inlined
+def rest(waited):
+    """Wait for a moment, in a loop that has waited so often: others may need this core."""
+    if waited < 1000:
+        pause()
+    else:
+        give_way()
 
 
 @inlined
@@ -109,7 +117,7 @@ def launch(task, argument, count, batch, work, width):
         width = fed
     if width > count:
         width = count
-    if width < 2:
+    if width < 2 or count >> 32 != 0:
         call_task(task, (argument, 0, 0, count))
     else:
         call_launch(load_word(address() + LAUNCH), (task, argument, count, batch, work, width))
@@ -122,6 +130,7 @@ def publish(team, task, argument, count, batch, width):
     store_word(team + _ARGUMENT, argument)
     store_word(team + _COUNT, count)
     store_word(team + _BATCH, batch)
+    store_word(team + _ROUNDING, floating_point_mode())
     store_shared(team + UNFINISHED, count)
     store_shared(team + LEFT, (width << 32) + count)
 
@@ -141,6 +150,7 @@ def draw(team, worker):
         if chunks > left:
             chunks = left
         if replace_shared(team + LEFT, job, job - chunks):
+            set_floating_point_mode(load_word(team + _ROUNDING))
             first = load_word(team + _COUNT) - left
             call_task(load_word(team + _TASK), (load_word(team + _ARGUMENT), worker, first, first + chunks))
             add_shared(team + UNFINISHED, -chunks)
@@ -164,8 +174,10 @@ def launch_helpers(task, argument, count, batch, work, width):
             _sem_post(slot + SEMAPHORE)
         helper += 1
     draw(team, np.int64(0))
+    waited = 0
     while load_shared(team + UNFINISHED) > 0:
-        pause()
+        rest(waited)
+        waited += 1
     store_word(team + _LAST, _now(team + _CLOCK))
     store_shared(team + BUSY, 0)
     return 0
@@ -194,7 +206,7 @@ def help_out(worker):
             wanted = _is_wanted(team, worker) or load_shared(team + STOP) != 0
             if not (wanted and replace_shared(slot, 1, 0)):
                 _sem_wait(slot + SEMAPHORE)
-                while load_shared(slot) == 1:
+                while load_shared(slot) == 1 and load_shared(team + STOP) == 0:
                     _sem_wait(slot + SEMAPHORE)
             since = _now(slot + _HELPER_CLOCK)
     return 0

@@ -74,8 +74,10 @@ def quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgro
 
 def available() -> int:
     """Return how many threads kernels may have: NUMBA_NUM_THREADS, or what affinity and a container's quota allow."""
+    if config.DISABLE_JIT:
+        return 1
     threads: int = config.NUMBA_NUM_THREADS
-    if threads == config.NUMBA_DEFAULT_NUM_THREADS:
+    if threads == config.NUMBA_DEFAULT_NUM_THREADS and "NUMBA_NUM_THREADS" not in os.environ:
         threads = min(threads, quota() or threads)
     return min(threads, team.MAX_THREADS)
 
@@ -97,11 +99,17 @@ def width() -> int:
 
 _threads = 0
 _helpers: list[ctypes.c_ulong] = []
+_ended = False
+
+# What a fault of a thread's own raises must reach the program's handlers, in whichever thread it is.
+_FAULTS = {"SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGTRAP"}
 
 
 def load() -> int:
     """Compile what launches need, or load it from the cache, and return how many kernels it is."""
-    return len([each() for each in ((_launch_helpers, _helper) if _ENGINE == "helpers" else (_launch_numba,))])
+    if _ENGINE == "helpers":
+        return len([_launch_helpers(), _helper()])
+    return len([_launch_numba()]) if numba_team.threading_layer() else 0
 
 
 @functools.cache
@@ -123,54 +131,71 @@ def _start() -> int:
     """Start helpers, or find out that Numba's threads must do; return how many threads there are, with the caller."""
     global _threads
     with forks.loading:
+        if _ended:
+            return 1
         if _threads == 0:
-            wanted = available()
+            wanted, layer = available(), None
             if wanted > 1 and _ENGINE == "helpers":
                 wanted = 1 + _start_helpers(wanted - 1)
             elif wanted > 1:
                 layer = None if forks.forked else numba_team.threading_layer()
-                wanted = wanted if layer else 1
-                team.set_word(team.LAUNCH, _launch_numba())
-            # Of what XLA's threads call: several may launch at once, which ends the process on workqueue.
-            alone = _ENGINE == "numba" and numba_team.threading_layer() == "workqueue"
-            team.set_word(team.THREADS, 1 if alone else wanted)
+                if layer is None:
+                    wanted = 1
+                else:
+                    team.set_word(team.LAUNCH, _launch_numba())
+            # XLA's threads read it: several may launch at once, which ends the process on workqueue.
+            team.set_word(team.THREADS, 1 if layer == "workqueue" else wanted)
             _threads = wanted
     return _threads
 
 
 def _start_helpers(count: int) -> int:
-    """Start helpers, and return how many there are: fewer where the system has no more threads to give."""
+    """Start helpers, and return how many there are: fewer where the system has no more threads to give.
+
+    It may be called again after an exception, such as that of Ctrl-C, which Python raises while signals are blocked or
+    unblocked: who was started is known.
+    """
     help_out = _helper()
     team.set_word(team.LAUNCH, _launch_helpers())
     c = ctypes.CDLL(None)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # helpers inherit it
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     try:
-        for worker in range(1, count + 1):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {each for each in signal.valid_signals() if _is_for_others(each)})
+        if _helpers and not _helpers[-1].value:
+            _helpers.pop()
+        for worker in range(len(_helpers) + 1, count + 1):
             c.sem_init(ctypes.c_void_p(team.semaphore(worker)), 0, 0)
             thread = ctypes.c_ulong()
-            if c.pthread_create(ctypes.byref(thread), None, ctypes.c_void_p(help_out), ctypes.c_void_p(worker)):
-                break
             _helpers.append(thread)
+            if c.pthread_create(ctypes.byref(thread), None, ctypes.c_void_p(help_out), ctypes.c_void_p(worker)):
+                _helpers.pop()
+                break
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return len(_helpers)
 
 
+def _is_for_others(number: int) -> bool:
+    return getattr(number, "name", "") not in _FAULTS
+
+
 @atexit.register
 def _stop() -> None:
     """End the helpers before Python takes away the code that they run."""
-    global _threads
-    _threads = 1
-    team.set_word(team.THREADS, 1)
-    if _helpers:
-        c = ctypes.CDLL(None)
-        team.set_word(team.STOP, 1)
-        for worker in range(1, len(_helpers) + 1):
-            team.set_word(team.SLOTS + team.SLOT * worker, 0)  # awake
-            c.sem_post(ctypes.c_void_p(team.semaphore(worker)))
-        for thread in _helpers:
-            c.pthread_join(thread, None)
-        _helpers.clear()
+    global _ended, _threads
+    with forks.loading:
+        _ended, _threads = True, 1
+        team.set_word(team.THREADS, 1)
+        if _helpers:
+            c = ctypes.CDLL(None)
+            team.set_word(team.STOP, 1)
+            for worker in range(1, len(_helpers) + 1):
+                team.set_word(team.SLOTS + team.SLOT * worker, 0)  # awake
+                c.sem_post(ctypes.c_void_p(team.semaphore(worker)))
+            for thread in _helpers:
+                if thread.value:
+                    c.pthread_join(thread, None)
+            _helpers.clear()
 
 
 def _forget() -> None:

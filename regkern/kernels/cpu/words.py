@@ -5,15 +5,17 @@ most of its compile time.
 """
 
 import ctypes
+import sys
 from typing import Any
 
 from llvmlite import binding, ir
-from numba import types
-from numba.core import config
+from numba import njit, types
+from numba.core import cgutils, config
 from numba.extending import intrinsic
 
-_WORD = ir.IntType(64)
-_TRIPLE = binding.get_process_triple()
+_WORD, _INT32, _BYTES = ir.IntType(64), ir.IntType(32), ir.IntType(8).as_pointer()
+_X86 = binding.get_process_triple().startswith("x86_64")
+_ARM = binding.get_process_triple().startswith(("aarch64", "arm64"))
 
 
 def _make_memory(numba_type: Any, llvm_type: Any, c_type: Any) -> tuple[Any, Any]:
@@ -143,16 +145,64 @@ def pause(typing_context):  # type: ignore[no-untyped-def]
     """Tell the processor that this thread waits in a loop."""
 
     def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        if _TRIPLE.startswith(("x86_64", "i686")):
-            hint = builder.module.declare_intrinsic("llvm.x86.sse2.pause", (), ir.FunctionType(ir.VoidType(), []))
-            builder.call(hint, [])
-        elif _TRIPLE.startswith(("aarch64", "arm64")):
-            number = ir.IntType(32)
-            kind = ir.FunctionType(ir.VoidType(), [number])
-            builder.call(builder.module.declare_intrinsic("llvm.aarch64.hint", (), kind), [number(1)])  # yield
+        if _X86:
+            builder.call(_intrinsic(builder, "llvm.x86.sse2.pause", ir.VoidType(), []), [])
+        elif _ARM:
+            builder.call(_intrinsic(builder, "llvm.aarch64.hint", ir.VoidType(), [_INT32]), [_INT32(1)])  # yield
         return context.get_dummy_value()
 
     return types.void(), codegen
+
+
+if sys.platform == "win32":
+    give_way = pause
+else:
+    _sched_yield = types.ExternalFunction("sched_yield", types.int32())
+
+    @njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
+    def give_way():  # type: ignore[no-untyped-def]
+        """Let the system run another thread on this core."""
+        _sched_yield()
+
+
+@intrinsic
+def floating_point_mode(typing_context):  # type: ignore[no-untyped-def]
+    """Return this thread's rounding, and whether subnormal numbers are taken as zero, as the processor has it."""
+
+    def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        if _X86:
+            place = cgutils.alloca_once(builder, _INT32)
+            builder.call(_mxcsr(builder, "st"), [builder.bitcast(place, _BYTES)])
+            return builder.zext(builder.load(place), _WORD)
+        if _ARM:
+            return builder.call(_intrinsic(builder, "llvm.aarch64.get.fpcr", _WORD, []), [])
+        return _WORD(0)
+
+    return types.intp(), codegen
+
+
+@intrinsic
+def set_floating_point_mode(typing_context, mode):  # type: ignore[no-untyped-def]
+    """Make it what another thread's is."""
+
+    def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        if _X86:
+            place = cgutils.alloca_once(builder, _INT32)
+            builder.store(builder.trunc(arguments[0], _INT32), place)
+            builder.call(_mxcsr(builder, "ld"), [builder.bitcast(place, _BYTES)])
+        elif _ARM:
+            builder.call(_intrinsic(builder, "llvm.aarch64.set.fpcr", ir.VoidType(), [_WORD]), arguments)
+        return context.get_dummy_value()
+
+    return types.void(types.intp), codegen
+
+
+def _mxcsr(builder: Any, verb: str) -> Any:
+    return _intrinsic(builder, f"llvm.x86.sse.{verb}mxcsr", ir.VoidType(), [_BYTES])
+
+
+def _intrinsic(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
+    return builder.module.declare_intrinsic(name, (), ir.FunctionType(result, arguments))
 
 
 def symbol(name: str, address: int) -> Any:

@@ -22,7 +22,7 @@ from numba.extending import intrinsic
 from regkern.dtypes import DType
 from regkern.kernels import forks, operations
 from regkern.kernels.cpu import elementwise, gram, team
-from regkern.kernels.cpu.compile import compile_function, inlined
+from regkern.kernels.cpu.compile import compile_function, inlined, inner
 from regkern.kernels.cpu.gram.gradient import mean_and_gradient
 from regkern.kernels.cpu.gram.value import sum_pairs
 from regkern.kernels.cpu.words import (
@@ -51,8 +51,8 @@ _OPERATIONS = {
     PROX: operations.PROX,
 }
 
-# Rows of (key, address): of the run of an element-wise kernel, or of the record of a Gram kernel.
-_TABLE = np.zeros((512, 2), np.int64)
+# Rows of (key, address), the last of them empty: the run of an element-wise kernel, or the record of a Gram kernel.
+_TABLE = np.zeros((1025, 2), np.int64)
 _table = symbol("regkern_xla_kernels", _TABLE.ctypes.data)
 _loading = threading.Lock()
 
@@ -92,7 +92,7 @@ def _load(name: str, address: int) -> np.int64:
     """Put a kernel into the table."""
     key = np.int64(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True))
     with _loading:
-        row = _TABLE[next(i for i, known in enumerate(_TABLE[:, 0]) if known in (0, key))]
+        row = _TABLE[next(i for i, known in enumerate(_TABLE[:-1, 0]) if known in (0, key))]
         row[1] = address
         row[0] = key  # last: a handler that is running may read the table
     return key
@@ -107,7 +107,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_lock)
 
 
-def _make_error(message: str):
+def _make_error(name: str, message: str):
     """Make ``error(frame)``, which makes an error of XLA for a handler to return."""
 
     @intrinsic
@@ -122,7 +122,7 @@ def _make_error(message: str):
 
         return types.intp(types.intp, types.intp), codegen
 
-    @inlined
+    @inner(name)
     def error(frame):
         arguments = np.zeros(4, np.int64)  # XLA_FFI_Error_Create_Args: size, extension, message, code
         arguments[0] = 28
@@ -133,9 +133,10 @@ def _make_error(message: str):
     return error
 
 
-_failed = _make_error("A regkern kernel failed: it could not allocate memory.")
+_failed = _make_error("failed", "A regkern kernel failed: it could not allocate memory.")
 _not_loaded = _make_error(
-    "A regkern kernel is not loaded in this process: the program was compiled in another; compile it here."
+    "not_loaded",
+    "A regkern kernel is not loaded in this process: the program was compiled in another; compile it here.",
 )
 
 
@@ -235,7 +236,8 @@ def _find(key):
 @inlined
 def _threads(work, least):
     """How many threads may share so much work: XLA's own threads ask, which Numba has no number for."""
-    return load_word(team.address() + team.THREADS) if work >= least else 1
+    threads = load_word(team.address() + team.THREADS) if work >= least else 1
+    return threads if threads > 1 else 1
 
 
 def _evaluate_elementwise(frame):

@@ -121,13 +121,13 @@ class Products:
     def value(self, work: int, *arguments: Any) -> float:
         """Return `value.sum_pairs` of the arguments; the work is in multiply-adds."""
         if config.DISABLE_JIT:
-            return interpreted.make_value(self._dtype)(*arguments)  # type: ignore[no-any-return]
+            return float(interpreted.make_value(self._dtype)(*arguments))
         return _value_kernel()(self.for_value, *arguments, width_for(work))  # type: ignore[no-any-return]
 
     def mean_and_gradient(self, work: int, *arguments: Any) -> float:
         """Return what `gradient.mean_and_gradient` returns of the arguments; the work is in multiply-adds."""
         if config.DISABLE_JIT:
-            return interpreted.make_value_and_gradient(self._dtype)(*arguments)  # type: ignore[no-any-return]
+            return float(interpreted.make_value_and_gradient(self._dtype)(*arguments))
         return _gradient_kernel()(self.for_gradient, *arguments, width_for(work))  # type: ignore[no-any-return]
 
     @CachedAttribute

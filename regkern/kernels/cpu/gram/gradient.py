@@ -16,7 +16,7 @@ from regkern.kernels.cpu.gram.product import micro_kernel_ir, signs_ir
 from regkern.kernels.cpu.gram.tiles import KC, group_size
 from regkern.kernels.cpu.gram.value import MULTIPLIED, PACKED
 from regkern.kernels.cpu.gram.workspace import aligned, buffer_of, zero
-from regkern.kernels.cpu.team import launch
+from regkern.kernels.cpu.team import launch, rest
 from regkern.kernels.cpu.words import (
     allocate,
     free,
@@ -24,7 +24,6 @@ from regkern.kernels.cpu.words import (
     load_shared,
     load_word,
     load_words,
-    pause,
     store_double,
     store_shared,
     store_words,
@@ -96,8 +95,10 @@ def make_sum_pairs(vec: Any, tile: Any) -> Any:
                 continue
             i = t - passed if t - passed < low else t - passed - low + r + 1
             j = (r - i) % blocks
+            waited = 0
             while load_shared(done + 8 * i) < r or load_shared(done + 8 * j) < r:
-                pause()
+                rest(waited)
+                waited += 1
             i0, j0 = i * group, j * group
             i1, j1 = min(i0 + group, count), min(j0 + group, count)
             total = load_double(sums + 8 * i) + block_pair(panels, products, d, i0, i1, j0, j1, left, right)
