@@ -153,7 +153,7 @@ def test_long_names_are_elided_by_their_middle(tmp_path, width):
     if width is None:  # a pipe has no edge
         assert [row.split()[0] for row in rows] == names
     elif width > 40:
-        assert max(map(len, lines)) <= width
+        assert max(len(line) for line in lines if not line.startswith(str(tmp_path))) <= width
     else:  # no number is cut
         assert all(
             row.split()[2:] == row_as_written.split()[2:] for row, row_as_written in zip(rows, full, strict=True)
@@ -467,8 +467,8 @@ def test_warnings_are_one_line(tmp_path):
     environment = {**os.environ, "REGKERN_CACHE_DIR": str(tmp_path / "file" / "cache")}
     result = run_process("report", "--demo", "--no-cosine", env=environment)
     assert result.returncode == 0
-    assert result.stderr.startswith("Warning: regkern cannot keep compiled kernels")
-    assert len(result.stderr.splitlines()) == 1
+    (line,) = result.stderr.replace(f"{COMPILING}\n", "").splitlines()
+    assert line.startswith("Warning: regkern cannot keep compiled kernels")
 
 
 def test_info():

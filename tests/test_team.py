@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from tests.processes import ENGINES, run
+from tests.processes import ENGINES, HEAD, run
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="helpers are for Linux")
 
@@ -108,21 +108,19 @@ print([f"{value:.2e}" for value in values])
 @linux
 def test_one_thread_where_the_system_has_no_more():
     """A thread's stack would be larger than what this process may map."""
+    huge_stacks = """
+import os, resource, sys
+if resource.getrlimit(resource.RLIMIT_STACK)[0] != 1 << 40:
+    resource.setrlimit(resource.RLIMIT_STACK, (1 << 40, resource.RLIM_INFINITY))
+    os.execv(sys.executable, sys.orig_argv)  # the limit counts from a program's start
+"""
     code = """
-import resource
 from regkern.kernels.cpu import threads
 resource.setrlimit(resource.RLIMIT_AS, (1 << 36, 1 << 36))
 value = rk.L1L2(0.1, 0.2)(x)
 print(threads.width(), value == rk.L1L2(0.1, 0.2)(x))
 """
-
-    def huge_stacks():
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_STACK, (1 << 40, resource.RLIM_INFINITY))
-
-    options = {"preexec_fn": huge_stacks}
-    assert run(code, options=options, NUMBA_NUM_THREADS="4", OPENBLAS_NUM_THREADS="1") == "1 True\n"
+    assert run(code, head=huge_stacks + HEAD, NUMBA_NUM_THREADS="4", OPENBLAS_NUM_THREADS="1") == "1 True\n"
 
 
 @pytest.mark.parametrize("value", ["tbb", "Helpers", "2"])

@@ -99,11 +99,13 @@ except OSError:
     settings = lambda: None
 before = settings()
 everything(x)
+print(settings() == before)
 numba.set_num_threads(2)
+before = settings()
 everything(x)
 print(settings() == before, numba.get_num_threads())
 """
-    assert run(code, **ENGINES[engine], NUMBA_NUM_THREADS="3") == "True 2\n"
+    assert run(code, **ENGINES[engine], NUMBA_NUM_THREADS="3") == "True\nTrue 2\n"
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -102,9 +102,17 @@ def test_arrays_that_are_refused_say_why():
 
 
 @pytest.mark.parametrize(
-    "model", [None, np.ones(3), jnp.ones(3), "text", 3, {1, 2}, iter([]), np.ones], ids=lambda each: type(each).__name__
+    "model", [None, np.ones(3), "text", 3, {1, 2}, iter([]), np.ones], ids=lambda each: type(each).__name__
 )
 def test_what_is_no_tree(model):
+    check_what_is_no_tree(model)
+
+
+def test_an_array_of_jax_is_no_tree():
+    check_what_is_no_tree(jnp.ones(3))
+
+
+def check_what_is_no_tree(model):
     for call in (PENALTY, PENALTY.per_tensor, PENALTY.bind, PENALTY.unused):
         with pytest.raises(
             TypeError, match="expected a mapping of names to arrays, or a model, or a tree of these; got "
