@@ -149,7 +149,7 @@ def rows(pattern: str, seconds: float) -> Iterator[tuple[str, str, int, dict[str
     """Measure every case in every circumstance."""
     for circumstance, (rest, processes, cpus) in CIRCUMSTANCES.items():
         for kind, size in CASES:
-            if pattern in f"{circumstance} {kind} {size}":
+            if pattern in f"{kind} {size}x{size}, {circumstance}":
                 with _beside(processes, cpus):
                     yield circumstance, kind, size, measure(kind, size, rest, seconds)
 

@@ -12,7 +12,7 @@ from bench import machine, programs
 def test_every_circumstance(circumstance, kind, tmp_path, monkeypatch):
     monkeypatch.setattr(programs, "CASES", [(kind, 20)])
     monkeypatch.setattr(programs, "REST", 0.001)
-    ((_, _, size, found),) = programs.rows(f"{circumstance} {kind}", seconds=0.0)
+    ((_, _, size, found),) = programs.rows(f"{kind} 20x20, {circumstance}", seconds=0.0)
     assert size == 20
     assert {"regkern", "one thread", "numpy"} <= found.keys()
     assert all(0 < figures["median"] <= figures["p90"] <= figures["p99"] for figures in found.values())
