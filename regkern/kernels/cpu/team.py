@@ -11,8 +11,8 @@ There is one job at a time. A caller that finds another's under way works alone,
 chunk is no matter to its result. A job is published by one word, its width and the chunks that are left, and drawn from
 by compare and swap; what else describes it is read after a draw, when it cannot end before the drawn chunks are done.
 
-Helpers look for the next job for SPIN nanoseconds, then sleep on a semaphore each, in C, without Python: idle ones cost
-nothing. They are threads of the system's, not of Python's, and block all signals.
+Helpers look for the next job for a while, then sleep on a semaphore each, in C, without Python: idle ones cost nothing.
+They are threads of the system's, not of Python's, and block signals.
 """
 
 import numpy as np
@@ -33,8 +33,10 @@ from regkern.kernels.cpu.words import (
     symbol,
 )
 
-# How long a helper looks for another job, in ns: calls that follow each other in a loop come within some microseconds.
-SPIN = 40_000
+# How long a helper looks for another job before it sleeps, in ns: as long as it has worked on the last, within these.
+# Calls that follow each other come within some microseconds, but to wake a thread takes 50 us to some ms. (With the first
+# alone, the orthogonal penalty of 1024 x 1024 took 1.4 times as long on two cores of Ice Lake: its last chunk is longer.)
+SPIN, LONGEST_SPIN = 40_000, 1_000_000
 # Work in ns, for each helper, that is worth waking it: it comes 50 to 100 us later (measured on two cores of Ice Lake).
 WAKE = 250_000
 # Work in ns, for each helper, that pays where they are awake.
@@ -193,14 +195,20 @@ def help_out(worker):
     """What a helper does from its start to its end: draw from jobs, look for the next for a while, sleep."""
     team = address()
     slot = team + SLOTS + SLOT * worker
-    since = _now(slot + _HELPER_CLOCK)
+    since, patience = _now(slot + _HELPER_CLOCK), SPIN
     while load_shared(team + STOP) == 0:
+        now = _now(slot + _HELPER_CLOCK)
         if _is_wanted(team, worker):
             draw(team, worker)
             since = _now(slot + _HELPER_CLOCK)
-        for _ in range(16):
+            patience = since - now
+            if patience < SPIN:
+                patience = SPIN
+            if patience > LONGEST_SPIN:
+                patience = LONGEST_SPIN
+        for _ in range(8):
             pause()
-        if _now(slot + _HELPER_CLOCK) - since > SPIN:
+        if now - since > patience:
             store_shared(slot, 1)
             # What was published before that is seen here; who publishes after it sees who sleeps.
             wanted = _is_wanted(team, worker) or load_shared(team + STOP) != 0
@@ -208,5 +216,5 @@ def help_out(worker):
                 _sem_wait(slot + SEMAPHORE)
                 while load_shared(slot) == 1 and load_shared(team + STOP) == 0:
                     _sem_wait(slot + SEMAPHORE)
-            since = _now(slot + _HELPER_CLOCK)
+            since, patience = _now(slot + _HELPER_CLOCK), SPIN
     return 0
