@@ -34,8 +34,8 @@ from regkern.kernels.cpu.words import (
 )
 
 # How long a helper looks for another job before it sleeps, in ns: as long as it has worked on the last, within these.
-# Calls that follow each other come within some microseconds, but to wake a thread takes 50 us to some ms. (With the first
-# alone, the orthogonal penalty of 1024 x 1024 took 1.4 times as long on two cores of Ice Lake: its last chunk is longer.)
+# Calls that follow each other come within some microseconds, but to wake a thread takes 50 us to some ms. (With the
+# first alone, the orthogonal penalty of 1024 x 1024 took 1.4 times as long on two cores of Ice Lake.)
 SPIN, LONGEST_SPIN = 40_000, 1_000_000
 # Work in ns, for each helper, that is worth waking it: it comes 50 to 100 us later (measured on two cores of Ice Lake).
 WAKE = 250_000
