@@ -54,6 +54,18 @@ def measure_first_penalties() -> Results:
     return rows
 
 
+def measure_first_uses() -> Results:
+    """CPU of whole processes that start with an empty cache, over that of one bare Numba function."""
+    rows = {}
+    for shape in ((10, 10), (1024, 1024)):
+        for use, seconds in process.compare_first_uses(shape, rounds=5).items():
+            if use != "report --demo" or shape == (10, 10):
+                where = "" if use == "report --demo" else f", {'x'.join(map(str, shape))}"
+                row = seconds | {"measured": process.ratio(seconds, "bare")}
+                rows[f"first use, empty cache, CPU, {use}{where} / bare Numba"] = row
+    return rows
+
+
 def measure_memory() -> Results:
     """Peaks of memory beyond the input."""
     rows = {}
@@ -130,6 +142,7 @@ def measure_dask() -> Results:
 CHECKS: dict[str, Callable[[], Results]] = {
     "import": measure_imports,
     "first penalty": measure_first_penalties,
+    "first use": measure_first_uses,
     "memory": measure_memory,
     "gram memory": measure_gram_memory,
     "mapped file": measure_mapped_file,

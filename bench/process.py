@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -200,6 +201,42 @@ def compare_first_penalties(shape: tuple[int, int], rounds: int) -> dict[str, fl
         }
         samples = [[_seconds(lambda s=script: _python(s)) for script in runs.values()] for _ in range(rounds + 1)]
     return dict(zip(runs, map(statistics.median, zip(*samples[1:], strict=True)), strict=True))
+
+
+_FIRST_USES = {
+    "value": _FIRST_PENALTY,
+    "value, then value_and_grad and prox": _FIRST_PENALTY
+    + "rk.L1L2(1e-5, 1e-4).value_and_grad(x), rk.L1L2(1e-5, 1e-4).prox(x, 0.1)\n",
+    "report --demo": "import sys\nsys.argv = ['regkern', 'report', '--demo']\n"
+    "from regkern.__main__ import main\nmain()\n",
+}
+
+
+def compare_first_uses(shape: tuple[int, int], rounds: int) -> dict[str, dict[str, float]]:
+    """Return median seconds of CPU of whole processes that compile all that they use; the bare function is not kept."""
+    bare = _BARE_NUMBA.format(shape=shape, options="parallel=False").replace("cache=True, ", "")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "bare.py")
+        path.write_text(bare)
+        bare_seconds = statistics.median(
+            _cpu_seconds(f"import sys; sys.path.insert(0, {folder!r}); import bare") for _ in range(rounds)
+        )
+    found = {}
+    for name, script in _FIRST_USES.items():
+        samples = []
+        for _ in range(rounds):
+            with tempfile.TemporaryDirectory() as folder:
+                samples.append(_cpu_seconds(script.format(shape=shape), REGKERN_CACHE_DIR=folder))
+        found[name] = {"regkern": statistics.median(samples), "bare": bare_seconds}
+    return found
+
+
+def _cpu_seconds(script: str, **environment: str) -> float:
+    """Seconds of CPU that a fresh process takes."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    _python(script, **environment)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def peak_kib(setup: str, shape: tuple[int, int], prepare: str = "", warm: tuple[int, int] = (1024, 1024)) -> int:

@@ -28,7 +28,7 @@ REST = 0.03  # seconds: what a training step looks like to a penalty
 BUSY = "while True: pass"
 
 # What is called, and on matrices of which sizes.
-CASES = [("value", 300), ("value", 1024), ("value", 4096), ("accumulate", 1024), ("orthogonal", 300)]
+CASES = [(kind, size) for kind in ("value", "accumulate", "orthogonal") for size in (300, 1024, 4096)]
 # Seconds of sleep before each call, how many other processes are busy, how many CPUs this one may run on.
 CIRCUMSTANCES = {
     "back to back": (0.0, 0, None),
@@ -125,13 +125,14 @@ def measure(kind: str, size: int, rest: float, seconds: float) -> dict[str, dict
     names = [*calls, "one thread"]
     samples: dict[str, list[float]] = {name: [] for name in names}
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or min(map(len, samples.values())) < 40:
+    least = 40 if size < 4096 or kind == "value" else 5  # some take seconds
+    while time.perf_counter() < end or min(map(len, samples.values())) < least:
         random.shuffle(names)
         for name in names:
             numba.set_num_threads(1 if name == "one thread" else most)
             call = calls["regkern" if name == "one thread" else name]
             call()
-            count = 10 if rest or size > 2000 else 40
+            count = min(least, 10 if rest or size > 2000 else 40)
             samples[name] += _sample(call, rest, count)
             time.sleep(0.0 if rest else 0.02)  # other libraries' threads spin for a while after their work
     numba.set_num_threads(most)

@@ -22,6 +22,11 @@ def test_first_penalty(benchmark, smoke, shape):
     benchmark.extra_info.update(seconds)
 
 
+def test_first_uses(benchmark, smoke):
+    uses = benchmark.pedantic(process.compare_first_uses, ((10, 10), 1 if smoke else 5), rounds=1)
+    benchmark.extra_info.update(uses)
+
+
 @pytest.mark.parametrize("backend", FIT)
 def test_fit_step(benchmark, smoke, backend):
     benchmark.group = f"Keras step on {backend}"
