@@ -311,11 +311,8 @@ def _flat(run, itemsize, x, out, n, a, b, width):
 
 
 def _strided(run, x, out, layout, dims, a, b, width):
-    task, elements = (
-        load_word(team.address() + team.SUM_CHUNKS),
-        count_rows(layout, dims) * load_word(layout + 8 * dims - 8),
-    )
-    chunks = count_chunks(layout, dims)
+    task, chunks = load_word(team.address() + team.SUM_CHUNKS), count_chunks(layout, dims)
+    elements = count_rows(layout, dims) * load_word(layout + 8 * dims - 8)
     found, sum0, sum1 = evaluate(task, run, x, out, layout, dims, a, b, chunks, elements, width)
     if not found:
         raise MemoryError
