@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from regkern import reductions
-from regkern.regularizers import ElementwiseRegularizer, OrthogonalRegularizer
+from regkern import reductions, summands
 
 if TYPE_CHECKING:
     from regkern.arrays.adapter import Adapter
@@ -54,8 +53,8 @@ class Tensors:
         self._recorded = recorded
         groups: dict[Any, list[tuple[int, reductions.Reading]]] = {}
         for i in self._counted(arrays, count_tied):
-            elementwise = isinstance(self._regularizers[i], ElementwiseRegularizer)
-            reading = reductions.reading(arrays[i], recorded=recorded) if elementwise else None
+            planned = _planned(self._regularizers[i]) is not None
+            reading = reductions.reading(arrays[i], recorded=recorded) if planned else None
             if reading is None:
                 self._others.append(i)
             else:
@@ -175,7 +174,7 @@ class Tensors:
         """Replace each array by its proximal operator's result, once all are found to be right."""
         self._need("prox")
         for i in self._evaluated():
-            if not _has_prox(self._regularizers[i]):
+            if not summands.has_prox(getattr(self._regularizers[i], "_summands", ())):
                 raise TypeError(
                     f"{self._names[i]}: expected a regularizer with a proximal operator; "
                     f"got {self._regularizers[i]!r}; give this name None by a rule, and use its gradient."
@@ -198,7 +197,7 @@ class Tensors:
 
     def _penalties(self) -> list[Weighted]:
         """Return what the plans evaluate; nothing where a factor is an array that a library differentiates."""
-        return reductions.weighted([each._factors for each in self._distinct], recorded=self._recorded)
+        return summands.weighted([_planned(each) for each in self._distinct], recorded=self._recorded)
 
     def _need(self, method: str) -> None:
         for i in self._others:
@@ -213,10 +212,10 @@ class Tensors:
             return getattr(self._regularizers[i], method)(*arguments, **keywords)
 
 
-def _has_prox(regularizer: Any) -> bool:
-    if isinstance(regularizer, ElementwiseRegularizer):
-        return regularizer._factors.formula.prox is not None
-    return not isinstance(regularizer, OrthogonalRegularizer)
+def _planned(regularizer: Any) -> Any:
+    """Return the one term of elements, with its parameters, that a plan can evaluate; None for other penalties."""
+    parts = getattr(regularizer, "_summands", ())
+    return parts[0] if len(parts) == 1 and summands.is_elementwise(parts[0]) else None
 
 
 def _taken(arrays: Sequence[Any], indices: Sequence[int]) -> Sequence[Any]:

@@ -17,8 +17,10 @@ class Factor:
     It is a float, or a 0-d array, tensor, variable or tracer, whose value counts whenever a penalty is evaluated.
     """
 
-    def __init__(self, default: float) -> None:
-        self._default = default
+    def __init__(self, default: float, above: float | None = None) -> None:
+        """Say what None stands for, and of a shape parameter what it is above."""
+        self._default, self._above = default, above
+        self._expected = "a non-negative float" if above is None else f"a float above {above:g}"
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
@@ -32,16 +34,19 @@ class Factor:
         seen: float | None = factor
         if factor != factor and reductions.is_number(value):
             factor, seen = value, reductions.held(value)
-        if seen is not None and not 0.0 <= seen < math.inf:
+        if seen is not None and not (self._is_large_enough(seen) and seen < math.inf):
             raise ValueError(
-                f"Invalid value for argument {self._name}: expected a non-negative float. "
+                f"Invalid value for argument {self._name}: expected {self._expected}. "
                 f"Received: {self._name}={shown(value)}"
             )
         state = vars(instance)
-        before = state.pop("_factors", None)
-        if before is not None and before.captured and state[self._name] is not factor:
+        before = state.pop("_summands", None)
+        if before is not None and any(each.captured for each in before) and state[self._name] is not factor:
             self._warn(state[self._name], factor)
         state[self._name] = factor
+
+    def _is_large_enough(self, value: float) -> bool:
+        return value >= 0.0 if self._above is None else value > self._above
 
     def _warn(self, old: Any, new: Any) -> None:
         warnings.warn(
@@ -69,3 +74,4 @@ class Choice:
     def __set__(self, instance: object, value: Any) -> None:
         self._check(value)
         vars(instance)[self._name] = value
+        vars(instance).pop("_summands", None)

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from regkern.dtypes import DTYPES
-from regkern.reductions import check_rank, zero_and_nonfinite_counts
-from regkern.regularizers import L1L2, ElementwiseRegularizer, OrthogonalRegularizer
+from regkern.reductions import zero_and_nonfinite_counts
+from regkern.regularizers import L1L2, OrthogonalRegularizer, PenaltyRegularizer
 from regkern.rows import Report, Row, Way
 from regkern.rules import RuleError, Rules
 from regkern.text import quoted
@@ -182,7 +182,7 @@ def _row_or_error(tensor: Tensor, job: _Job, stamp: tuple[int, int, int]) -> Row
 def _evaluated(tensor: Tensor, job: _Job, penalised: bool) -> dict[str, Any]:
     """Return what a row holds of a tensor that kernels evaluate."""
     glob, regularizer = job.rules.find(tensor.name) if penalised else (None, None)
-    elementwise = regularizer if isinstance(regularizer, ElementwiseRegularizer) else None
+    elementwise = regularizer if getattr(regularizer, "_pieces", None) == "any" else None
     over = _cosine_over(tensor, job)
     whole = over is not None or job.report.comparison or regularizer is not elementwise
     assert tensor.elements is not None
@@ -294,7 +294,7 @@ def _cosine(over: str, matrix: _Matrix) -> Any:
     return _COSINE(x.reshape(len(x), -1)) if over == FIRST else _COLUMNS(x.reshape(-1, x.shape[-1]))
 
 
-def _partials(piece: Array, regularizer: ElementwiseRegularizer | None, report: Report) -> Array:
+def _partials(piece: Array, regularizer: Any, report: Report) -> Array:
     """Return, of a piece, what is added over pieces: counts of zeros and of NaN, both sums, a penalty's two terms."""
     counts = zero_and_nonfinite_counts(piece)  # first, so that the sums below are timed in memory
     started = time.perf_counter()
@@ -311,9 +311,10 @@ def _sums(x: Array) -> tuple[float, float]:
 
 def _whole_penalty(regularizer: Any, matrix: _Matrix) -> Any:
     """Return the penalty, of a large matrix by pairs of blocks: memory is two blocks, whatever its size."""
-    if not isinstance(regularizer, OrthogonalRegularizer) or regularizer.leading_axes == "batch":
+    pieces = getattr(regularizer, "_pieces", None)
+    if pieces is None:
         return regularizer(matrix.whole())
-    axis = -1 if regularizer.mode == "columns" else 0
+    axis = -1 if pieces == "columns" else 0
     parts = list(_parts(matrix, axis))
     if len(parts) < 2:
         return regularizer(matrix.whole())
@@ -345,9 +346,9 @@ def _parts(x: _Matrix, axis: int) -> Iterator[slice]:
 def _check_ranks(tensors: Iterable[Tensor], rules: Rules) -> None:
     for tensor in tensors:
         glob, regularizer = rules.find(tensor.name)
-        if isinstance(regularizer, OrthogonalRegularizer) and tensor.evaluated and not tensor.state:
+        if isinstance(regularizer, PenaltyRegularizer) and tensor.evaluated and not tensor.state:
             try:
-                check_rank(tensor.shape, regularizer.leading_axes)
+                regularizer._check_shape(tensor.shape)
             except ValueError as error:
                 raise RuleError(
                     f"rule '{glob}': {tensor.name}: {error}; "

@@ -13,18 +13,18 @@ from contextvars import ContextVar, Token
 from types import ModuleType, TracebackType
 from typing import Any, Self, TypeVar
 
-from regkern.regularizers import L1, L1L2, L2, GroupLasso, OrthogonalRegularizer, Regularizer, l1_l2
+from regkern.regularizers import FAMILY, L1, L1L2, L2, OrthogonalRegularizer, Regularizer, l1_l2
 
 T = TypeVar("T")
 
-# Classes by their lower-case names: those that Keras has as well, and all. A new one has a line in the second table.
+# Classes by their lower-case names: those that Keras has as well, and all.
 KERAS_CLASSES: dict[str, type[Regularizer]] = {
     "l1": L1,
     "l2": L2,
     "l1l2": L1L2,
     "orthogonal_regularizer": OrthogonalRegularizer,
 }
-BUILT_IN: dict[str, type[Regularizer]] = {**KERAS_CLASSES, "group_lasso": GroupLasso}
+BUILT_IN: dict[str, type[Regularizer]] = {**KERAS_CLASSES, **FAMILY}
 
 # What the class_name of a config stands for.
 _CLASSES: dict[str, type[Regularizer]] = {

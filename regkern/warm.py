@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from regkern.dtypes import DTYPES
-from regkern.regularizers import ElementwiseRegularizer, GroupLasso, OrthogonalRegularizer
+from regkern.regularizers import PenaltyRegularizer
 from regkern.serialization import get
 
 
@@ -39,7 +39,7 @@ def warmup(
     """
     regularizers, dtypes = [get(identifier) for identifier in regularizers], list(dtypes)
     for regularizer in regularizers:
-        if not isinstance(regularizer, ElementwiseRegularizer | OrthogonalRegularizer | GroupLasso):
+        if not isinstance(regularizer, PenaltyRegularizer):
             raise ValueError(
                 f"regularizers: expected regkern's own; got {regularizer!r}, which has no kernels; leave it out."
             )
@@ -49,13 +49,7 @@ def warmup(
     from regkern.kernels.cpu import warm  # brings Numba
 
     count = warm.compile_shared()
-    formulas = {each._factors.formula for each in regularizers if isinstance(each, ElementwiseRegularizer)}
-    orthogonal = any(isinstance(each, OrthogonalRegularizer) for each in regularizers)
-    groups = any(isinstance(each, GroupLasso) for each in regularizers)
+    terms = {summand.term for each in regularizers for summand in each._summands}
     for dtype in dict.fromkeys(dtypes):
-        count += sum(warm.compile_elementwise(formula, DTYPES[dtype]) for formula in formulas)
-        if orthogonal:
-            count += warm.compile_gram(DTYPES[dtype])
-        if groups:
-            count += warm.compile_groups(DTYPES[dtype])
+        count += warm.compile_terms(terms, DTYPES[dtype])
     return count

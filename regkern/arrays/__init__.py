@@ -23,7 +23,7 @@ _LIBRARIES = {
     "keras": "regkern.arrays.keras",
     "flax": "regkern.arrays.flax",
     "equinox": "regkern.arrays.equinox",
-    "torch.distributed.tensor": "regkern.arrays.dtensor",
+    "torch.distributed.tensor": "regkern.arrays.torch.dtensor",
     "torch": "regkern.arrays.torch",
     "jax": "regkern.arrays.jax",
     "cupy": "regkern.arrays.cupy",

@@ -1,4 +1,4 @@
-"""What regkern asks of an array library: one method per thing that a regularizer can do with an array."""
+"""What regkern asks of an array library: to run an operation, and what its arrays and models are."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from regkern.arrays.layout import View
-from regkern.kernels.formulas import Formula
-from regkern.kernels.operations import ADD_GRADIENT, GRADIENT, PROX, Operation
+from regkern.terms import ELEMENTS, Operation, Parameters, Products, Term
 
 if TYPE_CHECKING:
     from regkern.arrays.host import HostAdapter
@@ -18,10 +17,8 @@ if TYPE_CHECKING:
 class Adapter(ABC):
     """Evaluates penalties of one library's arrays.
 
-    An element-wise penalty is a formula with its two factors; the orthogonal one a factor, whether columns are meant
-    instead of rows, and whether the axes before the last are flattened into one, where there are more than two. Ranks
-    and options have been checked before, arrays have not. A library whose arrays lie in the host's memory derives from
-    `HostAdapter`, one that brings its own operations from `OperationsAdapter`.
+    Ranks and options have been checked before, arrays have not. A library whose arrays lie in the host's memory derives
+    from `HostAdapter`, one that brings its own operations from `ExpressionsAdapter`.
 
     Attributes:
         records_plans: whether there is `record`; else arrays that the library tracks are called one by one.
@@ -37,6 +34,30 @@ class Adapter(ABC):
     @abstractmethod
     def owns(self, array_type: type) -> bool:
         """Whether arrays of this type belong to the library."""
+
+    @abstractmethod
+    def run(self, operation: Operation, term: Term, p: Parameters, x: Any, out: Any = None) -> tuple[Any, Any]:
+        """Do one operation with a term and an array.
+
+        Args:
+            operation: what to do.
+            term: the penalty.
+            p: its parameters, the factors times a scale or a step.
+            x: the array.
+            out: where to write, or to add; None makes a new array.
+
+        Returns:
+            What is summed: the penalty, a 0-d scalar of the library; or two of them; or, as partial sums, unrounded, an
+            array of two in float64 where there is that. None where the operation does not sum. And what was written,
+            `out` or a new array; None where the operation does not write.
+        """
+
+    def between(self, term: Term, x: Any, other: Any) -> Any:
+        """Return the sum of products of one row of x and one of other's, single matrices; in float64."""
+        held, held_other = self.on_host(x), self.on_host(other)
+        if held is None or held_other is None:
+            raise no_partial(x)
+        return held[0].between(term, held[1], held_other[1])
 
     def on_host(self, x: Any) -> tuple[HostAdapter, Any] | None:
         """Return the host adapter that can read x's memory now, and x as that adapter takes it; None where none can."""
@@ -71,7 +92,7 @@ class Adapter(ABC):
         return None
 
     def expressions(self) -> Adapter | None:
-        """Return an adapter whose methods take 0-d arrays of the library for factors; None where there is none."""
+        """Return an adapter whose methods take 0-d arrays of the library for parameters; None where there is none."""
         return None
 
     def record(self, plan: Plan, penalties: Sequence[Weighted], arrays: Sequence[Any]) -> Any:
@@ -88,75 +109,6 @@ class Adapter(ABC):
     def look(self, model: Any) -> Callable[[], Iterable[Any]]:
         """Return a function that gives what a model holds now: other objects when an array of it was replaced."""
         return lambda: [each for _, each in self.named_arrays(model) or ()]
-
-    @abstractmethod
-    def penalty(self, formula: Formula, a: float, b: float, x: Any) -> Any:
-        """Return ``a * sum0 + b * sum1``, the formula's two sums over x, as a 0-d scalar of the library."""
-
-    @abstractmethod
-    def sums(self, formula: Formula, x: Any) -> tuple[Any, Any]:
-        """Return the formula's two sums as 0-d scalars of the library."""
-
-    @abstractmethod
-    def partial(self, formula: Formula, x: Any) -> Any:
-        """Return the formula's two sums over a piece of an array, unrounded: a float64 array of two where there is one.
-
-        Partial sums are added, and the sum belongs to all pieces together.
-        """
-
-    @abstractmethod
-    def value_and_grad(self, formula: Formula, a: float, b: float, x: Any) -> tuple[Any, Any]:
-        """Return the penalty and its gradient, a new array."""
-
-    @abstractmethod
-    def grad(self, formula: Formula, a: float, b: float, x: Any, out: Any, accumulate: bool) -> Any:
-        """Write the gradient to out, or add it, and return out; a new array where out is None."""
-
-    @abstractmethod
-    def prox(self, formula: Formula, a: float, b: float, x: Any, out: Any) -> Any:
-        """Write the proximal operator's result to out and return it; a new array where out is None."""
-
-    @abstractmethod
-    def orthogonal(self, factor: float, x: Any, *, columns: bool, flatten: bool) -> Any:
-        """Return factor times the mean |cosine| over pairs of rows, or columns, summed over a batch of matrices."""
-
-    @abstractmethod
-    def orthogonal_value_and_grad(self, factor: float, x: Any, *, columns: bool, flatten: bool) -> tuple[Any, Any]:
-        """Return the orthogonal penalty and its gradient, a new array."""
-
-    @abstractmethod
-    def orthogonal_grad(
-        self, factor: float, x: Any, out: Any, *, columns: bool, flatten: bool, accumulate: bool
-    ) -> Any:
-        """Write the orthogonal penalty's gradient to out, or add it, and return out; a new array where out is None."""
-
-    def group_lasso(self, operation: Operation, factor: float, x: Any, out: Any, *, columns: bool) -> tuple[Any, Any]:
-        """Run one operation of the group lasso: factor times the sum of the norms of x's rows, or columns.
-
-        A row is what one index of the first axis selects, a column what one of the last does.
-
-        Returns:
-            The penalty, or None where the operation does not sum; and `out`, or a new array where that is None, or None
-            where the operation does not write.
-        """
-        raise NotImplementedError(
-            "x: expected an array of NumPy, PyTorch, JAX, TensorFlow or Keras for the group lasso; "
-            f"got {type(x).__module__}.{type(x).__name__}; convert it first."
-        )
-
-    def cosine_sum(self, x: Any, other: Any, *, columns: bool, flatten: bool) -> Any:
-        """Return the sum of |cosine| over pairs of rows, or columns, of x, summed over a batch of matrices; in float64.
-
-        Where other is an array, the pairs are of one row of x and one of other's, and both are single matrices.
-        """
-        held, held_other = self.on_host(x), None if other is None else self.on_host(other)
-        if held is not None and (other is None or held_other is not None):
-            adapter, array = held
-            return adapter.cosine_sum(array, held_other and held_other[1], columns=columns, flatten=flatten)
-        raise NotImplementedError(
-            f"x: expected an array in the host's memory for partial sums of cosines; got {type(x).__name__}; "
-            "call the regularizer itself."
-        )
 
     def beside(self, value: Any, other: Any) -> Any:
         """Return a 0-d scalar of the library on the device of another scalar, so that they can be added."""
@@ -211,37 +163,29 @@ class KernelAdapter(Adapter):
     def check_out(self, x: Any, out: Any) -> None:
         """Raise TypeError or ValueError unless `out` can take an element-wise result of x."""
 
-    @abstractmethod
-    def run(self, operation: Operation, formula: Formula, a: float, b: float, x: Any, out: Any) -> Any:
-        """Run one operation from x to out, which is x where nothing is written, and return what it sums."""
-
     def wrote(self, out: Any) -> None:
         """Tell the library that a kernel has written to an array, where it wants to know."""
         return None
 
-    def grad(self, formula: Formula, a: float, b: float, x: Any, out: Any, accumulate: bool) -> Any:
-        return self._map(ADD_GRADIENT if accumulate else GRADIENT, formula, a, b, x, out)
-
-    def prox(self, formula: Formula, a: float, b: float, x: Any, out: Any) -> Any:
-        return self._map(PROX, formula, a, b, x, out)
-
-    def _map(self, operation: Operation, formula: Formula, a: float, b: float, x: Any, out: Any) -> Any:
-        out = self._target(x, out)
-        self.run(operation, formula, a, b, x, out)
-        return out
-
-    def _target(self, x: Any, out: Any) -> Any:
-        if out is None:
-            return self.empty_like(x)
-        self.check_out(x, out)
-        return out
-
-    def _flat(self, x: Any, flatten: bool, *, copy: bool = True) -> Any:
-        return self.flatten_leading(x, copy=copy) if flatten and len(x.shape) > 2 else x
+    def matrices(self, view: Products, x: Any, *, copy: bool = True) -> Any:
+        """Return x with the axes before the last merged where that is asked for; it may be a copy, to be kept alive."""
+        return self.flatten_leading(x, copy=copy) if view.flatten and len(x.shape) > 2 else x
 
 
 class ChoosingAdapter(Adapter):
     """Hands each array on to another adapter, which depends on more than its type."""
+
+    @abstractmethod
+    def choose(self, x: Any) -> tuple[Adapter, Any]:
+        """Return the adapter for an array, and what to give to it."""
+
+    def run(self, operation: Operation, term: Term, p: Parameters, x: Any, out: Any = None) -> tuple[Any, Any]:
+        adapter, x = self.choose(x)
+        return adapter.run(operation, term, p, x, out)
+
+    def between(self, term: Term, x: Any, other: Any) -> Any:
+        adapter, x = self.choose(x)
+        return adapter.between(term, x, self.choose(other)[1])
 
     def tracks(self, x: Any) -> bool:
         adapter, x = self.choose(x)
@@ -255,61 +199,26 @@ class ChoosingAdapter(Adapter):
         adapter, x = self.choose(x)
         return adapter.number(number, x)
 
-    @abstractmethod
-    def choose(self, x: Any) -> tuple[Adapter, Any]:
-        """Return the adapter for an array, and what to give to it."""
-
-    def penalty(self, formula: Formula, a: float, b: float, x: Any) -> Any:
-        adapter, x = self.choose(x)
-        return adapter.penalty(formula, a, b, x)
-
-    def sums(self, formula: Formula, x: Any) -> tuple[Any, Any]:
-        adapter, x = self.choose(x)
-        return adapter.sums(formula, x)
-
-    def partial(self, formula: Formula, x: Any) -> Any:
-        adapter, x = self.choose(x)
-        return adapter.partial(formula, x)
-
-    def value_and_grad(self, formula: Formula, a: float, b: float, x: Any) -> tuple[Any, Any]:
-        adapter, x = self.choose(x)
-        return adapter.value_and_grad(formula, a, b, x)
-
-    def grad(self, formula: Formula, a: float, b: float, x: Any, out: Any, accumulate: bool) -> Any:
-        adapter, x = self.choose(x)
-        return adapter.grad(formula, a, b, x, out, accumulate)
-
-    def prox(self, formula: Formula, a: float, b: float, x: Any, out: Any) -> Any:
-        adapter, x = self.choose(x)
-        return adapter.prox(formula, a, b, x, out)
-
-    def orthogonal(self, factor: float, x: Any, *, columns: bool, flatten: bool) -> Any:
-        adapter, x = self.choose(x)
-        return adapter.orthogonal(factor, x, columns=columns, flatten=flatten)
-
-    def orthogonal_value_and_grad(self, factor: float, x: Any, *, columns: bool, flatten: bool) -> tuple[Any, Any]:
-        adapter, x = self.choose(x)
-        return adapter.orthogonal_value_and_grad(factor, x, columns=columns, flatten=flatten)
-
-    def orthogonal_grad(
-        self, factor: float, x: Any, out: Any, *, columns: bool, flatten: bool, accumulate: bool
-    ) -> Any:
-        adapter, x = self.choose(x)
-        return adapter.orthogonal_grad(factor, x, out, columns=columns, flatten=flatten, accumulate=accumulate)
-
-    def group_lasso(self, operation: Operation, factor: float, x: Any, out: Any, *, columns: bool) -> tuple[Any, Any]:
-        adapter, x = self.choose(x)
-        return adapter.group_lasso(operation, factor, x, out, columns=columns)
-
-    def cosine_sum(self, x: Any, other: Any, *, columns: bool, flatten: bool) -> Any:
-        adapter, x = self.choose(x)
-        if other is not None:
-            _, other = self.choose(other)
-        return adapter.cosine_sum(x, other, columns=columns, flatten=flatten)
-
     def over_batch(self, penalty: Any, x: Any) -> Any:
         adapter, x = self.choose(x)
         return adapter.over_batch(penalty, x)
+
+
+def no_partial(x: Any) -> NotImplementedError:
+    """Return the error that says that there are no partial sums of cosines."""
+    return NotImplementedError(
+        f"x: expected an array in the host's memory for partial sums of cosines; got {type(x).__name__}; "
+        "call the regularizer itself."
+    )
+
+
+def no_view(term: Term, x: Any) -> NotImplementedError:
+    """Return the error that says that a library has no way to evaluate a penalty."""
+    what = "a penalty of elements" if term.view is ELEMENTS else "the group lasso" if hasattr(term.view, "axes") else ""
+    return NotImplementedError(
+        f"x: expected an array of NumPy, PyTorch, JAX, TensorFlow or Keras for {what or 'the orthogonal penalty'}; "
+        f"got {type(x).__module__}.{type(x).__name__}; convert it first."
+    )
 
 
 def require(library: str, version: str, lowest: tuple[int, int]) -> None:

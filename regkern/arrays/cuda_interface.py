@@ -14,7 +14,7 @@ import numpy as np
 from regkern.arrays.adapter import Adapter
 from regkern.kernels.cuda.compile import from_interface, is_numba_array
 from regkern.kernels.cuda.driver import driver
-from regkern.kernels.formulas import Formula
+from regkern.terms import SUMS, Operation, Parameters, Term
 
 try:
     import cupy
@@ -33,50 +33,14 @@ class CudaInterfaceAdapter(Adapter):
     def owns(self, array_type: type) -> bool:
         return hasattr(array_type, "__cuda_array_interface__")
 
-    def penalty(self, formula: Formula, a: float, b: float, x: Any) -> Any:
+    def run(self, operation: Operation, term: Term, p: Parameters, x: Any, out: Any = None) -> tuple[Any, Any]:
         with _stream_of(x):
-            return _like(x, CUPY.penalty(formula, a, b, _view(x)))
-
-    def sums(self, formula: Formula, x: Any) -> tuple[Any, Any]:
-        with _stream_of(x):
-            sum0, sum1 = CUPY.sums(formula, _view(x))
-            return _like(x, sum0), _like(x, sum1)
-
-    def partial(self, formula: Formula, x: Any) -> Any:
-        with _stream_of(x):
-            return _like(x, CUPY.partial(formula, _view(x)))
-
-    def value_and_grad(self, formula: Formula, a: float, b: float, x: Any) -> tuple[Any, Any]:
-        with _stream_of(x):
-            value, gradient = CUPY.value_and_grad(formula, a, b, _view(x))
-            return _like(x, value), _like(x, gradient)
-
-    def grad(self, formula: Formula, a: float, b: float, x: Any, out: Any, accumulate: bool) -> Any:
-        with _stream_of(x):
-            gradient = CUPY.grad(formula, a, b, _view(x), _view_out(out), accumulate)
-            return _like(x, gradient) if out is None else out
-
-    def prox(self, formula: Formula, a: float, b: float, x: Any, out: Any) -> Any:
-        with _stream_of(x):
-            result = CUPY.prox(formula, a, b, _view(x), _view_out(out))
-            return _like(x, result) if out is None else out
-
-    def orthogonal(self, factor: float, x: Any, *, columns: bool, flatten: bool) -> Any:
-        with _stream_of(x):
-            return _like(x, CUPY.orthogonal(factor, _view(x), columns=columns, flatten=flatten))
-
-    def orthogonal_value_and_grad(self, factor: float, x: Any, *, columns: bool, flatten: bool) -> tuple[Any, Any]:
-        with _stream_of(x):
-            value, gradient = CUPY.orthogonal_value_and_grad(factor, _view(x), columns=columns, flatten=flatten)
-            return _like(x, value), _like(x, gradient)
-
-    def orthogonal_grad(
-        self, factor: float, x: Any, out: Any, *, columns: bool, flatten: bool, accumulate: bool
-    ) -> Any:
-        options = {"columns": columns, "flatten": flatten, "accumulate": accumulate}
-        with _stream_of(x):
-            gradient = CUPY.orthogonal_grad(factor, _view(x), _view_out(out), **options)
-            return _like(x, gradient) if out is None else out
+            value, written = CUPY.run(operation, term, p, _view(x), _view_out(out))
+            if operation is SUMS:
+                value = tuple(_like(x, each) for each in value)
+            elif value is not None:
+                value = _like(x, value)
+            return value, out if out is not None or written is None else _like(x, written)
 
 
 def _view(x: Any) -> Any:

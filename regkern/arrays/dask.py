@@ -15,14 +15,16 @@ import numpy as np
 from dask.array.utils import meta_from_array
 
 from regkern.arrays import ADAPTERS
-from regkern.arrays.adapter import Adapter, require
+from regkern.arrays.adapter import Adapter, no_partial, require
 from regkern.arrays.numpy import dtype_of
-from regkern.kernels.formulas import Formula
+from regkern.formulas import ABS
+from regkern.terms import GRADIENT, NONE, PARTIAL, PROX, SUMS, Norms, Operation, Parameters, Products, Term
 
 require("dask", dask.__version__, (2025, 1))
 
 # Partial sums that one task adds.
 _SPLIT = 16
+_COSINES = Term(ABS, Products())
 
 _Finish = Callable[[Any], Any]
 
@@ -40,54 +42,62 @@ class DaskAdapter(Adapter):
     def number(self, number: Any, x: Any) -> Any:
         return number.astype(_result(x)) if isinstance(number, da.Array) else None
 
-    def penalty(self, formula: Formula, a: float, b: float, x: Any) -> Any:
-        return _reduce(x, functools.partial(_sums, formula), functools.partial(_weigh, a, b))
+    def run(self, operation: Operation, term: Term, p: Parameters, x: Any, out: Any = None) -> tuple[Any, Any]:
+        dtype_of(x.dtype)
+        if operation.writes:
+            _refuse_out(out)
+        if isinstance(term.view, Products):
+            return self._products(operation, term, p, x)
+        pieces = x
+        if isinstance(term.view, Norms):  # no group is divided
+            pieces = x.rechunk(dict.fromkeys(term.view.summed(x.ndim), -1))
+        written = None
+        if operation.writes:
+            kind = PROX if operation.writes == "prox" else GRADIENT
+            written = _map(pieces, functools.partial(_written, kind, term, p)).rechunk(x.chunks)
+        return self._summed(operation, term, p, pieces), written
 
-    def sums(self, formula: Formula, x: Any) -> tuple[Any, Any]:
-        sums = functools.partial(_sums, formula)  # the same name in both graphs, so each chunk is read once
-        return _reduce(x, sums, operator.itemgetter(0)), _reduce(x, sums, operator.itemgetter(1))
+    def _summed(self, operation: Operation, term: Term, p: Parameters, x: Any) -> Any:
+        if not operation.sums:
+            return None
+        sums = functools.partial(_sums, term, p)  # the same name in all graphs, so each chunk is read once
+        if operation is SUMS:
+            return tuple(_reduce(x, sums, operator.itemgetter(i)) for i in range(2))
+        if operation is PARTIAL:
+            return da.stack([_reduce(x, sums, operator.itemgetter(i), "float64") for i in range(2)])
+        return _reduce(x, sums, functools.partial(_weigh, *p[:2]))
 
-    def partial(self, formula: Formula, x: Any) -> Any:
-        sums = functools.partial(_sums, formula)
-        return da.stack([_reduce(x, sums, operator.itemgetter(i), "float64") for i in range(2)])
+    def _products(self, operation: Operation, term: Term, p: Parameters, x: Any) -> tuple[Any, Any]:
+        view = term.view
+        assert isinstance(view, Products)
+        if operation is PARTIAL:
+            raise no_partial(x)
+        matrices = _matrices(x, view.flatten)
+        value = written = None
+        if operation is SUMS:
+            value = tuple(self._mean(term, (*factors, *p[2:]), matrices) for factors in ((1.0, 0.0), (0.0, 1.0)))
+        elif operation.sums:
+            value = self._mean(term, p, matrices)
+        if operation.writes:
+            if matrices.ndim > 2:
+                gradient = _map(_whole(matrices), functools.partial(_written, GRADIENT, term, p))
+            elif view.columns:
+                gradient = _gradient_of_rows(p[0], matrices.T).T
+            else:
+                gradient = _gradient_of_rows(p[0], matrices)
+            written = gradient.reshape(x.shape).rechunk(x.chunks)
+        return value, written
 
-    def value_and_grad(self, formula: Formula, a: float, b: float, x: Any) -> tuple[Any, Any]:
-        return self.penalty(formula, a, b, x), self.grad(formula, a, b, x, None, False)
-
-    def grad(self, formula: Formula, a: float, b: float, x: Any, out: Any, accumulate: bool) -> Any:
-        _refuse_out(out)
-        return _map(x, functools.partial(_grad, formula, a, b))
-
-    def prox(self, formula: Formula, a: float, b: float, x: Any, out: Any) -> Any:
-        _refuse_out(out)
-        return _map(x, functools.partial(_prox, formula, a, b))
-
-    def orthogonal(self, factor: float, x: Any, *, columns: bool, flatten: bool) -> Any:
-        x = _matrices(x, flatten)
-        pairs = _pairs(x, columns)
+    def _mean(self, term: Term, p: Parameters, x: Any) -> Any:
+        view = term.view
+        assert isinstance(view, Products)
+        pairs = _pairs(x, view.columns)
         if x.ndim > 2:  # the means of a batch are added
-            finish = functools.partial(_mean, factor, pairs, math.prod(x.shape[:-2]))
-            return _reduce(_whole(x), functools.partial(_cosine_sum_of_batch, columns), finish)
-        finish = functools.partial(_mean, factor, pairs, 1)
-        total = _tree(list(_cosine_sums(x.T if columns else x)))
+            finish = functools.partial(_mean, p[0], pairs, math.prod(x.shape[:-2]))
+            return _reduce(_whole(x), functools.partial(_cosine_sum_of_batch, term), finish)
+        finish = functools.partial(_mean, p[0], pairs, 1)
+        total = _tree(list(_cosine_sums(x.T if view.columns else x)))
         return da.from_delayed(_finish(total, finish, _result(x)), (), meta=_scalar_meta(x, _result(x)))
-
-    def orthogonal_value_and_grad(self, factor: float, x: Any, *, columns: bool, flatten: bool) -> tuple[Any, Any]:
-        value = self.orthogonal(factor, x, columns=columns, flatten=flatten)
-        return value, self.orthogonal_grad(factor, x, None, columns=columns, flatten=flatten, accumulate=False)
-
-    def orthogonal_grad(
-        self, factor: float, x: Any, out: Any, *, columns: bool, flatten: bool, accumulate: bool
-    ) -> Any:
-        matrices = _matrices(x, flatten)
-        _refuse_out(out)
-        if matrices.ndim > 2:
-            gradient = _map(_whole(matrices), functools.partial(_gradient_of_batch, factor, columns))
-        elif columns:
-            gradient = _gradient_of_rows(factor, matrices.T).T
-        else:
-            gradient = _gradient_of_rows(factor, matrices)
-        return gradient.reshape(x.shape).rechunk(x.chunks)
 
     def over_batch(self, penalty: Any, x: Any) -> Any:
         if not math.isnan(x.shape[0]):
@@ -201,39 +211,30 @@ def _bands(x: Any) -> Any:
 # What tasks do, on any worker: each function takes a chunk, or partial sums.
 
 
-def _sums(formula: Formula, chunk: Any) -> Any:
-    return ADAPTERS[type(chunk)].partial(formula, chunk)
+def _sums(term: Term, p: Parameters, chunk: Any) -> Any:
+    return ADAPTERS[type(chunk)].run(PARTIAL, term, p, chunk)[0]
 
 
-def _grad(formula: Formula, a: float, b: float, chunk: Any) -> Any:
-    return ADAPTERS[type(chunk)].grad(formula, a, b, chunk, None, False)
+def _written(operation: Operation, term: Term, p: Parameters, chunk: Any) -> Any:
+    return ADAPTERS[type(chunk)].run(operation, term, p, chunk)[1]
 
 
-def _prox(formula: Formula, a: float, b: float, chunk: Any) -> Any:
-    return ADAPTERS[type(chunk)].prox(formula, a, b, chunk, None)
-
-
-def _cosine_sum_of_batch(columns: bool, chunk: Any) -> Any:
-    return np.float64(ADAPTERS[type(chunk)].cosine_sum(chunk, None, columns=columns, flatten=False))
+def _cosine_sum_of_batch(term: Term, chunk: Any) -> Any:
+    return np.float64(_sums(term, NONE, chunk)[0])
 
 
 @dask.delayed(pure=True)
 def _cosine_sum(block: Any, other: Any) -> Any:
-    return ADAPTERS[type(block)].cosine_sum(block, other, columns=False, flatten=False)
-
-
-def _gradient_of_batch(factor: float, columns: bool, chunk: Any) -> Any:
-    adapter = ADAPTERS[type(chunk)]
-    return adapter.orthogonal_grad(factor, chunk, None, columns=columns, flatten=False, accumulate=False)
+    if other is None:
+        return _sums(_COSINES, NONE, block)[0]
+    return ADAPTERS[type(block)].between(_COSINES, block, other)
 
 
 @dask.delayed(pure=True)
 def _gradient_within(weight: float, block: Any) -> Any:
     """Weight times the gradient of the sum of |cosine| over pairs of rows of a block, in the result type."""
     wide, pairs = block.astype(_result(block)), _pairs(block, columns=False)
-    return ADAPTERS[type(wide)].orthogonal_grad(
-        weight * pairs, wide, None, columns=False, flatten=False, accumulate=False
-    )
+    return _written(GRADIENT, _COSINES, (weight * pairs, 0.0, 0.0, 0.0), wide)
 
 
 @dask.delayed(pure=True, nout=2)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from regkern.arrays.adapter import KernelAdapter
+from regkern.arrays.adapter import KernelAdapter, no_partial, no_view
 from regkern.arrays.device_gram import Matrices, matrices_of, mean_cosine, mean_cosine_gradient
 from regkern.arrays.device_plan import DevicePlan
 from regkern.arrays.layout import Strides, View, check_alike, check_memory, walk
@@ -28,8 +28,19 @@ from regkern.kernels.cuda.elementwise import (
     strided_kernel,
 )
 from regkern.kernels.cuda.launch import Place, launch
-from regkern.kernels.formulas import ZERO, Formula
-from regkern.kernels.operations import ADD_GRADIENT, GRADIENT, SUMS, SUMS_AND_GRADIENT, Operation
+from regkern.formulas import ABS, NOTHING
+from regkern.terms import (
+    ADD_GRADIENT,
+    ELEMENTS,
+    GRADIENT,
+    PARTIAL,
+    SUMS,
+    Formula,
+    Operation,
+    Parameters,
+    Products,
+    Term,
+)
 
 
 class DeviceAdapter(KernelAdapter):
@@ -95,106 +106,85 @@ class DeviceAdapter(KernelAdapter):
         _check_aligned(target, "out")
         check_memory(shape, dtype.itemsize, (address, strides), (target.address, target.strides))
 
-    def penalty(self, formula: Formula, a: float, b: float, x: Any) -> Any:
-        return self.run(SUMS, formula, a, b, x, x)
+    def serves(self, term: Term) -> bool:
+        """Whether there are kernels for a penalty; else the library's own operations serve."""
+        return term.view is ELEMENTS or (isinstance(term.view, Products) and term.formula is ABS)
 
-    def sums(self, formula: Formula, x: Any) -> tuple[Any, Any]:
-        sums = self.run(SUMS, formula, 0.0, 0.0, x, x, both_sums=True)
-        return sums[0], sums[1]
-
-    def partial(self, formula: Formula, x: Any) -> Any:
-        return self.run(SUMS, formula, 0.0, 0.0, x, x, both_sums=True, result_type="float64")
-
-    def value_and_grad(self, formula: Formula, a: float, b: float, x: Any) -> tuple[Any, Any]:
-        out = self.empty_like(x)
-        return self.run(SUMS_AND_GRADIENT, formula, a, b, x, out), out
-
-    def write_scaled(
-        self, formula: Formula, a: float, b: float, x: Any, out: Any, scale: Any, *, accumulate: bool
-    ) -> Any:
-        """Write the gradient times a 0-d array of the result's type to out, or add it, and return out."""
-        operation = ADD_GRADIENT if accumulate else GRADIENT
-        self.run(operation, formula, a, b, x, out, self.address(scale))
-        return out
-
-    def orthogonal(self, factor: float, x: Any, *, columns: bool, flatten: bool) -> Any:
-        flat = self._flat(x, flatten)
-        return mean_cosine(self, factor, x, self._matrices(flat, columns))
-
-    def orthogonal_value_and_grad(self, factor: float, x: Any, *, columns: bool, flatten: bool) -> tuple[Any, Any]:
-        out = self.empty_like(x)
-        return self._orthogonal_grad(factor, x, out, columns=columns, flatten=flatten), out
-
-    def orthogonal_grad(
-        self, factor: float, x: Any, out: Any, *, columns: bool, flatten: bool, accumulate: bool
-    ) -> Any:
-        if out is None:
-            out = self.empty_like(x)
-        else:
+    def run(
+        self, operation: Operation, term: Term, p: Parameters, x: Any, out: Any = None, *, scale: int = NULL
+    ) -> tuple[Any, Any]:
+        """Do an operation, as `Adapter.run` describes it; the scale is an address on the device, as for `launch`."""
+        if not self.serves(term):
+            raise no_view(term, x)
+        target = None
+        if out is not None:
             self.check_out(x, out)
-        self._orthogonal_grad(factor, x, out, columns=columns, flatten=flatten, accumulate=accumulate)
-        return out
+            target = out
+        elif operation.writes:
+            target = self.empty_like(x)
+        if term.view is ELEMENTS:
+            value = self.launch(operation, term, p, x, target, scale)
+        else:
+            value = self._products(operation, term, p, x, target, scale)
+        if out is not None:
+            self.wrote(out)
+        return value if operation.sums else None, target
 
-    def _orthogonal_grad(
-        self,
-        factor: float,
-        x: Any,
-        out: Any,
-        *,
-        columns: bool,
-        flatten: bool,
-        accumulate: bool = False,
-        scale: int = NULL,
+    def _products(
+        self, operation: Operation, term: Term, p: Parameters, x: Any, out: Any, scale: int = NULL
     ) -> Any:
-        """Write the orthogonal penalty's gradient to out, or add it, and return the penalty."""
-        flat, target = self._flat(x, flatten), self._flat(out, flatten, copy=False)
-        matrices, outs = self._matrices(flat, columns), self._matrices(target, columns)
+        """Write the gradient to out where that is given, or add it, and return the penalty."""
+        view = term.view
+        assert isinstance(view, Products)
+        if operation is PARTIAL:
+            raise no_partial(x)
+        flat = self.matrices(view, x)
+        matrices = self._matrices(flat, view.columns)
+        if operation is SUMS:
+            return tuple(mean_cosine(self, each, x, matrices) for each in (1.0, 0.0))
+        if out is None:
+            return mean_cosine(self, p[0], x, matrices)
+        outs = self._matrices(self.matrices(view, out, copy=False), view.columns)
         if matrices.pairs == 0 or not matrices.addresses:
-            self.run(ADD_GRADIENT if accumulate else GRADIENT, ZERO, 0.0, 0.0, x, out)
-            return mean_cosine(self, factor, x, matrices)
-        return mean_cosine_gradient(self, factor, x, matrices, outs, scale=scale, accumulate=accumulate)
+            self.launch(ADD_GRADIENT if operation.adds else GRADIENT, NOTHING, p, x, out)
+            return mean_cosine(self, p[0], x, matrices)
+        return mean_cosine_gradient(self, p[0], x, matrices, outs, scale=scale, accumulate=operation.adds)
 
     def _matrices(self, x: Any, columns: bool) -> Matrices:
         view = self.view(x)
         _check_aligned(view, "x")
         return matrices_of(*view, columns)
 
-    def run(
-        self,
-        operation: Operation,
-        formula: Formula,
-        a: float,
-        b: float,
-        x: Any,
-        out: Any,
-        scale: int = NULL,
-        *,
-        both_sums: bool = False,
-        result_type: str | None = None,
+    def launch(
+        self, operation: Operation, term: Term, p: Parameters, x: Any, out: Any = None, scale: int = NULL
     ) -> Any:
-        """Launch one operation from x to out, which is x where nothing is written.
+        """Launch one operation with all elements of x, and of out where something is written.
+
+        The scale is the address of a number on the device by which what is written is multiplied, or null.
 
         Returns:
             Where the operation sums, the penalty, a 0-d array on the device, or the formula's two sums.
         """
         source = self.view(x)
         _check_aligned(source, "x")
-        target = source if out is x else self.view(out)
-        result_type = result_type or source.dtype.result
+        target = source if out is None or out is x else self.view(out)
+        both = operation in (SUMS, PARTIAL)
+        result_type = "float64" if operation is PARTIAL else source.dtype.result
+        kernel = operation if operation.writes else SUMS
         start, out_start, body, sizes, blocks = _prepared(
-            operation, formula, source.dtype, source.shape, source.strides, target.strides, result_type
+            kernel, term.formula, source.dtype, source.shape, source.strides, target.strides, result_type
         )
         partial = self.empty(x, (2 * blocks,), "float64") if operation.sums and blocks > 1 else None
-        result = self.empty(x, (2,) if both_sums else (), result_type) if operation.sums else None
+        result = self.empty(x, (2,) if both else (), result_type) if operation.sums else None
         partial_address = NULL if partial is None else self.address(partial)
         result_address = NULL if result is None else self.address(result)
-        results = (NULL, result_address) if both_sums else (result_address, NULL)
+        results = (NULL, result_address) if both else (result_address, NULL)
         addresses = source.address + start, target.address + out_start
-        place = self.place(x)
-        launch(place, body, blocks, (*addresses, *sizes, a, b, scale, partial_address, *results))
+        place, factors = self.place(x), p[:2]
+        launch(place, body, blocks, (*addresses, *sizes, *factors, scale, partial_address, *results))
         if partial is not None:
-            launch(place, last_stage(result_type), 1, (partial_address, blocks, a, b, *results))
-        return result
+            launch(place, last_stage(result_type), 1, (partial_address, blocks, *factors, *results))
+        return (result[0], result[1]) if operation is SUMS and result is not None else result
 
 
 def _check_aligned(view: View, name: str) -> None:

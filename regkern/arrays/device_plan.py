@@ -13,8 +13,7 @@ from regkern.dtypes import DType
 from regkern.kernels.cuda.elementwise import NULL, last_stage
 from regkern.kernels.cuda.launch import Place, check_not_capturing, launch
 from regkern.kernels.cuda.many import CHUNK, chunks_kernel, count_chunks, penalty_of_all, penalty_of_each
-from regkern.kernels.formulas import Formula
-from regkern.kernels.operations import GRADIENT, SUMS, SUMS_AND_GRADIENT, Operation
+from regkern.terms import GRADIENT, SUMS, VALUE_AND_GRADIENT, Formula, Operation
 
 if TYPE_CHECKING:
     from regkern.arrays.device import DeviceAdapter
@@ -49,7 +48,7 @@ class DevicePlan(Plan):
 
     def value_and_grad(self, penalties: Sequence[Weighted], arrays: Sequence[Any]) -> tuple[Any, list[Any]]:
         outs, views = self._make(arrays)
-        return self._total(self._run(SUMS_AND_GRADIENT, penalties, views), penalties), outs
+        return self._total(self._run(VALUE_AND_GRADIENT, penalties, views), penalties), outs
 
     def scaled_grads(self, penalties: Sequence[Weighted], arrays: Sequence[Any], scale: Any) -> list[Any]:
         outs, views = self._make(arrays)
@@ -79,12 +78,12 @@ class DevicePlan(Plan):
     def _upload_factors(self, penalties: Sequence[Weighted]) -> Any:
         """Return the factors on the device. They travel when they have changed."""
         if self._factors is None or self._factors[0] != penalties:
-            table = np.array([(a, b) for _, a, b in penalties], np.float64)
+            table = np.array([p[:2] for _, p in penalties], np.float64)
             self._factors = list(penalties), _upload(self._adapter, self._home, table.ravel())
         return self._factors[1]
 
     def _grouped(self, penalties: Sequence[Weighted]) -> list[_Group]:
-        formulas = [formula for formula, _, _ in penalties]
+        formulas = [term.formula for term, _ in penalties]
         if self._groups is None or self._groups[0] != formulas:
             members: dict[tuple[Formula, DType], list[int]] = {}
             for i, view in enumerate(self._arrays.views):

@@ -21,20 +21,31 @@ from jax import lax
 from jax import numpy as jnp
 from jax.interpreters import ad, batching, mlir
 
-from regkern.arrays.adapter import Adapter, require
-from regkern.arrays.operations import OperationsAdapter
+from regkern.arrays.adapter import Adapter, no_partial, require
+from regkern.arrays.expressions import ExpressionsAdapter
 from regkern.dtypes import DTYPES, complex_advice
 from regkern.kernels.cpu import xla
-from regkern.kernels.cpu.xla import GRADIENT, PARTIAL, PROX, VALUE, VALUE_AND_GRADIENT
-from regkern.kernels.formulas import Formula
-from regkern.kernels.operations import ADD_GRADIENT, Operation
+from regkern.terms import (
+    ELEMENTS,
+    GRADIENT,
+    PARTIAL,
+    PROX,
+    SUMS,
+    VALUE,
+    VALUE_AND_GRADIENT,
+    Operation,
+    Parameters,
+    Products,
+    Term,
+)
 
 require("jax", jax.__version__, (0, 5))
 
 from jax import ffi  # noqa: E402
 from jax.extend.core import Primitive  # noqa: E402
 
-SLOPE = -1  # the directional derivative, which is what JAX differentiates in reverse; no kernel computes it
+# The directional derivative, which is what JAX differentiates in reverse; no kernel computes it.
+SLOPE = Operation("slope", True)
 
 
 @jax.custom_jvp
@@ -45,7 +56,7 @@ def _magnitude(x: Any) -> Any:
 _magnitude.defjvps(lambda dx, _, x: dx * jnp.sign(x))  # JAX's own derivative at 0 is 1
 
 
-class _Operations(OperationsAdapter):
+class _Operations(ExpressionsAdapter):
     def owns(self, array_type: type) -> bool:
         raise NotImplementedError
 
@@ -54,9 +65,6 @@ class _Operations(OperationsAdapter):
 
     def narrow(self, value: Any, x: Any) -> Any:
         return value.astype(x.dtype)
-
-    def prox(self, formula: Formula, a: Any, b: Any, x: Any, out: Any = None) -> Any:
-        return super().prox(formula, a, b, x, out)
 
     def zero(self, x: Any) -> Any:
         return jnp.zeros((), x.dtype)
@@ -97,84 +105,61 @@ class _Operations(OperationsAdapter):
     def write(self, value: Any, out: Any, accumulate: bool) -> Any:
         return value
 
-    def partial(self, formula: Formula, x: Any) -> Any:
-        return jnp.stack(self.sums(formula, x)).astype(_widest())
+    def where(self, condition: Any, x: Any, y: Any) -> Any:
+        return jnp.where(condition, x, y)
+
+    def sqrt(self, x: Any) -> Any:
+        return jnp.sqrt(x)
+
+    def log1p(self, x: Any) -> Any:
+        return jnp.log1p(x)
+
+    def exact(self, sums: Sequence[Any], x: Any) -> Any:
+        return jnp.stack([jnp.asarray(each, _result_type(x)) for each in sums]).astype(_widest())
 
 
 _operations = _Operations()
 
 
-@functools.partial(jax.jit, static_argnames=("operation", "columns"), inline=True)
-def _group_lasso(operation: Operation, factor: Any, x: Any, columns: bool) -> tuple[Any, Any]:
-    return _operations.group_lasso(operation, factor, x, None, columns=columns)
+def _kernel(operation: Operation, term: Term, shape: Sequence[int], dtype: str) -> xla.Call | None:
+    """Return the call of a kernel for arrays, of a batch, with one shape; None where there is none."""
+    if term.view is ELEMENTS:
+        return xla.elementwise_call(operation, term.formula, DTYPES[dtype], math.prod(shape))
+    if not isinstance(term.view, Products) or operation is PARTIAL:
+        return None
+    n, d = reversed(shape) if term.view.columns else shape
+    return xla.gram_call(operation, DTYPES[dtype], n, d, columns=term.view.columns) if n > 1 else None
 
 
-@dataclass(frozen=True)
-class _Elementwise:
-    """An element-wise penalty, without its factors."""
+def _fused(term: Term) -> bool:
+    """Whether the forward pass finds the gradient for the price of half of it; else the cotangent goes into it."""
+    return isinstance(term.view, Products)
 
-    formula: Formula
-    fused = False  # two passes in memory's time: the cotangent goes into the gradient's
-
-    def value(self, x: Any, factors: Any) -> Any:
-        return _operations.penalty(self.formula, factors[0], factors[1], x)
-
-    def partial(self, x: Any, factors: Any) -> Any:
-        return _operations.partial(self.formula, x)
-
-    def prox(self, x: Any, factors: Any) -> Any:
-        return _operations.prox(self.formula, factors[0], factors[1], x)
-
-    def call(self, kind: int, shape: Sequence[int], dtype: str) -> xla.Call | None:
-        return xla.elementwise_call(kind, self.formula, DTYPES[dtype], math.prod(shape))
-
-
-@dataclass(frozen=True)
-class _Orthogonal:
-    """The orthogonal penalty of a matrix's rows or columns, without its factor."""
-
-    columns: bool
-    fused = True  # the forward pass finds the gradient for the price of half of it
-
-    def value(self, x: Any, factors: Any) -> Any:
-        return _operations.orthogonal(factors[0], x, columns=self.columns, flatten=False)
-
-    def call(self, kind: int, shape: Sequence[int], dtype: str) -> xla.Call | None:
-        n, d = reversed(shape) if self.columns else shape
-        return xla.gram_call(kind, DTYPES[dtype], n, d, columns=self.columns) if n > 1 else None
-
-
-_Penalty = _Elementwise | _Orthogonal
 
 _primitive = Primitive("regkern")
 _primitive.multiple_results = True
 
 
-@functools.partial(jax.jit, static_argnames=("kind", "penalty", "batch"), inline=True)
-def _call(x: Any, factors: Any, *rest: Any, kind: int, penalty: _Penalty, batch: int = 0) -> Any:
-    """Compute one kind of thing, over each piece that the leading `batch` axes count."""
-    return _primitive.bind(x, factors, *rest, kind=kind, penalty=penalty, batch=batch)
+@functools.partial(jax.jit, static_argnames=("kind", "term", "batch"), inline=True)
+def _call(x: Any, words: Any, *rest: Any, kind: Operation, term: Term, batch: int = 0) -> Any:
+    """Do one operation, with each piece that the leading `batch` axes count."""
+    return _primitive.bind(x, words, *rest, kind=kind, term=term, batch=batch)
 
 
-def _evaluate(kind: int, penalty: _Penalty, batch: int) -> Callable[..., list[Any]]:
+def _evaluate(kind: Operation, term: Term, batch: int) -> Callable[..., list[Any]]:
     """Make the function of JAX's own operations that computes what a call does."""
 
-    def function(x: Any, factors: Any, *rest: Any) -> list[Any]:
-        factors = _floats(factors, _result_type(x))
+    def function(x: Any, words: Any, *rest: Any) -> list[Any]:
+        p = _floats(words, _result_type(x))
 
         def value(x: Any) -> Any:
-            return penalty.value(x, factors)
+            return _operations.value(term, p, x)
 
-        if kind == VALUE:
-            return [value(x)]
-        if kind == SLOPE:
+        if kind is SLOPE:
             return [jax.jvp(value, (x,), rest)[1]]
-        if kind == GRADIENT:
+        if kind is GRADIENT:
             return [jax.vjp(value, x)[1](*rest)[0]]
-        if kind == VALUE_AND_GRADIENT:
-            return list(jax.value_and_grad(value)(x))
-        assert isinstance(penalty, _Elementwise)
-        return [(penalty.partial if kind == PARTIAL else penalty.prox)(x, factors)]
+        return [each for each in _operations.run(kind, term, p, x) if each is not None]
 
     for _ in range(batch):
         function = _over_leading_axis(function)
@@ -182,23 +167,25 @@ def _evaluate(kind: int, penalty: _Penalty, batch: int) -> Callable[..., list[An
 
 
 def _over_leading_axis(function: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
-    return lambda x, factors, *rest: jax.vmap(function, in_axes=(0, None, *[0] * len(rest)))(x, factors, *rest)
+    return lambda x, words, *rest: jax.vmap(function, in_axes=(0, None, *[0] * len(rest)))(x, words, *rest)
 
 
-def _words(a: float, b: float) -> Any:
-    """Write two factors into an array that JAX keeps as it is, though float64 may be switched off.
+def _words(p: Parameters) -> Any:
+    """Write parameters into an array that JAX keeps as it is, though float64 may be switched off.
 
-    They are an operand, not a constant of the program: a factor that changes from step to step compiles nothing again.
+    They are an operand, not a constant of the program: a parameter that changes from step to step compiles nothing again.
     """
-    exact = np.array([a, b])
+    exact = np.array(p)
     return np.concatenate([exact.view(np.uint32), exact.astype(np.float32).view(np.uint32)])
 
 
-def _floats(words: Any, dtype: Any) -> Any:
-    """Read two factors."""
+def _floats(words: Any, dtype: Any) -> Parameters:
+    """Read parameters."""
     if dtype == np.float64:
-        return lax.bitcast_convert_type(words[:4].reshape(2, 2), np.float64)
-    return lax.bitcast_convert_type(words[4:], np.float32)
+        p = lax.bitcast_convert_type(words[:8].reshape(4, 2), np.float64)
+    else:
+        p = lax.bitcast_convert_type(words[8:], np.float32)
+    return p[0], p[1], p[2], p[3]
 
 
 def _result_type(x: Any) -> Any:
@@ -214,14 +201,14 @@ def _compute(*operands: Any, **parameters: Any) -> Any:
         return _call(*operands, **parameters)
 
 
-def _types(x: Any, factors: Any, *rest: Any, kind: int, penalty: _Penalty, batch: int) -> list[Any]:
+def _types(x: Any, words: Any, *rest: Any, kind: Operation, term: Term, batch: int) -> list[Any]:
     gradient = x.update(weak_type=False)
     if kind in (GRADIENT, PROX):
         return [gradient]
-    if kind == PARTIAL:
+    if kind is PARTIAL:
         return [_smaller(x, batch, (2,), _widest())]
     value = _smaller(x, batch, (), _result_type(x))
-    return [value, gradient] if kind == VALUE_AND_GRADIENT else [value]
+    return [value, gradient] if kind is VALUE_AND_GRADIENT else [value]
 
 
 def _smaller(x: Any, batch: int, shape: tuple[int, ...], dtype: Any) -> Any:
@@ -235,18 +222,18 @@ def _smaller(x: Any, batch: int, shape: tuple[int, ...], dtype: Any) -> Any:
 
 
 def _differentiate(
-    primals: Sequence[Any], tangents: Sequence[Any], *, kind: int, penalty: _Penalty, batch: int
+    primals: Sequence[Any], tangents: Sequence[Any], *, kind: Operation, term: Term, batch: int
 ) -> tuple[Any, Any]:
     x, factors, *rest = primals
     dx, _, *rest_dots = tangents
-    parameters = {"penalty": penalty, "batch": batch}
-    if kind == VALUE:
-        if not penalty.fused or x.dtype.itemsize == 2:  # 16 bits would lose a gradient before it is scaled
+    parameters = {"term": term, "batch": batch}
+    if kind is VALUE:
+        if not _fused(term) or x.dtype.itemsize == 2:  # 16 bits would lose a gradient before it is scaled
             value = _call(x, factors, kind=VALUE, **parameters)
             return value, _primitive.bind(x, factors, dx, kind=SLOPE, **parameters)
         value, gradient = _call(x, factors, kind=VALUE_AND_GRADIENT, **parameters)
         return [value], [jnp.sum(gradient * dx, axis=tuple(range(batch, x.ndim)))]
-    function = _evaluate(kind, penalty, batch)
+    function = _evaluate(kind, term, batch)
     _, tangents_out = jax.jvp(
         lambda *operands: function(operands[0], factors, *operands[1:]),
         (x, *rest),
@@ -255,7 +242,7 @@ def _differentiate(
     return _call(x, factors, *rest, kind=kind, **parameters), tangents_out
 
 
-def _transpose(cotangents: Sequence[Any], x: Any, factors: Any, dx: Any, *, kind: int, **parameters: Any) -> list[Any]:
+def _transpose(cotangents: Sequence[Any], x: Any, factors: Any, dx: Any, *, kind: Operation, **parameters: Any) -> list[Any]:
     """Return the gradient, scaled by the cotangent of the slope.
 
     By JAX's operations, for XLA makes them a part of the loop that adds it to the loss's gradient and updates x: a
@@ -268,7 +255,7 @@ def _transpose(cotangents: Sequence[Any], x: Any, factors: Any, dx: Any, *, kind
 
 
 def _batch(
-    operands: Sequence[Any], axes: Sequence[Any], *, kind: int, penalty: _Penalty, batch: int
+    operands: Sequence[Any], axes: Sequence[Any], *, kind: Operation, term: Term, batch: int
 ) -> tuple[Any, list[int]]:
     size = next(operand.shape[axis] for operand, axis in zip(operands, axes, strict=True) if axis is not None)
 
@@ -280,7 +267,7 @@ def _batch(
     x, factors, *rest = operands
     x_axis, _, *rest_axes = axes
     moved = [in_front(operand, axis) for operand, axis in zip(rest, rest_axes, strict=True)]
-    results = _call(in_front(x, x_axis), factors, *moved, kind=kind, penalty=penalty, batch=batch + 1)
+    results = _call(in_front(x, x_axis), factors, *moved, kind=kind, term=term, batch=batch + 1)
     return results, [0] * len(results)
 
 
@@ -288,13 +275,13 @@ def _lower_to_operations(ctx: Any, *operands: Any, **parameters: Any) -> Any:
     return mlir.lower_fun(_evaluate(**parameters), multiple_results=True)(ctx, *operands)
 
 
-def _lower_on_cpu(ctx: Any, *operands: Any, kind: int, penalty: _Penalty, batch: int) -> Any:
+def _lower_on_cpu(ctx: Any, *operands: Any, kind: Operation, term: Term, batch: int) -> Any:
     x = ctx.avals_in[0]
     call = None
-    if kind != SLOPE and math.prod(x.shape) > 0 and _has_its_own_memory(ctx.module_context) and _register():
-        call = penalty.call(kind, x.shape[batch:], x.dtype.name)
+    if kind is not SLOPE and math.prod(x.shape) > 0 and _has_its_own_memory(ctx.module_context) and _register():
+        call = _kernel(kind, term, x.shape[batch:], x.dtype.name)
     if call is None:
-        return _lower_to_operations(ctx, *operands, kind=kind, penalty=penalty, batch=batch)
+        return _lower_to_operations(ctx, *operands, kind=kind, term=term, batch=batch)
     return ffi.ffi_lowering(call.target)(ctx, *operands, **call.attributes)
 
 
@@ -357,10 +344,36 @@ class JaxAdapter(Adapter):
         children = jax.tree_util.tree_flatten_with_path(model, is_leaf=lambda node: node is not model)[0]
         return [(keys(path), child) for path, child in children]
 
-    def penalty(self, formula: Formula, a: float, b: float, x: Any) -> Any:
-        if _on_device(x):
-            return _device().penalty(formula, a, b, x)
-        return _call(_checked(x), _words(a, b), kind=VALUE, penalty=_Elementwise(formula))[0]
+    def run(self, operation: Operation, term: Term, p: Parameters, x: Any, out: Any = None) -> tuple[Any, Any]:
+        if operation.writes:
+            _refuse(out, operation.adds)
+        device = _device_for(_checked(x), operation, term)
+        if device is not None:
+            found: tuple[Any, Any] = device.run(operation, term, p, x)
+            return found
+        return self._evaluate(operation, term, p, x)
+
+    def _evaluate(self, operation: Operation, term: Term, p: Parameters, x: Any) -> tuple[Any, Any]:
+        if operation is SUMS:
+            return self._sums(term, p, x), None
+        if operation is PARTIAL and isinstance(term.view, Products):
+            raise no_partial(x)
+        rest = [np.ones((), _result_type(x))] if operation is GRADIENT else []
+        if isinstance(term.view, Products):
+            matrices = _operations.flatten_leading(x) if term.view.flatten and x.ndim > 2 else x
+            batch = matrices.ndim - 2
+            if operation is GRADIENT:
+                operation, rest = VALUE_AND_GRADIENT, []
+            results = _call(matrices, _words(p), *rest, kind=operation, term=term, batch=batch)
+            return _paired(operation, [results[0].sum(), *(each.reshape(x.shape) for each in results[1:])])
+        return _paired(operation, _call(x, _words(p), *rest, kind=operation, term=term))
+
+    def _sums(self, term: Term, p: Parameters, x: Any) -> tuple[Any, Any]:
+        if term.view is ELEMENTS:
+            sums = self._evaluate(PARTIAL, term, p, x)[0].astype(_result_type(x))
+            return sums[0], sums[1]
+        each = [self._evaluate(VALUE, term, (*factors, *p[2:]), x)[0] for factors in ((1.0, 0.0), (0.0, 1.0))]
+        return each[0], each[1]
 
     def captures(self, x: Any) -> bool:
         # Even a constant becomes a part of what `jax.jit` traces; in other transformations it is an array.
@@ -382,62 +395,10 @@ class JaxAdapter(Adapter):
             return value
         return jax.device_put(value, other.sharding) if value.devices().isdisjoint(other.devices()) else value
 
-    def sums(self, formula: Formula, x: Any) -> tuple[Any, Any]:
-        sums = self.partial(formula, x).astype(_result_type(x))
-        return sums[0], sums[1]
 
-    def partial(self, formula: Formula, x: Any) -> Any:
-        return _call(_checked(x), _words(0.0, 0.0), kind=PARTIAL, penalty=_Elementwise(formula))[0]
-
-    def value_and_grad(self, formula: Formula, a: float, b: float, x: Any) -> tuple[Any, Any]:
-        if _on_device(x):
-            return _device().value_and_grad(formula, a, b, x)
-        return tuple(_call(_checked(x), _words(a, b), kind=VALUE_AND_GRADIENT, penalty=_Elementwise(formula)))
-
-    def grad(self, formula: Formula, a: float, b: float, x: Any, out: Any, accumulate: bool) -> Any:
-        _refuse(out, accumulate)
-        if _on_device(x):
-            return _device().grad(formula, a, b, x)
-        one = np.ones((), _result_type(_checked(x)))
-        return _call(x, _words(a, b), one, kind=GRADIENT, penalty=_Elementwise(formula))[0]
-
-    def prox(self, formula: Formula, a: float, b: float, x: Any, out: Any) -> Any:
-        _refuse(out, False)
-        if _on_device(x):
-            return _device().prox(formula, a, b, x)
-        return _call(_checked(x), _words(a, b), kind=PROX, penalty=_Elementwise(formula))[0]
-
-    def orthogonal(self, factor: float, x: Any, *, columns: bool, flatten: bool) -> Any:
-        if _on_device(x):
-            return _device().orthogonal(factor, x, columns=columns, flatten=flatten)
-        matrices = _matrices(_checked(x), flatten)
-        (values,) = _call(
-            matrices, _words(factor, 0.0), kind=VALUE, penalty=_Orthogonal(columns), batch=matrices.ndim - 2
-        )
-        return values.sum()
-
-    def orthogonal_value_and_grad(self, factor: float, x: Any, *, columns: bool, flatten: bool) -> tuple[Any, Any]:
-        if _on_device(x):
-            return _device().orthogonal_value_and_grad(factor, x, columns=columns, flatten=flatten)
-        matrices = _matrices(_checked(x), flatten)
-        values, gradients = _call(
-            matrices,
-            _words(factor, 0.0),
-            kind=VALUE_AND_GRADIENT,
-            penalty=_Orthogonal(columns),
-            batch=matrices.ndim - 2,
-        )
-        return values.sum(), gradients.reshape(x.shape)
-
-    def orthogonal_grad(
-        self, factor: float, x: Any, out: Any, *, columns: bool, flatten: bool, accumulate: bool
-    ) -> Any:
-        _refuse(out, accumulate)
-        return self.orthogonal_value_and_grad(factor, x, columns=columns, flatten=flatten)[1]
-
-    def group_lasso(self, operation: Operation, factor: float, x: Any, out: Any, *, columns: bool) -> tuple[Any, Any]:
-        _refuse(out, operation is ADD_GRADIENT)
-        return _group_lasso(operation, factor, _checked(x), columns)
+def _paired(operation: Operation, results: Sequence[Any]) -> tuple[Any, Any]:
+    """Return what a call has computed as a value and what was written, of which one may be missing."""
+    return (results[0] if operation.sums else None), (results[-1] if operation.writes else None)
 
 
 def keys(path: Iterable[Any]) -> tuple[Any, ...]:
@@ -446,35 +407,19 @@ def keys(path: Iterable[Any]) -> tuple[Any, ...]:
     return tuple(next((getattr(each, name) for name in names if hasattr(each, name)), str(each)) for each in path)
 
 
-@functools.partial(jax.jit, static_argnames=("method", "formula"), inline=True)
-def _by_operations(method: str, formula: Formula, a: Any, b: Any, x: Any) -> Any:
-    return getattr(_operations, method)(formula, a, b, x)
-
-
-@functools.partial(jax.jit, static_argnames="columns", inline=True)
-def _orthogonal_by_operations(factor: Any, x: Any, columns: bool) -> Any:
-    return _operations.orthogonal_value_and_grad(factor, x, columns=columns, flatten=False)
+@functools.partial(jax.jit, static_argnames=("operation", "term"), inline=True)
+def _by_operations(operation: Operation, term: Term, p: Parameters, x: Any) -> tuple[Any, Any]:
+    return _operations.run(operation, term, p, x)
 
 
 class Expressions(JaxAdapter):
-    """Takes arrays and tracers for factors, by JAX's own operations: what is differentiated or mapped are they too."""
+    """Takes arrays and tracers for parameters, by JAX's own operations: what is differentiated or mapped are they too."""
 
-    def value_and_grad(self, formula: Formula, a: Any, b: Any, x: Any) -> tuple[Any, Any]:
-        value, gradient = _by_operations("value_and_grad", formula, a, b, _checked(x))
-        return value, gradient
-
-    def grad(self, formula: Formula, a: Any, b: Any, x: Any, out: Any, accumulate: bool) -> Any:
-        _refuse(out, accumulate)
-        return self.value_and_grad(formula, a, b, x)[1]
-
-    def prox(self, formula: Formula, a: Any, b: Any, x: Any, out: Any) -> Any:
-        _refuse(out, False)
-        return _by_operations("prox", formula, a, b, _checked(x))
-
-    def orthogonal_value_and_grad(self, factor: Any, x: Any, *, columns: bool, flatten: bool) -> tuple[Any, Any]:
-        matrices = _matrices(_checked(x), flatten)
-        value, gradient = _orthogonal_by_operations(factor, matrices, columns)
-        return value, gradient.reshape(x.shape)
+    def run(self, operation: Operation, term: Term, p: Parameters, x: Any, out: Any = None) -> tuple[Any, Any]:
+        if operation.writes:
+            _refuse(out, operation.adds)
+        found: tuple[Any, Any] = _by_operations(operation, term, p, _checked(x))
+        return found
 
 
 EXPRESSIONS = Expressions()
@@ -498,10 +443,10 @@ def _device() -> Any:
     return jax_cuda
 
 
-def _on_device(x: Any) -> bool:
-    """Whether the CUDA kernels can read an array now: not in a transformation of JAX."""
+def _device_for(x: Any, operation: Operation, term: Term) -> Any:
+    """Return what evaluates an array on a CUDA device by kernels now, not in a transformation of JAX; else None."""
     device = _device()
-    return device is not None and device.takes(_checked(x))
+    return device if device is not None and device.takes(x, operation, term) else None
 
 
 def _checked(x: Any) -> Any:
@@ -511,10 +456,6 @@ def _checked(x: Any) -> Any:
             advice = complex_advice("jax.numpy.stack([x.real, x.imag], -1)")
         raise TypeError(f"x: expected an array of {', '.join(DTYPES)}; got dtype {x.dtype}; {advice}")
     return x
-
-
-def _matrices(x: Any, flatten: bool) -> Any:
-    return _operations.flatten_leading(x) if flatten and x.ndim > 2 else x
 
 
 def _refuse(out: Any, accumulate: bool) -> None:

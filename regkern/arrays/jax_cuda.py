@@ -14,60 +14,29 @@ import cupy
 import jax
 
 from regkern.arrays.cupy import ADAPTER as CUPY
-from regkern.kernels.formulas import Formula
+from regkern.terms import PARTIAL, SUMS, Operation, Parameters, Term
 
 # Bytes to which JAX's arrays are aligned.
 _ALIGNMENT = 256
 
 
-def takes(x: Any) -> bool:
-    """Whether an array is concrete, and lies on one CUDA device as a whole."""
-    if isinstance(x, jax.core.Tracer) or not x.is_fully_addressable:
+def takes(x: Any, operation: Operation, term: Term) -> bool:
+    """Whether an array is concrete, lies on one CUDA device as a whole, and has kernels for an operation there."""
+    if isinstance(x, jax.core.Tracer) or not x.is_fully_addressable or not CUPY.serves(term):
         return False
     devices = x.devices()
-    return len(devices) == 1 and next(iter(devices)).platform == "gpu"
+    return operation not in (SUMS, PARTIAL) and len(devices) == 1 and next(iter(devices)).platform == "gpu"
 
 
 # Events on CuPy's streams, and the arrays that what came before them reads. The next call lets go of those that it can.
 _held: deque[tuple[Any, Any]] = deque()
 
 
-def penalty(formula: Formula, a: float, b: float, x: Any) -> Any:
-    """Return an element-wise penalty; as the next functions, as `Adapter` describes it."""
+def run(operation: Operation, term: Term, p: Parameters, x: Any) -> tuple[Any, Any]:
+    """Do an operation, as `Adapter.run` describes it."""
     read = to_cupy(x)
-    return from_cupy(_hold(read, CUPY.penalty(formula, a, b, read)))
-
-
-def value_and_grad(formula: Formula, a: float, b: float, x: Any) -> tuple[Any, Any]:
-    """Return the penalty and its gradient."""
-    read = to_cupy(x)
-    value, gradient = _hold(read, CUPY.value_and_grad(formula, a, b, read))
-    return from_cupy(value), from_cupy(gradient)
-
-
-def grad(formula: Formula, a: float, b: float, x: Any) -> Any:
-    """Return the gradient."""
-    read = to_cupy(x)
-    return from_cupy(_hold(read, CUPY.grad(formula, a, b, read, None, False)))
-
-
-def prox(formula: Formula, a: float, b: float, x: Any) -> Any:
-    """Return the proximal operator's result."""
-    read = to_cupy(x)
-    return from_cupy(_hold(read, CUPY.prox(formula, a, b, read, None)))
-
-
-def orthogonal(factor: float, x: Any, *, columns: bool, flatten: bool) -> Any:
-    """Return the orthogonal penalty."""
-    read = to_cupy(x)
-    return from_cupy(_hold(read, CUPY.orthogonal(factor, read, columns=columns, flatten=flatten)))
-
-
-def orthogonal_value_and_grad(factor: float, x: Any, *, columns: bool, flatten: bool) -> tuple[Any, Any]:
-    """Return the orthogonal penalty and its gradient."""
-    read = to_cupy(x)
-    value, gradient = _hold(read, CUPY.orthogonal_value_and_grad(factor, read, columns=columns, flatten=flatten))
-    return from_cupy(value), from_cupy(gradient)
+    value, written = _hold(read, CUPY.run(operation, term, p, read))
+    return (None if value is None else from_cupy(value)), (None if written is None else from_cupy(written))
 
 
 def to_cupy(x: Any) -> Any:

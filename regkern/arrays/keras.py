@@ -4,7 +4,7 @@ A variable is handed on as what it stands for at that moment: inside `jit` a tra
 compute dtype. A symbolic tensor becomes Keras's own operations.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -13,17 +13,16 @@ import keras
 from regkern.arrays import ADAPTERS
 from regkern.arrays.adapter import Adapter, ChoosingAdapter, require
 from regkern.arrays.layers import distinct, through_layers
-from regkern.arrays.operations import OperationsAdapter
+from regkern.arrays.expressions import ExpressionsAdapter
 from regkern.dtypes import DTYPES, complex_advice
-from regkern.kernels.formulas import Formula
-from regkern.kernels.operations import ADD_GRADIENT, GRADIENT, Operation
+from regkern.terms import ADD_GRADIENT, GRADIENT, VALUE_AND_ADD_GRADIENT, VALUE_AND_GRADIENT, Operation, Parameters, Term
 
 require("keras", keras.__version__, (3, 8))
 
 from keras import KerasTensor, Layer, Variable, ops  # noqa: E402
 
 
-class Operations(OperationsAdapter):
+class Operations(ExpressionsAdapter):
     """Penalties of symbolic tensors as Keras's operations, which make symbolic tensors; they have no gradients."""
 
     def owns(self, array_type: type) -> bool:
@@ -88,8 +87,17 @@ class Operations(OperationsAdapter):
             )
         return value
 
-    def partial(self, formula: Formula, x: Any) -> Any:
-        return ops.cast(ops.stack(self.sums(formula, x)), "float64")
+    def where(self, condition: Any, x: Any, y: Any) -> Any:
+        return ops.where(condition, x, y)
+
+    def sqrt(self, x: Any) -> Any:
+        return ops.sqrt(x)
+
+    def log1p(self, x: Any) -> Any:
+        return ops.log1p(x)
+
+    def exact(self, sums: Sequence[Any], x: Any) -> Any:
+        return ops.stack([ops.cast(each, "float64") for each in sums])
 
     def over_batch(self, penalty: Any, x: Any) -> Any:
         first_of_each = x[(slice(None), *[0] * (len(x.shape) - 1))]
@@ -128,50 +136,20 @@ class KerasAdapter(ChoosingAdapter):
     def expressions(self) -> Adapter:
         return EXPRESSIONS
 
-    def grad(self, formula: Formula, a: float, b: float, x: Any, out: Any, accumulate: bool) -> Any:
-        def compute(out: Any, accumulate: bool) -> Any:
-            return super(KerasAdapter, self).grad(formula, a, b, x, out, accumulate)
-
-        return _compute(compute, out, accumulate)
-
-    def prox(self, formula: Formula, a: float, b: float, x: Any, out: Any) -> Any:
-        def compute(out: Any, accumulate: bool) -> Any:
-            return super(KerasAdapter, self).prox(formula, a, b, x, out)
-
-        return _compute(compute, out, False)
-
-    def orthogonal_grad(
-        self, factor: float, x: Any, out: Any, *, columns: bool, flatten: bool, accumulate: bool
-    ) -> Any:
-        def compute(out: Any, accumulate: bool) -> Any:
-            return super(KerasAdapter, self).orthogonal_grad(
-                factor, x, out, columns=columns, flatten=flatten, accumulate=accumulate
-            )
-
-        return _compute(compute, out, accumulate)
-
-    def group_lasso(self, operation: Operation, factor: float, x: Any, out: Any, *, columns: bool) -> tuple[Any, Any]:
-        if out is None:
-            return super().group_lasso(operation, factor, x, None, columns=columns)
-
-        def compute(out: Any, accumulate: bool) -> Any:
-            chosen = GRADIENT if operation is ADD_GRADIENT and not accumulate else operation
-            return super(KerasAdapter, self).group_lasso(chosen, factor, x, out, columns=columns)[1]
-
-        return None, _compute(compute, out, operation is ADD_GRADIENT)
+    def run(self, operation: Operation, term: Term, p: Parameters, x: Any, out: Any = None) -> tuple[Any, Any]:
+        if not isinstance(out, Variable):
+            return super().run(operation, term, p, x, out)
+        if keras.backend.backend() != "jax":
+            return super().run(operation, term, p, x, out.value)[0], out
+        value, written = super().run(_NEW.get(operation, operation), term, p, x)  # JAX's arrays are immutable
+        if operation.adds:
+            out.assign_add(written)
+        else:
+            out.assign(written)
+        return value, out
 
 
-def _compute(compute: Callable[[Any, bool], Any], out: Any, accumulate: bool) -> Any:
-    """Compute to `out`: where that is a variable, to its memory, or by assigning where arrays are immutable."""
-    if not isinstance(out, Variable):
-        return compute(out, accumulate)
-    if keras.backend.backend() != "jax":
-        compute(out.value, accumulate)
-    elif accumulate:
-        out.assign_add(compute(None, False))
-    else:
-        out.assign(compute(None, False))
-    return out
+_NEW = {ADD_GRADIENT: GRADIENT, VALUE_AND_ADD_GRADIENT: VALUE_AND_GRADIENT}
 
 
 class Expressions(KerasAdapter):

@@ -117,17 +117,32 @@ class GroupLoops(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def group_loops(shape: tuple[int, ...], x: Strides, out: Strides, columns: bool) -> GroupLoops:
-    """Look at what each index of the first axis selects, or of the last, as a group; arguments are those of `loops`."""
-    axes = [*zip(shape, x, out, strict=True)]
-    group = axes.pop(-1 if columns else 0)
-    start, out_start, repeats, layout = loops(*(tuple(axis[i] for axis in axes) for i in range(3)))
+def group_loops(shape: tuple[int, ...], x: Strides, out: Strides, axes: tuple[int, ...]) -> tuple[GroupLoops, ...]:
+    """Look at what each index of some axes selects as a group; other arguments are those of `loops`.
+
+    Returns:
+        One launch's groups, or of axes that do not follow each other in memory several.
+    """
+    dims = [*zip(shape, x, out, strict=True)]
+    kept = {axis % len(dims) for axis in axes}
+    groups = [dims[axis] for axis in sorted(kept)]
+    rest = [each for axis, each in enumerate(dims) if axis not in kept]
+    start, out_start, repeats, layout = loops(*(tuple(axis[i] for axis in rest) for i in range(3)))
+    places, group, times = [(start, out_start)], groups[0], 1
+    if len(groups) > 1:
+        first, out_first, times, merged = loops(*(tuple(axis[i] for axis in groups) for i in range(3)))
+        outer, (*_, group) = merged[:, :-1], map(tuple, merged.T.tolist())
+        places = [
+            (start + first + int(steps[0]), out_start + out_first + int(steps[1]))
+            for steps in (outer[1:] @ np.array(index, np.int64) for index in np.ndindex(*outer[0]))
+        ]
     lengths, strides, _ = layout
     # Short groups are better crossed as well.
-    across = group[0] >= 8 and (abs(group[1]) < abs(strides[-1]) or lengths.prod() < 16)
+    across = bool(group[0] >= 8 and (abs(group[1]) < abs(strides[-1]) or lengths.prod() < 16))
     if across:
         layout = np.column_stack([layout, group])
-    return GroupLoops(start, out_start, math.sqrt(repeats), (*group, layout), bool(across))
+    root = math.sqrt(repeats) * times
+    return tuple(GroupLoops(*place, root, (*group, layout), across) for place in places)
 
 
 def locate_matrices(

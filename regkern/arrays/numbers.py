@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from regkern.arrays import ADAPTERS
-from regkern.kernels.formulas import Formula
 from regkern.numbers import real, shown
+from regkern.terms import Parameters, Term
+from regkern.terms import scaled as scaled_parameters
 
 if TYPE_CHECKING:
     from regkern.arrays.adapter import Adapter
@@ -21,81 +22,79 @@ if TYPE_CHECKING:
 _REAL = re.compile(r"(b?float(16|32|64)|u?int\d+)")
 
 
-class Factors:
-    """What a regularizer multiplies sums with.
+class Summand:
+    """One summand of a penalty: a term with its parameters, which are numbers.
 
     Attributes:
-        formula: of an element-wise penalty, whose two sums the factors belong to; None for other penalties.
-        a: the factor of the first sum, or of the whole penalty.
-        b: the factor of the second sum.
-        names: what the regularizer calls the two, for errors.
+        term: what it is, without them.
+        p: the parameters, two factors and two shape parameters: floats, or 0-d arrays.
+        names: what the regularizer calls them, for errors.
         arrays: whether one of them is an array, and no float.
         captured: whether a program that is compiled once may hold the floats.
     """
 
-    __slots__ = ("a", "arrays", "b", "captured", "formula", "names")
+    __slots__ = ("arrays", "captured", "names", "p", "term")
 
-    def __init__(self, formula: Formula | None, a: Any, b: Any, name_a: str, name_b: str) -> None:
-        self.formula: Any = formula
-        self.a, self.b, self.names = a, b, (name_a, name_b)
-        self.arrays = not (type(a) is type(b) is float)
+    def __init__(self, term: Term, p: Parameters, names: Sequence[str]) -> None:
+        self.term, self.p, self.names = term, p, names
+        self.arrays = not all(type(each) is float for each in p)
         self.captured = False
 
-    def taken(self, x: Any, *, recorded: bool) -> tuple[Any, Any]:
-        """Return the two as x's adapter takes them, floats or 0-d arrays."""
-        a, b = (take(name, factor, x, recorded=recorded) for name, factor in self._checked())
-        return a, b
+    def taken(self, x: Any, *, recorded: bool) -> Parameters:
+        """Return the parameters as x's adapter takes them, floats or 0-d arrays."""
+        a, b, c, d = (take(name, each, x, recorded=recorded) for name, each in self._checked())
+        return a, b, c, d
 
     def readable(self) -> bool:
-        """Whether each of the two can be read now, and is not differentiated."""
-        for _, factor in self._checked():
-            if type(factor) is not float:
-                adapter, array = native(factor)
+        """Whether each parameter can be read now, and is not differentiated."""
+        for _, each in self._checked():
+            if type(each) is not float:
+                adapter, array = native(each)
                 if adapter.held(array) is None or adapter.tracks(array):
                     return False
         return True
 
-    def floats(self) -> tuple[float, float]:
-        """Return what the two are now.
+    def floats(self) -> Parameters:
+        """Return what the parameters are now.
 
         Raises:
             TypeError: one has no value.
         """
-        a, b = (as_float(name, factor) for name, factor in self._checked())
-        return a, b
+        a, b, c, d = (as_float(name, each) for name, each in self._checked())
+        return a, b, c, d
 
-    def values(self) -> tuple[Any, Any]:
-        """Return the two as floats where they can be read now, else as they are."""
-        a, b = (
-            factor if type(factor) is float or held(factor) is None else held(factor) for _, factor in self._checked()
+    def values(self) -> Parameters:
+        """Return the parameters as floats where they can be read now, else as they are."""
+        a, b, c, d = (
+            each if type(each) is float or held(each) is None else held(each) for _, each in self._checked()
         )
-        return a, b
+        return a, b, c, d
 
     def _checked(self) -> Iterator[tuple[str, Any]]:
-        """Yield the two with their names, of arrays those that are not seen to be negative."""
-        for name, factor in zip(self.names, (self.a, self.b), strict=True):
-            if type(factor) is not float:
-                check(name, factor, 0.0, "a non-negative float")
-            yield name, factor
+        """Yield the parameters with their names, of arrays those that are not seen to be negative."""
+        for name, each in zip(self.names, self.p, strict=True):
+            if type(each) is not float:
+                check(name, each, 0.0, "a non-negative float")
+            yield name, each
 
 
-def taken(factors: Factors, adapter: Adapter, x: Any, *, recorded: bool) -> tuple[Any, Any]:
-    """Return factors as x's adapter takes them, once it is noted whether a program keeps them as they are now."""
-    if adapter.compiles and not factors.captured:
-        factors.captured = adapter.captures(x)
-    return factors.taken(x, recorded=recorded) if factors.arrays else (factors.a, factors.b)
+def taken(summand: Summand, adapter: Adapter, x: Any, *, recorded: bool) -> Parameters:
+    """Return parameters as x's adapter takes them, once it is noted whether a program keeps them as they are now."""
+    if adapter.compiles and not summand.captured:
+        summand.captured = adapter.captures(x)
+    return summand.taken(x, recorded=recorded) if summand.arrays else summand.p
 
 
-def scaled(factors: Factors, x: Any, name: str = "", scale: Any = 1.0) -> tuple[Adapter, Any, Any]:
-    """Return factors times a scale or a step, for what is not recorded, and the adapter that takes them."""
+def scaled(summand: Summand, x: Any, name: str = "", scale: Any = 1.0) -> tuple[Adapter, Parameters]:
+    """Return parameters times a scale or a step, for what is not recorded, and the adapter that takes them."""
     adapter = ADAPTERS[type(x)]
-    if type(scale) is float and not (factors.arrays or adapter.compiles):
-        return adapter, factors.a * scale, factors.b * scale
-    a, b = taken(factors, adapter, x, recorded=False)
+    if type(scale) is float and not (summand.arrays or adapter.compiles):
+        return adapter, scaled_parameters(summand.p, scale)
+    p = taken(summand, adapter, x, recorded=False)
     scale = take(name, scale, x, recorded=False)
-    if not (type(a) is type(b) is type(scale) is float):
-        adapter = expressions(", ".join(filter(None, (*factors.names, name))), x)
-    return adapter, a * scale, b * scale
+    if not all(type(each) is float for each in (*p, scale)):
+        adapter = expressions(", ".join(filter(None, (*summand.names, name))), x)
+    return adapter, scaled_parameters(p, scale)
 
 
 def step_size(step: Any) -> Any:

@@ -12,13 +12,14 @@ from regkern.arrays.layout import View, loops
 from regkern.dtypes import FLOAT32, FLOAT64
 from regkern.kernels.cpu.elementwise import kernels
 from regkern.kernels.cpu.many import Entry, Table
-from regkern.kernels.formulas import Formula
-from regkern.kernels.operations import ADD_GRADIENT, PROX, SUMS, SUMS_AND_GRADIENT, Operation
+from regkern.terms import ADD_GRADIENT, PROX, SUMS, VALUE_AND_GRADIENT, Formula, Operation, Parameters, Term
+from regkern.terms import scaled as scaled_parameters
 
 if TYPE_CHECKING:
     from regkern.arrays.adapter import KernelAdapter
 
-Weighted = tuple[Formula, float, float]
+# A penalty of elements with its parameters.
+Weighted = tuple[Term, Parameters]
 
 
 class Member(NamedTuple):
@@ -68,13 +69,13 @@ class Targets(NamedTuple):
 
 def scaled(penalties: Sequence[Weighted], scale: float) -> list[Weighted]:
     """Return penalties times a scale."""
-    return [(formula, a * scale, b * scale) for formula, a, b in penalties]
+    return [(term, scaled_parameters(p, scale)) for term, p in penalties]
 
 
 class Plan(ABC):
     """Arrays of one home, looked up once: as long as they stay there, each evaluation is one launch, or few.
 
-    Array i has the penalty ``penalties[members[i].penalty]``, a formula and its factors, which may differ from one
+    Array i has the penalty ``penalties[members[i].penalty]``, a term and its parameters, which may differ from one
     evaluation to the next. The plan does not keep the arrays alive.
     """
 
@@ -182,8 +183,8 @@ class HostPlan(Plan):
     def values(self, penalties: Sequence[Weighted]) -> list[Any]:
         sums = self._run(SUMS, penalties)[1].tolist()
         return [
-            adapter.scalar(a * sum0 + b * sum1, view.dtype)
-            for adapter, view, (_, a, b), (sum0, sum1) in zip(
+            adapter.scalar(p[0] * sum0 + p[1] * sum1, view.dtype)
+            for adapter, view, (_, p), (sum0, sum1) in zip(
                 self._adapters, self._arrays.views, self.weighted(penalties), sums, strict=True
             )
         ]
@@ -191,7 +192,7 @@ class HostPlan(Plan):
     def value_and_grad(self, penalties: Sequence[Weighted], arrays: Sequence[Any]) -> tuple[Any, list[Any]]:
         outs = [adapter.empty_like(x) for adapter, x in zip(self._adapters, arrays, strict=True)]
         views = [adapter.view(out) for adapter, out in zip(self._adapters, outs, strict=True)]
-        return self._scalar(self._run(SUMS_AND_GRADIENT, penalties, views)[0]), outs
+        return self._scalar(self._run(VALUE_AND_GRADIENT, penalties, views)[0]), outs
 
     def scaled_grads(self, penalties: Sequence[Weighted], arrays: Sequence[Any], scale: Any) -> list[Any]:
         return self.value_and_grad(scaled(penalties, scale.item()), arrays)[1]
@@ -202,21 +203,21 @@ class HostPlan(Plan):
     def _run(
         self, operation: Operation, penalties: Sequence[Weighted], outs: Sequence[View] | None = None
     ) -> tuple[float, Any]:
-        formulas = [formula for formula, _, _ in penalties]
+        formulas = [term.formula for term, _ in penalties]
         key = formulas, None if outs is None else [out.strides for out in outs]
         known, table = self._tables.get(operation, (None, None))
         if table is None or known != key:
             table = self._table(operation, formulas, outs)
             self._tables[operation] = key, table
-        factors = np.array([(a, b) for _, a, b in penalties])
-        return table.run(factors, None if outs is None else np.array([out.address for out in outs]))
+        parameters = np.array([p for _, p in penalties])
+        return table.run(parameters, None if outs is None else np.array([out.address for out in outs]))
 
     def _table(self, operation: Operation, formulas: Sequence[Formula], outs: Sequence[View] | None) -> Table:
         entries = []
         for i, view in enumerate(self._arrays.views):
             out = view if outs is None else outs[i]
             offset, out_offset, repeats, layout = loops(view.shape, view.strides, out.strides)
-            in_place = operation.writes and outs is None
+            in_place = bool(operation.writes) and outs is None
             run = kernels(operation, formulas[self._penalties[i]], view.dtype, in_place).run_for(layout)
             start, itemsize = view.address + offset, view.dtype.itemsize
             entries.append(Entry(run, start, out_offset, layout, repeats, itemsize, self._penalties[i]))

@@ -15,10 +15,23 @@ import tensorflow as tf
 from regkern.arrays.adapter import Adapter, ChoosingAdapter, require
 from regkern.arrays.layers import distinct, through_layers
 from regkern.arrays.numpy import NumpyAdapter
-from regkern.arrays.operations import OperationsAdapter
+from regkern.arrays.expressions import ExpressionsAdapter
 from regkern.dtypes import DTYPES, complex_advice
-from regkern.kernels.formulas import ABS, ABS_SQUARE, SQUARE, Formula
-from regkern.kernels.operations import Operation
+from regkern.formulas import ABS, ABS_SQUARE, SQUARE
+from regkern.terms import (
+    ADD_GRADIENT,
+    ELEMENTS,
+    GRADIENT,
+    SUMS,
+    VALUE,
+    VALUE_AND_ADD_GRADIENT,
+    VALUE_AND_GRADIENT,
+    Operation,
+    Parameters,
+    Products,
+    Term,
+    scaled,
+)
 
 require("tensorflow", tf.__version__, (2, 18))
 
@@ -41,7 +54,7 @@ class _DTypes(dict[Any, Any]):
 _results = _DTypes({tf.dtypes.as_dtype(name): tf.dtypes.as_dtype(dtype.result) for name, dtype in DTYPES.items()})
 
 
-class Operations(OperationsAdapter):
+class Operations(ExpressionsAdapter):
     """Penalties as TensorFlow's own operations."""
 
     def owns(self, array_type: type) -> bool:
@@ -105,54 +118,79 @@ class Operations(OperationsAdapter):
             out.assign(value)
         return out
 
-    def sums(self, formula: Formula, x: Any) -> tuple[Any, Any]:
-        if formula not in _TERMS:
-            return super().sums(formula, x)
+    def where(self, condition: Any, x: Any, y: Any) -> Any:
+        return tf.where(condition, x, y)
+
+    def sqrt(self, x: Any) -> Any:
+        return tf.sqrt(x)
+
+    def log1p(self, x: Any) -> Any:
+        return tf.math.log1p(x)
+
+    def sum_exactly(self, x: Any) -> Any:
+        return tf.reduce_sum(tf.cast(x, tf.float64))
+
+    def exact(self, sums: Sequence[Any], x: Any) -> Any:
+        return tf.stack([tf.cast(each, tf.float64) for each in sums])
+
+    def sums(self, term: Term, p: Parameters, x: Any) -> tuple[Any, Any]:
+        if not _is_elastic_net(term):
+            return super().sums(term, p, x)
         v = self.widen(x)
-        has_abs, has_square = _TERMS[formula]
+        has_abs, has_square = _TERMS[term.formula]
         return (
-            self.penalty(ABS, 1.0, 0.0, v) if has_abs else self.zero(v),
-            self.penalty(SQUARE, 0.0, 1.0, v) if has_square else self.zero(v),
+            _elastic_net(1.0, 0.0, True, False, v) if has_abs else self.zero(v),
+            _elastic_net(0.0, 1.0, False, True, v) if has_square else self.zero(v),
         )
 
-    def penalty(self, formula: Formula, a: Any, b: Any, x: Any) -> Any:
-        if formula not in _TERMS:
-            return super().penalty(formula, a, b, x)
+    def value(self, term: Term, p: Parameters, x: Any) -> Any:
+        a, b, _, _ = p
+        if isinstance(term.view, Products):
+            _check_count(term.view, x)
+        if not _is_elastic_net(term):
+            return super().value(term, p, x)
         if not (type(a) is type(b) is float):  # below, nothing would reach them
-            sum0, sum1 = self.sums(formula, x)
+            sum0, sum1 = self.sums(term, p, x)
             return a * sum0 + b * sum1
-        has_abs, has_square = _TERMS[formula]
-
-        # Keras's expressions as autodiff sees them fill arrays with the upstream gradient; a sum of squares by
-        # multiplication fills one more.
-        @tf.custom_gradient
-        def elastic_net(v: Any) -> Any:
-            def gradient(upstream: Any) -> Any:
-                first = (a * upstream) * tf.sign(v) if has_abs else 0.0
-                second = (2 * b * upstream) * v if has_square else 0.0
-                return first + second if has_abs and has_square else first if has_abs else second
-
-            first = a * tf.reduce_sum(tf.abs(v)) if has_abs else 0.0
-            second = (2 * b) * tf.nn.l2_loss(v) if has_square else 0.0
-            return first + second, gradient
-
-        return elastic_net(self.widen(x))
-
-    def partial(self, formula: Formula, x: Any) -> Any:
-        terms = formula.terms(abs(self.widen(x)))
-        return tf.stack([tf.reduce_sum(tf.cast(term, tf.float64)) for term in terms])
-
-    def orthogonal(self, factor: float, x: Any, *, columns: bool, flatten: bool) -> Any:
-        counted = x.shape[-1:] if columns else x.shape[:-1] if flatten else x.shape[-2:-1]
-        if None in counted:
-            raise ValueError(
-                f"x: expected a known number of {'columns' if columns else 'rows'}, which are compared with each "
-                f"other; got shape {tuple(x.shape)}; set it, for example by tf.ensure_shape."
-            )
-        return super().orthogonal(factor, x, columns=columns, flatten=flatten)
+        return _elastic_net(a, b, *_TERMS[term.formula], self.widen(x))
 
     def over_batch(self, penalty: Any, x: Any) -> Any:
         return tf.math.divide_no_nan(penalty, tf.cast(tf.shape(x)[0], penalty.dtype))
+
+
+def _is_elastic_net(term: Term) -> bool:
+    return term.view is ELEMENTS and term.formula in _TERMS
+
+
+def _elastic_net(a: float, b: float, has_abs: bool, has_square: bool, v: Any) -> Any:
+    """Return ``a * sum(|v|) + b * sum(v**2)``.
+
+    Keras's expressions as autodiff sees them fill arrays with the upstream gradient; a sum of squares by multiplication
+    fills one more.
+    """
+
+    @tf.custom_gradient
+    def elastic_net(v: Any) -> Any:
+        def gradient(upstream: Any) -> Any:
+            first = (a * upstream) * tf.sign(v) if has_abs else 0.0
+            second = (2 * b * upstream) * v if has_square else 0.0
+            return first + second if has_abs and has_square else first if has_abs else second
+
+        first = a * tf.reduce_sum(tf.abs(v)) if has_abs else 0.0
+        second = (2 * b) * tf.nn.l2_loss(v) if has_square else 0.0
+        return first + second, gradient
+
+    return elastic_net(v)
+
+
+def _check_count(view: Products, x: Any) -> None:
+    """Raise ValueError where it is not known how many vectors are compared."""
+    counted = x.shape[-1:] if view.columns else x.shape[:-1] if view.flatten else x.shape[-2:-1]
+    if None in counted:
+        raise ValueError(
+            f"x: expected a known number of {'columns' if view.columns else 'rows'}, which are compared with each "
+            f"other; got shape {tuple(x.shape)}; set it, for example by tf.ensure_shape."
+        )
 
 
 OPERATIONS = Operations()
@@ -176,77 +214,49 @@ class Kernels(Adapter):
     def owns(self, array_type: type) -> bool:
         return issubclass(array_type, tf.Tensor)
 
-    def penalty(self, formula: Formula, a: float, b: float, x: Any) -> Any:
-        penalty = _Penalty(
-            lambda view: (VIEWS.penalty(formula, a, b, view),),
-            lambda view, scale: VIEWS.grad(formula, a * scale, b * scale, view, None, False),
-            lambda x: (OPERATIONS.penalty(formula, a, b, x),),
-        )
-        return _recorded(x, penalty=penalty)[0]
-
-    def sums(self, formula: Formula, x: Any) -> tuple[Any, Any]:
-        sums = _Penalty(
-            lambda view: VIEWS.sums(formula, view),
-            lambda view, a, b: VIEWS.grad(formula, a, b, view, None, False),
-            lambda x: OPERATIONS.sums(formula, x),
-        )
-        sum0, sum1 = _recorded(x, penalty=sums)
-        return sum0, sum1
-
-    def partial(self, formula: Formula, x: Any) -> Any:
-        return tf.convert_to_tensor(VIEWS.partial(formula, _view(x)))
-
-    def value_and_grad(self, formula: Formula, a: float, b: float, x: Any) -> tuple[Any, Any]:
-        value, out = VIEWS.value_and_grad(formula, a, b, _view(x))
-        return _scalar(value), _tensor(out)
-
-    def grad(self, formula: Formula, a: float, b: float, x: Any, out: Any, accumulate: bool) -> Any:
+    def run(self, operation: Operation, term: Term, p: Parameters, x: Any, out: Any = None) -> tuple[Any, Any]:
+        if operation in (VALUE, SUMS):
+            values = _recorded(x, penalty=_Penalty(operation, term, p))
+            return (values[0] if operation is VALUE else tuple(values)), None
         _check_out(x, out)
-        gradient = VIEWS.grad(formula, a, b, _view(x), None, False)
-        return OPERATIONS.write(_tensor(gradient), out, accumulate)
+        view = _view(x)
+        value, written = VIEWS.run(_NEW.get(operation, operation), term, p, view)
+        if value is not None:
+            value = _scalar(value) if operation.writes else tf.convert_to_tensor(value)
+        if written is not None:
+            written = OPERATIONS.write(_tensor(written), out, operation.adds)
+        return value, written
 
-    def prox(self, formula: Formula, a: float, b: float, x: Any, out: Any) -> Any:
-        _check_out(x, out)
-        result = VIEWS.prox(formula, a, b, _view(x), None)
-        return OPERATIONS.write(_tensor(result), out, False)
+    def between(self, term: Term, x: Any, other: Any) -> Any:
+        return VIEWS.between(term, _view(x), _view(other))
 
-    def orthogonal(self, factor: float, x: Any, **vectors: bool) -> Any:
-        penalty = _Penalty(
-            lambda view: (VIEWS.orthogonal(factor, view, **vectors),),
-            lambda view, scale: VIEWS.orthogonal_grad(factor * scale, view, None, **vectors, accumulate=False),
-            lambda x: (OPERATIONS.orthogonal(factor, x, **vectors),),
-        )
-        return _recorded(x, penalty=penalty)[0]
 
-    def orthogonal_value_and_grad(self, factor: float, x: Any, **vectors: bool) -> tuple[Any, Any]:
-        value, gradient = VIEWS.orthogonal_value_and_grad(factor, _view(x), **vectors)
-        return _scalar(value), _tensor(gradient)
-
-    def orthogonal_grad(self, factor: float, x: Any, out: Any, *, accumulate: bool, **vectors: bool) -> Any:
-        _check_out(x, out)
-        _, gradient = self.orthogonal_value_and_grad(factor, x, **vectors)
-        return OPERATIONS.write(gradient, out, accumulate)
-
-    def group_lasso(self, operation: Operation, factor: float, x: Any, out: Any, *, columns: bool) -> tuple[Any, Any]:
-        return OPERATIONS.group_lasso(operation, factor, x, out, columns=columns)
-
-    def cosine_sum(self, x: Any, other: Any, **vectors: bool) -> Any:
-        return VIEWS.cosine_sum(_view(x), None if other is None else _view(other), **vectors)
+# What is added to variables is computed anew, for tensors are immutable.
+_NEW = {ADD_GRADIENT: GRADIENT, VALUE_AND_ADD_GRADIENT: VALUE_AND_GRADIENT}
 
 
 @dataclass(frozen=True, slots=True)
 class _Penalty:
-    """What gradient tapes need of a penalty, or of several sums.
+    """What gradient tapes need of a penalty, or of the two sums of a formula."""
 
-    Attributes:
-        value: computes them from a view.
-        gradient: computes the sum of their gradients, each times a scale, from a view and the scales.
-        by_operations: computes them by TensorFlow's operations, for second derivatives and vectorised tapes.
-    """
+    operation: Operation
+    term: Term
+    p: Parameters
 
-    value: Callable[[Any], Sequence[Any]]
-    gradient: Callable[..., Any]
-    by_operations: Callable[[Any], Sequence[Any]]
+    def values(self, view: Any) -> Sequence[Any]:
+        """Compute the penalty, or the sums, from a view."""
+        values = VIEWS.run(self.operation, self.term, self.p, view)[0]
+        return values if self.operation is SUMS else (values,)
+
+    def gradient(self, view: Any, *upstream: float) -> Any:
+        """Compute the sum of the gradients, each times its upstream, from a view."""
+        p = (*upstream, *self.p[2:]) if self.operation is SUMS else scaled(self.p, upstream[0])
+        return VIEWS.run(GRADIENT, self.term, p, view)[1]  # type: ignore[arg-type]
+
+    def by_operations(self, x: Any) -> Sequence[Any]:
+        """Compute the same by TensorFlow's operations, for second derivatives and vectorised tapes."""
+        values = OPERATIONS.run(self.operation, self.term, self.p, x)[0]
+        return values if self.operation is SUMS else (values,)
 
     def slope(self, x: Any, upstream: Sequence[Any]) -> Any:
         """Return the sum of the gradients, each times its upstream, by operations, in a graph."""
@@ -264,7 +274,7 @@ def _recorded(x: Any, *, penalty: _Penalty) -> Any:
             return _recorded_slope(x, *upstream, penalty=penalty)
         return penalty.slope(x, upstream)
 
-    return [_scalar(value) for value in penalty.value(_view(x))], gradient
+    return [_scalar(value) for value in penalty.values(_view(x))], gradient
 
 
 @tf.custom_gradient
@@ -379,48 +389,18 @@ class Ragged(Adapter):
     def owns(self, array_type: type) -> bool:
         return issubclass(array_type, tf.RaggedTensor)
 
-    def penalty(self, formula: Formula, a: float, b: float, x: Any) -> Any:
-        return ADAPTER.penalty(formula, a, b, x.flat_values)
-
-    def sums(self, formula: Formula, x: Any) -> tuple[Any, Any]:
-        return ADAPTER.sums(formula, x.flat_values)
-
-    def partial(self, formula: Formula, x: Any) -> Any:
-        return ADAPTER.partial(formula, x.flat_values)
-
-    def value_and_grad(self, formula: Formula, a: float, b: float, x: Any) -> tuple[Any, Any]:
-        value, gradient = ADAPTER.value_and_grad(formula, a, b, x.flat_values)
-        return value, x.with_flat_values(gradient)
-
-    def grad(self, formula: Formula, a: float, b: float, x: Any, out: Any, accumulate: bool) -> Any:
+    def run(self, operation: Operation, term: Term, p: Parameters, x: Any, out: Any = None) -> tuple[Any, Any]:
+        if term.view is not ELEMENTS:
+            raise TypeError(
+                f"x: expected rows of one length; got a RaggedTensor with shape {tuple(x.shape)}; "
+                "pass x.to_tensor(), or its x.flat_values."
+            )
         _check_out(x.flat_values, out)
-        return x.with_flat_values(ADAPTER.grad(formula, a, b, x.flat_values, None, False))
-
-    def prox(self, formula: Formula, a: float, b: float, x: Any, out: Any) -> Any:
-        _check_out(x.flat_values, out)
-        return x.with_flat_values(ADAPTER.prox(formula, a, b, x.flat_values, None))
-
-    def orthogonal(self, factor: float, x: Any, **vectors: bool) -> Any:
-        raise _no_matrix(x)
-
-    def orthogonal_value_and_grad(self, factor: float, x: Any, **vectors: bool) -> tuple[Any, Any]:
-        raise _no_matrix(x)
-
-    def orthogonal_grad(self, factor: float, x: Any, out: Any, **options: bool) -> Any:
-        raise _no_matrix(x)
-
-    def group_lasso(self, operation: Operation, factor: float, x: Any, out: Any, *, columns: bool) -> tuple[Any, Any]:
-        raise _no_matrix(x)
+        value, written = ADAPTER.run(_NEW.get(operation, operation), term, p, x.flat_values)
+        return value, None if written is None else x.with_flat_values(written)
 
     def over_batch(self, penalty: Any, x: Any) -> Any:
         return tf.math.divide_no_nan(penalty, tf.cast(x.nrows(), penalty.dtype))
-
-
-def _no_matrix(x: Any) -> TypeError:
-    return TypeError(
-        f"x: expected rows of one length; got a RaggedTensor with shape {tuple(x.shape)}; "
-        "pass x.to_tensor(), or its x.flat_values."
-    )
 
 
 RAGGED = Ragged()

@@ -13,12 +13,11 @@ from numba import types
 
 from regkern.attributes import CachedAttribute
 from regkern.dtypes import DType
-from regkern.kernels.cpu import team, threads
+from regkern.kernels.cpu import scalars, team, threads
 from regkern.kernels.cpu.compile import FASTMATH, compile_entry, compile_function, inlined, inner, make_call
 from regkern.kernels.cpu.memory import make_magnitude, make_narrow, make_view, make_widen
 from regkern.kernels.cpu.words import allocate, free, load_double, load_word, load_words, store_double, store_words
-from regkern.kernels.formulas import Formula
-from regkern.kernels.operations import Operation
+from regkern.terms import Formula, Functions, Operation
 
 # Elements per chunk. From 1 << 12 to 1 << 14 all sizes and dtypes take the same time, within a few per cent; smaller
 # chunks give mid-sized arrays to more threads. (Measured by bench/ on two cores of Zen 4, as are the next two.)
@@ -34,16 +33,16 @@ SCALAR_BLOCK = 1 << 7
 # Bounds the partial sums to 256 KiB, whatever the array's size.
 MAX_CHUNKS = 1 << 14
 
-# All dtypes are summed, and their factors given, in the same type.
-SUMS = types.UniTuple(types.float64, 2)
-# Of one run: x, its stride, out, its stride, the number of elements, and the factors.
-RUN = SUMS(*[types.intp] * 5, types.float64, types.float64)
+# All dtypes are summed, and their parameters given, in the same type.
+PAIR, PARAMETERS = types.UniTuple(types.float64, 2), types.UniTuple(types.float64, 4)
+# Of one run: x, its stride, out, its stride, the number of elements, and the four parameters.
+RUN = PAIR(*[types.intp] * 5, *PARAMETERS)
 call_run = make_call(RUN)
 
 # What describes an array to a task, in words: the run's address, x, out, the layout and its dimensions; where elements
 # follow each other, their number and the bytes of each instead of the last two. An array that is evaluated alone has
-# these besides, so many bytes from the first: the factors, and the place of its chunks' sums.
-_A, _B, _PARTIAL, _WORDS = range(40, 72, 8)
+# these besides, so many bytes from the first: the parameters, and the place of its chunks' sums.
+_P, _PARTIAL, _WORDS = 40, 72, 80
 
 
 class Kernels:
@@ -56,7 +55,7 @@ class Kernels:
 
     def __init__(self, operation: Operation, formula: Formula, dtype: DType, in_place: bool) -> None:
         self._arguments = operation, formula, dtype, in_place
-        self.name = "-".join([operation.name, formula.name, dtype.name] + ["in_place"] * in_place)
+        self.name = "-".join([operation.name, formula.name, formula.digest, dtype.name] + ["in_place"] * in_place)
         self.itemsize = dtype.itemsize
 
     @CachedAttribute
@@ -101,7 +100,7 @@ def kernels(operation: Operation, formula: Formula, dtype: DType, in_place: bool
 
 
 def _make_run(name: str, operation: Operation, formula: Formula, dtype: DType, in_place: bool, *, strided: bool):
-    """Make ``run(x, x_stride, out, out_stride, n, a, b) -> (sum0, sum1)`` over n elements."""
+    """Make ``run(x, x_stride, out, out_stride, n, *p) -> (sum0, sum1)`` over n elements."""
     view, itemsize = make_view(dtype.carrier, strided=strided), dtype.itemsize
     block = SCALAR_BLOCK if strided else VECTOR_BLOCK
     if operation.writes:
@@ -109,7 +108,8 @@ def _make_run(name: str, operation: Operation, formula: Formula, dtype: DType, i
     else:
         loop = _make_sum_loop(name, formula, dtype)
 
-    def run(x, x_stride, out, out_stride, n, a, b):
+    def run(x, x_stride, out, out_stride, n, p0, p1, p2, p3):
+        p = (p0, p1, p2, p3)
         if not strided:
             x_stride = out_stride = itemsize
         sum0 = sum1 = 0.0
@@ -117,7 +117,7 @@ def _make_run(name: str, operation: Operation, formula: Formula, dtype: DType, i
         while start < n:
             length = n - start if n - start < block else block
             source = view(x + start * x_stride, length, x_stride)
-            block0, block1 = loop(source, view(out + start * out_stride, length, out_stride), length, a, b)
+            block0, block1 = loop(source, view(out + start * out_stride, length, out_stride), length, p)
             sum0 += block0
             sum1 += block1
             start += block
@@ -127,13 +127,13 @@ def _make_run(name: str, operation: Operation, formula: Formula, dtype: DType, i
 
 
 def _make_sum_loop(name: str, formula: Formula, dtype: DType):
-    magnitude, terms = make_magnitude(dtype), inner(name)(formula.terms)
+    magnitude, terms = make_magnitude(dtype), inner(name)(formula.make(scalars).terms)
 
     @inner(name, fastmath=FASTMATH, forceinline=True)
-    def loop(x, out, n, a, b):
+    def loop(x, out, n, p):
         sum0 = sum1 = 0.0
         for i in range(n):
-            term0, term1 = terms(magnitude(x[i]))
+            term0, term1 = terms(magnitude(x[i]), p)
             sum0 += term0
             sum1 += term1
         return sum0, sum1
@@ -141,21 +141,28 @@ def _make_sum_loop(name: str, formula: Formula, dtype: DType):
     return loop
 
 
+def written_by(operation: Operation, functions: Functions) -> Any:
+    """Return the function ``(v, p)`` of what an operation writes."""
+    return functions.derivative if operation.writes == "gradient" else functions.prox
+
+
 def _make_map_loop(name: str, operation: Operation, formula: Formula, dtype: DType, in_place: bool):
-    widen, narrow, terms = make_widen(dtype), make_narrow(dtype), inner(name)(formula.terms)
-    update, sums = operation.update(formula, inner(formula.name)), operation.sums  # type: ignore[misc]
+    widen, narrow, functions = make_widen(dtype), make_narrow(dtype), formula.make(scalars)
+    terms, change = inner(name)(functions.terms), inner(name)(written_by(operation, functions))
+    sums, adds = operation.sums, operation.adds
 
     @inner(name, fastmath=FASTMATH, forceinline=True)
-    def loop(x, out, n, a, b):
+    def loop(x, out, n, p):
         target = x if in_place else out
         sum0 = sum1 = 0.0
         for i in range(n):
             v = widen(x[i])
             if sums:
-                term0, term1 = terms(abs(v))
+                term0, term1 = terms(abs(v), p)
                 sum0 += term0
                 sum1 += term1
-            target[i] = narrow(update(v, widen(target[i]), a, b))
+            new = change(v, p)
+            target[i] = narrow(widen(target[i]) + new if adds else new)
         return sum0, sum1
 
     return loop
@@ -184,7 +191,7 @@ def combine(sums, count):
 
 
 @inlined
-def chunk_sums(array, c, a, b):
+def chunk_sums(array, c, p):
     """Run over chunk c of an array: some whole rows of its layout or, of rows longer than a chunk, a piece of one."""
     run, x, out, layout, dims = load_words(array, 5)
     last = layout + 8 * (dims - 1)
@@ -198,7 +205,7 @@ def chunk_sums(array, c, a, b):
     while row < end:
         x_offset, out_offset = row_offsets(layout, dims, row)
         source, target = x + x_offset + start * x_stride, out + out_offset + start * out_stride
-        row0, row1 = call_run(run, (source, x_stride, target, out_stride, n, a, b))
+        row0, row1 = call_run(run, (source, x_stride, target, out_stride, n, *p))
         sum0 += row0
         sum1 += row1
         row += 1
@@ -252,9 +259,9 @@ def row_offsets(layout, dims, row):
 
 def _sum_chunks(array, worker, first, last):
     """Run over chunks first to last of an array of any layout: a `team.TASK`."""
-    a, b, partial, c = load_double(array + _A), load_double(array + _B), load_word(array + _PARTIAL), first
+    p, partial, c = load_parameters(array + _P), load_word(array + _PARTIAL), first
     while c < last:
-        store_words(partial + 16 * c, chunk_sums(array, c, a, b))
+        store_words(partial + 16 * c, chunk_sums(array, c, p))
         c += 1
     return 0
 
@@ -262,25 +269,31 @@ def _sum_chunks(array, worker, first, last):
 def _sum_flat_chunks(array, worker, first, last):
     """Do the same where elements follow each other."""
     run, x, out, n, itemsize = load_words(array, 5)
-    a, b, partial = load_double(array + _A), load_double(array + _B), load_word(array + _PARTIAL)
+    p, partial = load_parameters(array + _P), load_word(array + _PARTIAL)
     chunk, c = chunk_size(n), first
     while c < last:
         start = c * chunk
         length, offset = chunk if chunk < n - start else n - start, start * itemsize
-        sums = call_run(run, (x + offset, itemsize, out + offset, itemsize, length, a, b))
+        sums = call_run(run, (x + offset, itemsize, out + offset, itemsize, length, *p))
         store_words(partial + 16 * c, sums)
         c += 1
     return 0
 
 
 @inlined
-def evaluate(task, run, x, out, layout, dims, a, b, chunks, elements, width):
+def load_parameters(place):
+    """Read four parameters."""
+    return load_double(place), load_double(place + 8), load_double(place + 16), load_double(place + 24)
+
+
+@inlined
+def evaluate(task, run, x, out, layout, dims, p, chunks, elements, width):
     """Run a task over all chunks of an array; return whether there was memory, and the array's sums."""
     array = allocate(_WORDS + 16 * chunks)
     if array == 0:
         return False, 0.0, 0.0
     partial = array + _WORDS
-    store_words(array, (run, x, out, layout, dims, a, b, partial))
+    store_words(array, (run, x, out, layout, dims, *p, partial))
     team.launch(task, array, chunks, BATCH, elements // 8, width)
     combine(partial, chunks)
     sum0, sum1 = load_double(partial), load_double(partial + 8)
@@ -289,31 +302,31 @@ def evaluate(task, run, x, out, layout, dims, a, b, chunks, elements, width):
 
 
 @inlined
-def flat(run, itemsize, x, out, n, a, b, width):
+def flat(run, itemsize, x, out, n, p, width):
     """Return whether there was memory, and the sums of n elements that follow each other."""
     if n <= CHUNK:
-        sum0, sum1 = call_run(run, (x, itemsize, out, itemsize, n, a, b))
+        sum0, sum1 = call_run(run, (x, itemsize, out, itemsize, n, *p))
         return True, sum0, sum1
     chunk = chunk_size(n)
     task = load_word(team.address() + team.SUM_FLAT_CHUNKS)
-    return evaluate(task, run, x, out, n, itemsize, a, b, (n + chunk - 1) // chunk, n, width)
+    return evaluate(task, run, x, out, n, itemsize, p, (n + chunk - 1) // chunk, n, width)
 
 
-def _small(run, itemsize, x, out, n, a, b, width):
-    return call_run(run, (x, itemsize, out, itemsize, n, a, b))
+def _small(run, itemsize, x, out, n, p0, p1, p2, p3, width):
+    return call_run(run, (x, itemsize, out, itemsize, n, p0, p1, p2, p3))
 
 
-def _flat(run, itemsize, x, out, n, a, b, width):
-    found, sum0, sum1 = flat(run, itemsize, x, out, n, a, b, width)
+def _flat(run, itemsize, x, out, n, p0, p1, p2, p3, width):
+    found, sum0, sum1 = flat(run, itemsize, x, out, n, (p0, p1, p2, p3), width)
     if not found:
         raise MemoryError
     return sum0, sum1
 
 
-def _strided(run, x, out, layout, dims, a, b, width):
+def _strided(run, x, out, layout, dims, p0, p1, p2, p3, width):
     task, chunks = load_word(team.address() + team.SUM_CHUNKS), count_chunks(layout, dims)
     elements = count_rows(layout, dims) * load_word(layout + 8 * dims - 8)
-    found, sum0, sum1 = evaluate(task, run, x, out, layout, dims, a, b, chunks, elements, width)
+    found, sum0, sum1 = evaluate(task, run, x, out, layout, dims, (p0, p1, p2, p3), chunks, elements, width)
     if not found:
         raise MemoryError
     return sum0, sum1
@@ -322,8 +335,8 @@ def _strided(run, x, out, layout, dims, a, b, width):
 _INT = types.intp
 
 
-# Of elements that follow each other: ``(run, itemsize, x, out, n, a, b, width) -> (sum0, sum1)``.
-_FLAT = SUMS(*[_INT] * 5, types.float64, types.float64, _INT)
+# Of elements that follow each other: ``(run, itemsize, x, out, n, *p, width) -> (sum0, sum1)``.
+_FLAT = PAIR(*[_INT] * 5, *PARAMETERS, _INT)
 
 
 @functools.cache
@@ -341,7 +354,7 @@ def flat_kernel() -> Any:
 
 @functools.cache
 def strided_kernel() -> Any:
-    """Return the kernel ``(run, x, out, layout, dims, a, b, width) -> (sum0, sum1)``.
+    """Return the kernel ``(run, x, out, layout, dims, *p, width) -> (sum0, sum1)``.
 
     The layout is the address of int64 words in three rows of `dims`: lengths, byte strides of x, byte strides of out.
     Its last column is the innermost loop, over which the run goes.

@@ -17,6 +17,7 @@ import numpy as np
 from numba import types
 
 from regkern.dtypes import DType
+from regkern.formulas import SQUARE
 from regkern.kernels.cpu import team
 from regkern.kernels.cpu.compile import FASTMATH, compile_entry, compile_function, inlined, inner, make_call
 from regkern.kernels.cpu.elementwise import CHUNK, call_run, count_rows, kernels, row_offsets, width_for
@@ -31,8 +32,7 @@ from regkern.kernels.cpu.words import (
     store_word,
     store_words,
 )
-from regkern.kernels.formulas import SQUARE
-from regkern.kernels.operations import ADD_GRADIENT, GRADIENT, PROX, SUMS, SUMS_AND_GRADIENT, Operation
+from regkern.terms import ADD_GRADIENT, GRADIENT, SUMS, Operation
 
 # Groups that are crossed at once: their sums take a quarter of the L1 cache. With a quarter of them, 4096 x 4096 takes
 # twice as long (measured on two cores of Zen 4).
@@ -42,13 +42,13 @@ PIECE = 1 << 16
 
 # What is written, by operation.
 NOTHING, DERIVATIVE, ADDED_DERIVATIVE, PROXIMAL = range(4)
-KINDS = {
-    SUMS: NOTHING,
-    GRADIENT: DERIVATIVE,
-    ADD_GRADIENT: ADDED_DERIVATIVE,
-    SUMS_AND_GRADIENT: DERIVATIVE,
-    PROX: PROXIMAL,
-}
+
+
+def _kind(operation: Operation) -> int:
+    if operation.writes == "prox":
+        return PROXIMAL
+    return NOTHING if operation.writes is None else ADDED_DERIVATIVE if operation.adds else DERIVATIVE
+
 
 _INT = types.intp
 # Of some groups: x and the groups' stride, the layout of each and its dimensions, which of its steps, the place of n
@@ -97,7 +97,7 @@ def evaluate(
         across: whether loops go across groups.
     """
     n, x_stride, out_stride, layout = groups
-    kind = KINDS[operation]
+    kind = _kind(operation)
     squares_run = scale_run = 0
     if not across:
         square = kernels(SUMS, SQUARE, dtype)
@@ -233,7 +233,7 @@ def _squares_along(x, x_stride, layout, dims, first, last, sums, n, run):
             row = step // stretches(length)
             start = (step - row * stretches(length)) * CHUNK
             source = x + g * x_stride + row_offsets(layout, dims, row)[0] + start * stride
-            total += call_run(run, (source, stride, source, stride, min(CHUNK, length - start), 0.0, 0.0))[1]
+            total += call_run(run, (source, stride, source, stride, min(CHUNK, length - start), 0.0, 0.0, 0.0, 0.0))[1]
         store_double(sums + 8 * g, total)
     return 0
 
@@ -249,7 +249,7 @@ def _scale_along(x, x_stride, out, out_stride, layout, dims, first, last, scales
             x_offset, out_offset = row_offsets(layout, dims, row)
             source = x + g * x_stride + x_offset + start * stride
             target = out + g * out_stride + out_offset + start * out_step
-            call_run(run, (source, stride, target, out_step, min(CHUNK, length - start), 0.0, half))
+            call_run(run, (source, stride, target, out_step, min(CHUNK, length - start), 0.0, half, 0.0, 0.0))
     return 0
 
 

@@ -13,7 +13,7 @@ from numba import types
 
 from regkern.kernels.cpu import team
 from regkern.kernels.cpu.compile import compile_entry, compile_function
-from regkern.kernels.cpu.elementwise import chunk_sums, combine, count_chunks, width_for
+from regkern.kernels.cpu.elementwise import chunk_sums, combine, count_chunks, load_parameters, width_for
 from regkern.kernels.cpu.words import allocate, free, load_double, load_word, load_words, store_word, store_words
 
 # Parts that threads take: of equal cost, and many more than threads, so that none waits long for the last.
@@ -32,7 +32,7 @@ class Entry(NamedTuple):
         layout: int64 of three rows: lengths, byte strides of x, byte strides of out.
         repeats: how often every element counts.
         itemsize: bytes per element.
-        factors: which row of the factors is its own.
+        parameters: which row of the parameters is its own.
     """
 
     run: int
@@ -41,11 +41,11 @@ class Entry(NamedTuple):
     layout: Any
     repeats: int
     itemsize: int
-    factors: int
+    parameters: int
 
 
 # The columns of the table: those of `elementwise`'s words of an array, then which chunk is its first, and the rest.
-_RUN, _X, _OUT, _LAYOUT, _DIMS, _FIRST, _REPEATS, _FACTORS = range(8)
+_RUN, _X, _OUT, _LAYOUT, _DIMS, _FIRST, _REPEATS, _PARAMETERS = range(8)
 
 
 class Table:
@@ -56,8 +56,8 @@ class Table:
         dims = np.array([layout.shape[1] for layout in layouts])
         self._layouts = np.concatenate([layout.ravel() for layout in layouts])
         self._rows = rows = np.empty((len(entries) + 1, 8), np.int64)
-        rows[:-1, [_RUN, _X, _OUT, _REPEATS, _FACTORS]] = [
-            (entry.run, entry.x, entry.x, entry.repeats, entry.factors) for entry in entries
+        rows[:-1, [_RUN, _X, _OUT, _REPEATS, _PARAMETERS]] = [
+            (entry.run, entry.x, entry.x, entry.repeats, entry.parameters) for entry in entries
         ]
         self._out_offsets = np.array([entry.out_offset for entry in entries])
         rows[:-1, _LAYOUT] = self._layouts.ctypes.data + self._layouts.itemsize * 3 * (np.cumsum(dims) - dims)
@@ -70,22 +70,22 @@ class Table:
         self._parts = _equal_parts(np.repeat(cost, chunks))
         self._size = int(sizes.sum())
 
-    def run(self, factors: Any, outs: Any = None) -> tuple[float, Any]:
+    def run(self, parameters: Any, outs: Any = None) -> tuple[float, Any]:
         """Run over all arrays.
 
         Args:
-            factors: float64, a row (a, b) for every index that entries name.
+            parameters: float64, a row of four for every index that entries name.
             outs: int64, the address of what is written for each array; None where it is the array itself, or nothing.
 
         Returns:
-            ``sum(a * sum0 + b * sum1)`` over all arrays, and a float64 array with each array's two sums.
+            ``sum(p[0] * sum0 + p[1] * sum1)`` over all arrays, and a float64 array with each array's two sums.
         """
         rows = self._rows
         if outs is not None:
             rows = rows.copy()
             rows[:-1, _OUT] = outs + self._out_offsets
         sums = np.empty((len(rows) - 1, 2))
-        total = kernel()(rows, self._array_of, self._parts, factors, sums, self._size, width_for(self._size))
+        total = kernel()(rows, self._array_of, self._parts, parameters, sums, self._size, width_for(self._size))
         return total, sums
 
 
@@ -98,7 +98,7 @@ def _equal_parts(cost: Any) -> Any:
 
 _INT = types.intp
 _ROW = 64  # bytes
-# The words of a launch: addresses of the rows, of each chunk's array, of the bounds of parts, of the factors, and of
+# The words of a launch: addresses of the rows, of each chunk's array, of the bounds of parts, of the parameters, and of
 # the chunks' sums.
 _WORDS = 5
 
@@ -121,11 +121,11 @@ def number_chunks() -> Any:
 
 def _sum_parts(job, worker, first, last):
     """Run over the chunks of parts first to last: a `team.TASK`."""
-    rows, array_of, parts, factors, partial = load_words(job, _WORDS)
+    rows, array_of, parts, parameters, partial = load_words(job, _WORDS)
     for c in range(load_word(parts + 8 * first), load_word(parts + 8 * last)):
         row = rows + _ROW * load_word(array_of + 8 * c)
-        own = factors + 16 * load_word(row + 8 * _FACTORS)
-        sums = chunk_sums(row, c - load_word(row + 8 * _FIRST), load_double(own), load_double(own + 8))
+        own = load_parameters(parameters + 32 * load_word(row + 8 * _PARAMETERS))
+        sums = chunk_sums(row, c - load_word(row + 8 * _FIRST), own)
         store_words(partial + 16 * c, sums)
     return 0
 
@@ -140,12 +140,12 @@ def load_task() -> None:
 def kernel() -> Any:
     """Return the kernel that runs over a table."""
 
-    def many(rows, array_of, parts, factors, sums, elements, width):
+    def many(rows, array_of, parts, parameters, sums, elements, width):
         job = allocate(8 * _WORDS + 16 * len(array_of))
         if job == 0:
             raise MemoryError
         partial = job + 8 * _WORDS
-        places = rows.ctypes.data, array_of.ctypes.data, parts.ctypes.data, factors.ctypes.data
+        places = rows.ctypes.data, array_of.ctypes.data, parts.ctypes.data, parameters.ctypes.data
         store_words(job, (*places, partial))
         count = len(parts) - 1
         team.launch(load_word(team.address() + team.SUM_PARTS), job, count, 1 + count // 64, elements // 8, width)
@@ -153,10 +153,10 @@ def kernel() -> Any:
         for i in range(len(sums)):
             first, chunks = rows[i, _FIRST], rows[i + 1, _FIRST] - rows[i, _FIRST]
             combine(partial + 16 * first, chunks)
-            own, repeats = rows[i, _FACTORS], rows[i, _REPEATS]
+            own, repeats = rows[i, _PARAMETERS], rows[i, _REPEATS]
             for k in range(2):
                 sums[i, k] = repeats * load_double(partial + 16 * first + 8 * k) if chunks > 0 else 0.0
-            total += factors[own, 0] * sums[i, 0] + factors[own, 1] * sums[i, 1]
+            total += parameters[own, 0] * sums[i, 0] + parameters[own, 1] * sums[i, 1]
         free(job)
         return total
 

@@ -1,21 +1,31 @@
 """Compiles kernels before they are called."""
 
+from collections.abc import Iterable
+
 from regkern.dtypes import FLOAT64, DType
+from regkern.formulas import SQUARE
 from regkern.kernels.cpu import elementwise, gram, groups, many, threads, watch, xla
 from regkern.kernels.cpu.compile import target_features
 from regkern.kernels.cpu.gram.tiles import tile_for
-from regkern.kernels.formulas import SQUARE, Formula
-from regkern.kernels.operations import OPERATIONS, PROX
+from regkern.terms import OPERATIONS, SUMS, Elements, Formula, Norms, Products, Term
 
 # More rows do not make another register tile.
 _MAX_ROWS = 128
 
 
-def compile_elementwise(formula: Formula, dtype: DType) -> int:
+def compile_terms(terms: Iterable[Term], dtype: DType) -> int:
+    """Compile all kernels of some terms, or load them from the cache; return how many there are."""
+    kinds = {(type(term.view), term.formula) for term in terms}
+    count = sum(_compile_elementwise(formula, dtype) for view, formula in kinds if view is Elements)
+    views = {view for view, _ in kinds}
+    return count + (_compile_gram(dtype) if Products in views else 0) + (_compile_groups(dtype) if Norms in views else 0)
+
+
+def _compile_elementwise(formula: Formula, dtype: DType) -> int:
     """Compile all kernels of an element-wise penalty, or load them from the cache; return how many there are."""
     addresses: list[int] = []
-    for operation in OPERATIONS:
-        if operation is PROX and formula.prox is None:
+    for operation in [SUMS, *(each for each in OPERATIONS if each.writes)]:
+        if operation.writes == "prox" and not formula.prox:
             continue
         # Where value and gradient are asked for together, the gradient is a new array.
         for in_place in (False, True) if operation.writes and not operation.sums else (False,):
@@ -24,7 +34,7 @@ def compile_elementwise(formula: Formula, dtype: DType) -> int:
     return len(addresses)
 
 
-def compile_gram(dtype: DType) -> int:
+def _compile_gram(dtype: DType) -> int:
     """Compile all kernels of the orthogonal penalty likewise."""
     itemsize = 8 if dtype is FLOAT64 else 4
     rows = {tile_for(target_features(), itemsize, n): n for n in range(2, _MAX_ROWS)}
@@ -32,9 +42,9 @@ def compile_gram(dtype: DType) -> int:
     return sum(each.load() for each in tiles)
 
 
-def compile_groups(dtype: DType) -> int:
+def _compile_groups(dtype: DType) -> int:
     """Compile all kernels of the group lasso likewise."""
-    return groups.load(dtype) + compile_elementwise(SQUARE, dtype)
+    return groups.load(dtype) + _compile_elementwise(SQUARE, dtype)
 
 
 def compile_shared() -> int:

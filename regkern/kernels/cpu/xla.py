@@ -20,7 +20,7 @@ from numba.core import config
 from numba.extending import intrinsic
 
 from regkern.dtypes import DType
-from regkern.kernels import forks, operations
+from regkern.kernels import forks
 from regkern.kernels.cpu import elementwise, gram, team
 from regkern.kernels.cpu.compile import compile_function, inlined, inner
 from regkern.kernels.cpu.gram.gradient import mean_and_gradient
@@ -35,21 +35,14 @@ from regkern.kernels.cpu.words import (
     store_int,
     symbol,
 )
-from regkern.kernels.formulas import Formula
+from regkern.terms import GRADIENT, PARTIAL, PROX, SUMS, VALUE, VALUE_AND_GRADIENT, Formula, Operation
 
 # The versions of the interface whose call frames are as read below, seen in the headers of jaxlib.
 API_VERSIONS = {(0, 3)}
 
-# What a call computes. Arguments are x, the two factors as float64 and, for a gradient, the cotangent.
-VALUE, PARTIAL, GRADIENT, VALUE_AND_GRADIENT, PROX = range(5)
-
-_OPERATIONS = {
-    VALUE: operations.SUMS,
-    PARTIAL: operations.SUMS,
-    GRADIENT: operations.GRADIENT,
-    VALUE_AND_GRADIENT: operations.SUMS_AND_GRADIENT,
-    PROX: operations.PROX,
-}
+# What a call computes. Arguments are x, the four parameters as float64 and, for a gradient, the cotangent.
+_VALUE, _PARTIAL, _GRADIENT, _VALUE_AND_GRADIENT, _PROX = range(5)
+_KINDS = {VALUE: _VALUE, PARTIAL: _PARTIAL, GRADIENT: _GRADIENT, VALUE_AND_GRADIENT: _VALUE_AND_GRADIENT, PROX: _PROX}
 
 # Rows of (key, address), the last of them empty: the run of an element-wise kernel, or the record of a Gram kernel.
 _TABLE = np.zeros((1025, 2), np.int64)
@@ -64,23 +57,24 @@ class Call(NamedTuple):
     attributes: dict[str, np.int64]
 
 
-def elementwise_call(kind: int, formula: Formula, dtype: DType, size: int) -> Call:
+def elementwise_call(operation: Operation, formula: Formula, dtype: DType, size: int) -> Call:
     """Load the kernel for arrays of so many elements and say how it is called."""
-    kernel = elementwise.kernels(_OPERATIONS[kind], formula, dtype)
+    kernel = elementwise.kernels(operation if operation.writes else SUMS, formula, dtype)
     elementwise.load_flat_task()
     elementwise.width_for(size)  # starts threads where they are needed
-    return Call("regkern_elementwise", {"kernel": _load(kernel.name, kernel.contiguous_run), "kind": np.int64(kind)})
+    kind = np.int64(_KINDS[operation])
+    return Call("regkern_elementwise", {"kernel": _load(kernel.name, kernel.contiguous_run), "kind": kind})
 
 
-def gram_call(kind: int, dtype: DType, n: int, d: int, *, columns: bool) -> Call:
+def gram_call(operation: Operation, dtype: DType, n: int, d: int, *, columns: bool) -> Call:
     """Load the kernel for matrices of n vectors of d elements, and say how it is called."""
     products = gram.products(dtype, n)
-    gram.width_for((1 if kind == VALUE else 3) * n * n * d // 2)
-    if kind == VALUE:
+    gram.width_for((3 if operation.writes else 1) * n * n * d // 2)
+    if operation is VALUE:
         key = _load(products.name, products.for_value)
     else:
         key = _load(f"{products.name}-gradient", products.for_gradient)
-    return Call("regkern_gram", {"columns": np.int64(columns), "kernel": key, "kind": np.int64(kind)})
+    return Call("regkern_gram", {"columns": np.int64(columns), "kernel": key, "kind": np.int64(_KINDS[operation])})
 
 
 def available(api_version: tuple[int, int]) -> bool:
@@ -244,19 +238,18 @@ def _evaluate_elementwise(frame):
     if _answers_metadata(frame):
         return 0
     kind, x, first = _attribute(frame, 1), _argument(frame, 0), _result(frame, 0)
-    factors = _data(_argument(frame, 1))
-    a, b = load_double(factors), load_double(factors + 8)
+    a, b, c, d = elementwise.load_parameters(_data(_argument(frame, 1)))
     batch, out, step = 1, first, 0
-    if kind == VALUE:
+    if kind == _VALUE:
         batch = _elements(first)
-    elif kind == PARTIAL:
+    elif kind == _PARTIAL:
         batch = _elements(first) // 2
-    elif kind == GRADIENT:
+    elif kind == _GRADIENT:
         batch = _elements(_argument(frame, 2))
-    elif kind == VALUE_AND_GRADIENT:
+    elif kind == _VALUE_AND_GRADIENT:
         batch, out = _elements(first), _result(frame, 1)
     n, itemsize = _elements(x) // batch, _itemsize(x)
-    if kind >= GRADIENT:
+    if kind >= _GRADIENT:
         step = n * itemsize
         _ask_for_large_pages(_data(out), batch * step)
     run = _find(_attribute(frame, 0))
@@ -264,14 +257,14 @@ def _evaluate_elementwise(frame):
         return _not_loaded(frame)
     width = _threads(n, elementwise.PARALLEL_FROM)
     for i in range(batch):
-        g = _read(_argument(frame, 2), i) if kind == GRADIENT else 1.0
+        g = _read(_argument(frame, 2), i) if kind == _GRADIENT else 1.0
         place, target = _data(x) + i * n * itemsize, _data(out) + i * step
-        found, sum0, sum1 = elementwise.flat(run, itemsize, place, target, n, a * g, b * g, width)
+        found, sum0, sum1 = elementwise.flat(run, itemsize, place, target, n, (a * g, b * g, c, d), width)
         if not found:
             return _failed(frame)
-        if kind in (VALUE, VALUE_AND_GRADIENT):
+        if kind in (_VALUE, _VALUE_AND_GRADIENT):
             _write(first, i, a * sum0 + b * sum1)
-        elif kind == PARTIAL:
+        elif kind == _PARTIAL:
             _write(first, 2 * i, sum0)
             _write(first, 2 * i + 1, sum1)
     return 0
@@ -291,24 +284,24 @@ def _evaluate_gram(frame):
     record = _find(_attribute(frame, 1))
     if record == 0:
         return _not_loaded(frame)
-    width = _threads((1 if kind == VALUE else 3) * n * n * d // 2, gram.PARALLEL_FROM)
+    width = _threads((1 if kind == _VALUE else 3) * n * n * d // 2, gram.PARALLEL_FROM)
     first = _result(frame, 0)
-    out = _result(frame, 1) if kind == VALUE_AND_GRADIENT else first
-    if kind != VALUE:
+    out = _result(frame, 1) if kind == _VALUE_AND_GRADIENT else first
+    if kind != _VALUE:
         _ask_for_large_pages(_data(out), matrices * size)
     for i in range(matrices):
         address = _data(x) + i * size
-        if kind == VALUE:
+        if kind == _VALUE:
             found, total = sum_pairs(record, d, address, n, row_stride, depth_stride, 0, 0, 0, 0, width)
             mean = total / max(1.0, n * (n - 1) / 2)
         else:
-            scale = factor * (_read(_argument(frame, 2), i) if kind == GRADIENT else 1.0)
+            scale = factor * (_read(_argument(frame, 2), i) if kind == _GRADIENT else 1.0)
             out_place = _data(out) + i * size
             strides = row_stride, depth_stride
             found, mean = mean_and_gradient(record, address, n, d, *strides, out_place, *strides, scale, 0, width)
         if not found:
             return _failed(frame)
-        if kind != GRADIENT:
+        if kind != _GRADIENT:
             _write(first, i, factor * (1.0 if mean > 1.0 else mean))
     return 0
 

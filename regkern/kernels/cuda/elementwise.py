@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from regkern.dtypes import DType
+from regkern.kernels.cuda import scalars
 from regkern.kernels.cuda.arithmetic import (
     Accumulator,
     Capability,
@@ -39,15 +40,14 @@ from regkern.kernels.cuda.compile import (
     shuffle_down,
     to_float64,
 )
-from regkern.kernels.formulas import Formula
-from regkern.kernels.operations import ADD_GRADIENT, SUMS_AND_GRADIENT, Operation
+from regkern.terms import ADD_GRADIENT, VALUE_AND_ADD_GRADIENT, VALUE_AND_GRADIENT, Formula, Operation
 
 # Threads of a block, and loads that a thread has under way at once, each with sums of its own. Neither was measured.
 THREADS = 256
 UNROLL = 4
 # What has half as many under way, two and then two, in the same order of additions: all four at once would take the
 # registers of a fourth block of a multiprocessor, and on some devices more than that.
-_IN_HALVES = (SUMS_AND_GRADIENT, ADD_GRADIENT)
+_IN_HALVES = (VALUE_AND_GRADIENT, VALUE_AND_ADD_GRADIENT, ADD_GRADIENT)
 # Blocks at most, whatever the device, so that devices agree on the bits: 8 for each multiprocessor of an H100 or H200.
 # Not measured.
 MAX_BLOCKS = 8 * 132
@@ -272,25 +272,28 @@ def _make_element(operation: Operation, formula: Formula, dtype: DType, accumula
     Returns:
         ``add(sums, carrier) -> sums``, ``update(carrier, old, a, b) -> carrier`` and ``total(sums) -> (sum0, sum1)``.
     """
-    widen, narrow, terms = make_widen(dtype), make_narrow(dtype), device(formula.terms)
+    functions = formula.make(scalars)
+    widen, narrow, terms = make_widen(dtype), make_narrow(dtype), device(functions.terms)
     widen_term, add_term, total_term = accumulator.widen, accumulator.add, accumulator.total
 
     @device
     def add(sums, element):
-        term0, term1 = terms(abs(widen_term(widen(element))))
+        term0, term1 = terms(abs(widen_term(widen(element))), (0.0, 0.0, 0.0, 0.0))
         return add_term(sums[0], term0), add_term(sums[1], term1)
 
     @device
     def total(sums):
         return total_term(sums[0]), total_term(sums[1])
 
-    if operation.update is None:
+    if operation.writes is None:
         return add, _keep, total
-    update_value = operation.update(formula, device)
+    change = device(functions.derivative if operation.writes == "gradient" else functions.prox)
+    adds = operation.adds
 
     @device
     def update(element, old, a, b):
-        return narrow(update_value(to_float64(widen(element)), to_float64(widen(old)), a, b))
+        new = change(to_float64(widen(element)), (a, b, 0.0, 0.0))
+        return narrow(to_float64(widen(old)) + new if adds else new)
 
     return add, update, total
 

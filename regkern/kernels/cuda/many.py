@@ -12,8 +12,7 @@ from regkern.dtypes import DType
 from regkern.kernels.cuda.arithmetic import Capability, make_narrow_result
 from regkern.kernels.cuda.compile import INT64, cuda, make_pointer, pointer
 from regkern.kernels.cuda.elementwise import Body, block_sums, make_flat_loop, scaled
-from regkern.kernels.formulas import Formula
-from regkern.kernels.operations import Operation
+from regkern.terms import Formula, Operation
 
 # Elements of a chunk: 64 for each thread. Not measured.
 CHUNK = 1 << 14

@@ -10,16 +10,15 @@ from torch import Tensor
 
 from regkern.arrays.device import DeviceAdapter
 from regkern.arrays.layout import View
-from regkern.arrays.torch import Recording, Tensors, byte_strides, check_tensor, dtypes, kind
+from regkern.arrays.torch.tensors import Tensors, byte_strides, check_tensor, dtypes, kind
 from regkern.kernels.cuda.driver import driver
 from regkern.kernels.cuda.launch import Place
-from regkern.kernels.formulas import Formula
+from regkern.terms import ADD_GRADIENT, GRADIENT, Parameters, Term
 
 
 class Kernels(Tensors, DeviceAdapter):
     """Reads and makes plain tensors on CUDA devices, and leaves nothing in autograd's graph."""
 
-    recorded: Any
     out_of_memory = torch.OutOfMemoryError
 
     def view(self, x: Tensor) -> View:
@@ -51,31 +50,14 @@ class Kernels(Tensors, DeviceAdapter):
             raise TypeError(f"out: expected a plain tensor on {x.device}, as x; got {kind(out)}; pass a copy.")
         self.check_target(x, out, "torch.empty_like(x)")
 
-    def scaled_grad(self, formula: Formula, a: float, b: float, x: Tensor, scale: Tensor) -> Tensor:
-        """Return a 0-d tensor times the gradient, a new tensor."""
-        return self.write_scaled(formula, a, b, x, self.empty_like(x), scale, accumulate=False)
-
-    def sums_grad(self, formula: Formula, x: Tensor, scales: Sequence[Tensor]) -> Tensor:
-        """Return the gradient of the formula's two sums, each times a 0-d tensor."""
-        out = self.write_scaled(formula, 1.0, 0.0, x, self.empty_like(x), scales[0], accumulate=False)
-        return self.write_scaled(formula, 0.0, 1.0, x, out, scales[1], accumulate=True)
-
-    def scaled_orthogonal_grad(
-        self, factor: float, x: Tensor, scale: Tensor, *, columns: bool, flatten: bool
-    ) -> Tensor:
-        """Return a 0-d tensor times the orthogonal penalty's gradient, a new tensor."""
-        out = self.empty_like(x)
-        self._orthogonal_grad(factor, x, out, columns=columns, flatten=flatten, scale=scale.data_ptr())
-        return out
+    def scaled_gradient(self, term: Term, p: Parameters, x: Tensor, scales: Sequence[Tensor]) -> Tensor:
+        """Return the gradient times a 0-d tensor, or that of two sums, each times one; a new tensor."""
+        if len(scales) == 1:
+            gradient: Tensor = self.run(GRADIENT, term, p, x, scale=scales[0].data_ptr())[1]
+            return gradient
+        _, out = self.run(GRADIENT, term, (1.0, 0.0, *p[2:]), x, scale=scales[0].data_ptr())
+        both: Tensor = self.run(ADD_GRADIENT, term, (0.0, 1.0, *p[2:]), x, out, scale=scales[1].data_ptr())[1]
+        return both
 
 
 KERNELS = Kernels()
-
-
-class Recorded(Recording, Kernels):
-    """The same for tensors that require a gradient."""
-
-    kernels = KERNELS
-
-
-KERNELS.recorded = Recorded()

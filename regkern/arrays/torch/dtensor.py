@@ -9,8 +9,19 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from regkern.arrays.adapter import Adapter
 from regkern.arrays.torch import ADAPTER as TORCH
-from regkern.arrays.torch import OPERATIONS
-from regkern.kernels.formulas import Formula
+from regkern.arrays.torch.expressions import EXPRESSIONS
+from regkern.terms import (
+    ADD_GRADIENT,
+    ELEMENTS,
+    GRADIENT,
+    PARTIAL,
+    SUMS,
+    VALUE_AND_ADD_GRADIENT,
+    VALUE_AND_GRADIENT,
+    Operation,
+    Parameters,
+    Term,
+)
 
 
 class DTensorAdapter(Adapter):
@@ -27,54 +38,39 @@ class DTensorAdapter(Adapter):
         if isinstance(number, DTensor):
             return number
         local = TORCH.number(number, x.to_local())
-        return None if local is None else _like_scalar(x, local)
+        return None if local is None else _like_scalar(local, x)
 
-    def penalty(self, formula: Formula, a: float, b: float, x: DTensor) -> DTensor:
-        x = _settled(x)
-        return _sum_of_pieces(TORCH.penalty(formula, a, b, x.to_local()), x)
-
-    def sums(self, formula: Formula, x: DTensor) -> tuple[DTensor, DTensor]:
-        x = _settled(x)
-        sum0, sum1 = TORCH.sums(formula, x.to_local())
-        return _sum_of_pieces(sum0, x), _sum_of_pieces(sum1, x)
-
-    def partial(self, formula: Formula, x: DTensor) -> torch.Tensor:
-        """Return the two sums over all pieces, the same in every process."""
-        x = _settled(x.detach())
-        return _sum_of_pieces(OPERATIONS.partial(formula, x.to_local()), x).to_local()
-
-    def value_and_grad(self, formula: Formula, a: float, b: float, x: DTensor) -> tuple[DTensor, DTensor]:
-        x = _settled(x.detach())
-        value, gradient = TORCH.value_and_grad(formula, a, b, x.to_local())
-        return _sum_of_pieces(value, x), _like(x, gradient)
-
-    def grad(self, formula: Formula, a: float, b: float, x: DTensor, out: Any, accumulate: bool) -> DTensor:
-        x = _settled(x.detach())
-        gradient = TORCH.grad(formula, a, b, x.to_local(), _piece(x, out), accumulate)
-        return _like(x, gradient) if out is None else out
-
-    def prox(self, formula: Formula, a: float, b: float, x: DTensor, out: Any) -> DTensor:
-        x = _settled(x.detach())
-        result = TORCH.prox(formula, a, b, x.to_local(), _piece(x, out))
-        return _like(x, result) if out is None else out
-
-    def orthogonal(self, factor: float, x: DTensor, **vectors: bool) -> DTensor:
-        whole = _gathered(x)
-        return _like_scalar(whole, TORCH.orthogonal(factor, whole.to_local(), **vectors))
-
-    def orthogonal_value_and_grad(self, factor: float, x: DTensor, **vectors: bool) -> tuple[DTensor, DTensor]:
-        whole = _gathered(x.detach())
-        value, gradient = TORCH.orthogonal_value_and_grad(factor, whole.to_local(), **vectors)
-        return _like_scalar(whole, value), _like(whole, gradient).redistribute(placements=_settled(x).placements)
-
-    def orthogonal_grad(self, factor: float, x: DTensor, out: Any, *, accumulate: bool, **vectors: bool) -> DTensor:
-        gradient = self.orthogonal_value_and_grad(factor, x, **vectors)[1]
+    def run(self, operation: Operation, term: Term, p: Parameters, x: DTensor, out: Any = None) -> tuple[Any, Any]:
+        if operation.writes or operation is PARTIAL:
+            x = x.detach()
+        pieces = term.view is ELEMENTS
+        whole = _settled(x) if pieces else _gathered(x)
+        if pieces and out is not None:
+            value, _ = TORCH.run(operation, term, p, whole.to_local(), _piece(whole, out))
+            return self._summed(operation, value, whole, pieces), out
+        value, written = TORCH.run(_NEW.get(operation, operation), term, p, whole.to_local())
+        value = self._summed(operation, value, whole, pieces)
+        if written is None:
+            return value, None
+        written = _like(whole, written).redistribute(placements=_settled(x).placements)
         if out is None:
-            return gradient
-        piece = _piece(gradient, out)
-        OPERATIONS.write(gradient.to_local(), piece, accumulate)
-        out_tensor: DTensor = out
-        return out_tensor
+            return value, written
+        EXPRESSIONS.write(written.to_local(), _piece(written, out), operation.adds)
+        return value, out
+
+    def _summed(self, operation: Operation, value: Any, x: DTensor, pieces: bool) -> Any:
+        if value is None:
+            return None
+        add = _sum_of_pieces if pieces else _like_scalar
+        if operation is SUMS:
+            return tuple(add(each, x) for each in value)
+        if operation is PARTIAL:
+            return add(torch.as_tensor(value), x).to_local()
+        return add(value, x)
+
+
+# What is added to arrays is computed anew, where matrices are gathered.
+_NEW = {ADD_GRADIENT: GRADIENT, VALUE_AND_ADD_GRADIENT: VALUE_AND_GRADIENT}
 
 
 def _settled(x: DTensor) -> DTensor:
@@ -95,7 +91,7 @@ def _sum_of_pieces(local: torch.Tensor, x: DTensor) -> DTensor:
     return pieces.redistribute(placements=[Replicate()] * x.device_mesh.ndim)
 
 
-def _like_scalar(x: DTensor, local: torch.Tensor) -> DTensor:
+def _like_scalar(local: torch.Tensor, x: DTensor) -> DTensor:
     return DTensor.from_local(local, x.device_mesh, [Replicate()] * x.device_mesh.ndim, run_check=False)
 
 

@@ -1,0 +1,213 @@
+"""Penalties by a library's own operations: inside its compilers, and on devices that regkern has no kernel for."""
+
+import functools
+import operator
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from regkern.arrays.adapter import Adapter, no_partial
+from regkern.terms import (
+    ELEMENTS,
+    PARTIAL,
+    SUMS,
+    VALUE,
+    Elements,
+    Functions,
+    Norms,
+    Operation,
+    Parameters,
+    Products,
+    Term,
+)
+
+
+class ExpressionsAdapter(Adapter):
+    """Writes penalties as expressions that the library compiles, places and differentiates itself.
+
+    Everything is computed in the result's type, float64 for float64 and float32 for the rest. A library gives the
+    operations whose names differ between libraries; those that Python has operators for are the same in all. Formulas
+    take theirs from here as well.
+    """
+
+    @abstractmethod
+    def widen(self, x: Any) -> Any:
+        """Return x in its result type.
+
+        Raises:
+            TypeError: the dtype is not supported.
+        """
+
+    @abstractmethod
+    def narrow(self, value: Any, x: Any) -> Any:
+        """Return a value in x's dtype."""
+
+    @abstractmethod
+    def zero(self, x: Any) -> Any:
+        """Return 0 as a 0-d scalar of x's dtype, on its device."""
+
+    @abstractmethod
+    def sum(self, x: Any) -> Any:
+        """Return the sum of all elements."""
+
+    def sum_exactly(self, x: Any) -> Any:
+        """Return the sum of all elements, in float64 where there is that."""
+        return self.sum(x)
+
+    @abstractmethod
+    def where(self, condition: Any, x: Any, y: Any) -> Any:
+        """Return x where a condition holds, and y elsewhere; two of the three may be numbers."""
+
+    @abstractmethod
+    def sqrt(self, x: Any) -> Any:
+        """Return the square roots."""
+
+    @abstractmethod
+    def log1p(self, x: Any) -> Any:
+        """Return ``log(1 + x)``."""
+
+    @abstractmethod
+    def clip(self, x: Any, limit: Any) -> Any:
+        """Return x limited to [-limit, limit]."""
+
+    def minimum(self, v: Any, limit: Any) -> Any:
+        """Return v, or the limit where v is above it."""
+        return self.where(v > limit, limit, v)
+
+    def maximum(self, v: Any, limit: Any) -> Any:
+        """Return v, or the limit where v is below it."""
+        return self.where(v < limit, limit, v)
+
+    def magnitude(self, x: Any) -> Any:
+        """Return |x|, whose derivative at 0 is 0."""
+        return abs(x)
+
+    @abstractmethod
+    def flatten_leading(self, x: Any) -> Any:
+        """Return x as a matrix, with the last axis for its columns."""
+
+    @abstractmethod
+    def transpose(self, x: Any) -> Any:
+        """Return x with its last two axes swapped."""
+
+    @abstractmethod
+    def unit(self, x: Any) -> Any:
+        """Return x with every vector along the last axis divided by its norm.
+
+        A zero vector stays zero, and its gradient is zero.
+        """
+
+    @abstractmethod
+    def off_diagonal(self, x: Any) -> Any:
+        """Return square matrices, the last two axes, with zeros on their diagonals."""
+
+    @abstractmethod
+    def norms(self, x: Any, axes: tuple[int, ...]) -> Any:
+        """Return Euclidean norms over axes, which stay with length 1. The derivative of that of zeros is zero."""
+
+    @abstractmethod
+    def quotient(self, x: Any, y: Any) -> Any:
+        """Return x / y; 0 where y is 0."""
+
+    def detach(self, x: Any) -> Any:
+        """Return x such that what is computed from it is not differentiated."""
+        return x
+
+    @abstractmethod
+    def differentiate(self, function: Callable[[Any], Any], x: Any) -> tuple[Any, Any]:
+        """Return ``function(x)`` and its gradient by x, through the library's own differentiation."""
+
+    @abstractmethod
+    def write(self, value: Any, out: Any, accumulate: bool) -> Any:
+        """Write a value to out, or add it, and return out; the value itself where out is None.
+
+        Raises:
+            TypeError, ValueError: out cannot take it.
+        """
+
+    @abstractmethod
+    def exact(self, sums: Sequence[Any], x: Any) -> Any:
+        """Return two sums, of which one may be the number 0.0, as an array of float64 where the library has that."""
+
+    def run(self, operation: Operation, term: Term, p: Parameters, x: Any, out: Any = None) -> tuple[Any, Any]:
+        if operation is VALUE:
+            return self.value(term, p, x), None
+        if operation is SUMS:
+            return self.sums(term, p, x), None
+        if operation is PARTIAL:
+            return self.partial(term, p, x), None
+        if operation.writes == "prox":
+            return None, self.write(self.prox(term, p, x), out, False)
+        if isinstance(term.view, Norms):
+            value, gradient = self._gradient_of_norms(operation, term, p, x)
+        else:
+            value, gradient = self.value_and_grad(term, p, x)
+        return value if operation.sums else None, self.write(gradient, out, operation.adds)
+
+    def value(self, term: Term, p: Parameters, x: Any) -> Any:
+        """Return the penalty."""
+        v, count = self._viewed(term, x)
+        terms = zip(p, self.functions(term).terms(v, p), strict=False)
+        parts = [each / count * self.sum(values) for each, values in terms if not isinstance(values, float)]
+        return functools.reduce(operator.add, parts) if parts else self.zero(v)
+
+    def sums(self, term: Term, p: Parameters, x: Any) -> tuple[Any, Any]:
+        """Return the formula's two sums."""
+        v, count = self._viewed(term, x)
+        first, second = (
+            self.zero(v) if isinstance(each, float) else self.sum(each) / count
+            for each in self.functions(term).terms(v, p)
+        )
+        return first, second
+
+    def partial(self, term: Term, p: Parameters, x: Any) -> Any:
+        """Return the two sums over a piece, in float64 where there is that."""
+        if isinstance(term.view, Products):
+            raise no_partial(x)
+        v, _ = self._viewed(term, self.detach(x))
+        terms = self.functions(term).terms(v, p)
+        return self.exact([each if isinstance(each, float) else self.sum_exactly(each) for each in terms], x)
+
+    def value_and_grad(self, term: Term, p: Parameters, x: Any) -> tuple[Any, Any]:
+        """Return the penalty and its gradient."""
+        return self.differentiate(lambda x: self.value(term, p, x), x)
+
+    def prox(self, term: Term, p: Parameters, x: Any) -> Any:
+        """Return the proximal operator's result, in x's dtype."""
+        v, functions = self.widen(self.detach(x)), self.functions(term)
+        if term.view is ELEMENTS:
+            return self.narrow(functions.prox(v, p), x)  # type: ignore[misc]
+        norms = self._norms(term.view, v)
+        return self.narrow(v * self.quotient(functions.prox(norms, p), norms), x)  # type: ignore[misc]
+
+    def functions(self, term: Term) -> Functions:
+        """Return the functions of a term's formula, over arrays of the library."""
+        return term.formula.make(self)
+
+    def _gradient_of_norms(self, operation: Operation, term: Term, p: Parameters, x: Any) -> tuple[Any, Any]:
+        v, functions = self.widen(self.detach(x)), self.functions(term)
+        norms = self._norms(term.view, v)
+        value = self.value(term, p, self.detach(x)) if operation.sums else None
+        return value, self.narrow(v * self.quotient(functions.derivative(norms, p), norms), x)  # type: ignore[misc]
+
+    def _norms(self, view: Any, v: Any) -> Any:
+        axes = view.summed(len(v.shape))
+        return self.norms(v, axes) if axes else self.magnitude(v)
+
+    def _viewed(self, term: Term, x: Any) -> tuple[Any, int]:
+        """Return the numbers that a view takes from x, and what their sums are divided by."""
+        view, v = term.view, self.widen(x)
+        if isinstance(view, Elements):
+            return self.magnitude(v), 1
+        if isinstance(view, Norms):
+            return self._norms(view, v), 1
+        assert isinstance(view, Products)
+        if view.flatten and len(x.shape) > 2:
+            v = self.flatten_leading(v)
+        if view.columns:
+            v = self.transpose(v)
+        rows, depth = v.shape[-2:]
+        if rows < 2 or depth == 0:
+            return self.zero(v), 1
+        u = self.unit(v)
+        return self.magnitude(self.off_diagonal(u @ self.transpose(u))), rows * (rows - 1)
