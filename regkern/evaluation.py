@@ -214,7 +214,7 @@ class Tensors:
 
 def _planned(regularizer: Any) -> Any:
     """Return the one term of elements, with its parameters, that a plan can evaluate; None for other penalties."""
-    parts = getattr(regularizer, "_summands", ())
+    parts: Any = getattr(regularizer, "_summands", ())
     return parts[0] if len(parts) == 1 and summands.is_elementwise(parts[0]) else None
 
 

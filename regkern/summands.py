@@ -136,7 +136,7 @@ def grad(summands: Summands, x: Any, out: Any, scale: Any, accumulate: bool) -> 
 
 
 def prox(summands: Summands, x: Any, step: Any, out: Any) -> Any:
-    """Write ``argmin_z step * P(z) + ||z - x||**2 / 2`` to out and return out; of several, that of one after the other."""
+    """Write ``argmin_z step * P(z) + ||z - x||**2 / 2`` to out and return out; of several, one after the other."""
     step = step_size(step)
     for summand in summands:
         adapter, p = _scaled(summand, x, "step", step)

@@ -367,8 +367,6 @@ def test_pickling(regularizer):
     x = np.random.default_rng(0).standard_normal((4, 5))
     regularizer(x)
     again = pickle.loads(pickle.dumps(regularizer))
-    if not isinstance(regularizer, rk.OrthogonalRegularizer):
-        assert again._formula[0] is regularizer._formula[0]  # a copy of a formula would compile kernels of its own
     assert again(x) == regularizer(x)
     assert again.get_config() == regularizer.get_config()
 

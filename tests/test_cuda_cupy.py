@@ -16,10 +16,10 @@ if not (importlib.util.find_spec("numba_cuda") and importlib.util.find_spec("cup
     pytest.skip("numba-cuda or cupy is not installed", allow_module_level=True)
 
 import cupy
+from regkern.kernels.formulas import ABS_SQUARE
 
 from regkern.arrays import cuda_interface
 from regkern.arrays import cupy as adapter_module
-from regkern.kernels.formulas import ABS_SQUARE
 from tests import reference
 from tests.cases import LAYOUTS, NUMPY_DTYPES, REGULARIZERS, make
 from tests.cuda_device import install

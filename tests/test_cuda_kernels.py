@@ -5,12 +5,12 @@ import importlib.util
 import ml_dtypes
 import numpy as np
 import pytest
+from regkern.kernels.formulas import ABS_SQUARE, COUNTS, FORMULAS
+from regkern.kernels.operations import ADD_GRADIENT, GRADIENT, OPERATIONS, PROX, SUMS, SUMS_AND_GRADIENT
 
 import regkern as rk
 from regkern.arrays.layout import loops
 from regkern.dtypes import DTYPES
-from regkern.kernels.formulas import ABS_SQUARE, COUNTS, FORMULAS
-from regkern.kernels.operations import ADD_GRADIENT, GRADIENT, OPERATIONS, PROX, SUMS, SUMS_AND_GRADIENT
 from tests import reference
 from tests.cases import LAYOUTS, NUMPY_DTYPES, READ_ONLY_LAYOUTS, REGULARIZERS, make
 

@@ -10,11 +10,11 @@ from ctypes import POINTER, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_
 
 import numpy as np
 import pytest
+from regkern.kernels.formulas import ABS_SQUARE
+from regkern.kernels.operations import GRADIENT, SUMS
 
 import regkern as rk
 from regkern.dtypes import FLOAT32
-from regkern.kernels.formulas import ABS_SQUARE
-from regkern.kernels.operations import GRADIENT, SUMS
 
 if importlib.util.find_spec("numba_cuda") is None:
     pytest.skip("numba-cuda is not installed: pip install 'regkern[cuda13]'", allow_module_level=True)

@@ -4,10 +4,10 @@ import importlib.util
 import re
 
 import pytest
-
-from regkern.dtypes import DTYPES
 from regkern.kernels.formulas import ABS_SQUARE
 from regkern.kernels.operations import ADD_GRADIENT, GRADIENT, OPERATIONS, PROX, SUMS, SUMS_AND_GRADIENT
+
+from regkern.dtypes import DTYPES
 
 if importlib.util.find_spec("numba_cuda") is None:
     pytest.skip("numba-cuda is not installed: pip install 'regkern[cuda13]'", allow_module_level=True)

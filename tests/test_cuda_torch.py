@@ -11,10 +11,10 @@ if not (importlib.util.find_spec("numba_cuda") and importlib.util.find_spec("tor
     pytest.skip("numba-cuda or torch is not installed", allow_module_level=True)
 
 import torch
+from regkern.arrays.torch_cuda import KERNELS
 
 from regkern.arrays import device_gram
 from regkern.arrays import torch as host
-from regkern.arrays.torch_cuda import KERNELS
 from regkern.kernels.cuda.launch import Place
 from regkern.kernels.cuda.many import CHUNK
 from tests import reference

@@ -10,7 +10,7 @@ import pytest
 
 import regkern
 import regkern.keras
-from regkern.regularizers import ElementwiseRegularizer
+from regkern.regularizers import PenaltyRegularizer
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "pages").glob("*.md"))]
@@ -30,7 +30,7 @@ def public():
     """Yield the names and objects that users call: functions, classes, and the classes' methods."""
     tops = [getattr(regkern, name) for name in regkern.__all__ if name != "reductions"]
     tops += [getattr(module, name) for module in (regkern.reductions, regkern.keras) for name in module.__all__]
-    for top in dict.fromkeys([*tops, ElementwiseRegularizer]):
+    for top in dict.fromkeys([*tops, PenaltyRegularizer]):
         yield top.__name__, top
         for name, member in vars(top).items() if inspect.isclass(top) else ():
             if not name.startswith("_") or name == "__call__":
@@ -54,7 +54,7 @@ def test_public_docstrings_are_complete(name):
     described = re.findall(r"^    (\w+): ", doc.partition("Args:\n")[2], re.MULTILINE)
     assert [word for word in described if word in parameters] == parameters
     if inspect.isclass(thing):
-        assert ">>>" in doc or thing is ElementwiseRegularizer
+        assert ">>>" in doc or thing is PenaltyRegularizer
     elif inspect.signature(thing).return_annotation not in (None, "None"):
         assert re.search(r"^Returns?:?\s", doc, re.MULTILINE) or "NotImplementedError: always" in doc
 

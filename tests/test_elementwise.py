@@ -13,8 +13,8 @@ from hypothesis.extra import numpy as hnp
 import regkern as rk
 from regkern.dtypes import DTYPES
 from regkern.kernels.cpu.elementwise import CHUNK
-from regkern.kernels.formulas import Formula
-from regkern.regularizers import ElementwiseRegularizer
+from regkern.regularizers import PenaltyRegularizer
+from regkern.terms import ELEMENTS, Formula, Functions, Term
 from tests import reference
 from tests.cases import LAYOUTS, NUMPY_DTYPES, READ_ONLY_LAYOUTS, REGULARIZERS, SIZES, Layout, make
 
@@ -256,12 +256,14 @@ def test_pieces_of_whole_chunks_give_the_bits_of_the_whole(chunks):
 
 
 def test_a_formula_without_a_proximal_operator():
-    class Cubes(ElementwiseRegularizer):
-        _formula = Formula("cubes", lambda magnitude: (0.0, magnitude * magnitude * magnitude)), 0.0, 0.5
+    cubes = Formula("cubes", lambda m: Functions(lambda v, p: (0.0, v * v * v)), prox=False)
+
+    class Cubes(PenaltyRegularizer):
+        _terms = ((Term(cubes, ELEMENTS), (0.0, 0.5, 0.0, 0.0)),)
 
     x = np.array([1.0, -2.0])
     assert Cubes()(x) == 4.5
-    with pytest.raises(NotImplementedError, match="expected a formula with a proximal operator; got cubes, which has"):
+    with pytest.raises(NotImplementedError, match="expected a regularizer with .* in closed form; got Cubes"):
         Cubes().prox(x, 0.1, out=x)
     bound = rk.Penalty({"*": Cubes()}).bind({"kernel": x})
     with pytest.raises(TypeError, match=r"^kernel: expected .* proximal operator; got .*Cubes"):

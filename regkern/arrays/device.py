@@ -18,6 +18,7 @@ from regkern.arrays.device_plan import DevicePlan
 from regkern.arrays.layout import Strides, View, check_alike, check_memory, walk
 from regkern.arrays.plan import Member, Plan
 from regkern.dtypes import DType
+from regkern.formulas import ABS, NOTHING
 from regkern.kernels.cuda.elementwise import (
     NULL,
     Body,
@@ -28,7 +29,6 @@ from regkern.kernels.cuda.elementwise import (
     strided_kernel,
 )
 from regkern.kernels.cuda.launch import Place, launch
-from regkern.formulas import ABS, NOTHING
 from regkern.terms import (
     ADD_GRADIENT,
     ELEMENTS,
@@ -130,9 +130,7 @@ class DeviceAdapter(KernelAdapter):
             self.wrote(out)
         return value if operation.sums else None, target
 
-    def _products(
-        self, operation: Operation, term: Term, p: Parameters, x: Any, out: Any, scale: int = NULL
-    ) -> Any:
+    def _products(self, operation: Operation, term: Term, p: Parameters, x: Any, out: Any, scale: int = NULL) -> Any:
         """Write the gradient to out where that is given, or add it, and return the penalty."""
         view = term.view
         assert isinstance(view, Products)

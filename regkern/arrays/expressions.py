@@ -1,6 +1,7 @@
 """Penalties by a library's own operations: inside its compilers, and on devices that regkern has no kernel for."""
 
 import functools
+import math
 import operator
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -55,16 +56,30 @@ class ExpressionsAdapter(Adapter):
         return self.sum(x)
 
     @abstractmethod
-    def where(self, condition: Any, x: Any, y: Any) -> Any:
-        """Return x where a condition holds, and y elsewhere; two of the three may be numbers."""
+    def select(self, condition: Any, x: Any, y: Any) -> Any:
+        """Return x where a condition holds, and y elsewhere; x and y may be numbers."""
 
     @abstractmethod
-    def sqrt(self, x: Any) -> Any:
+    def roots(self, x: Any) -> Any:
         """Return the square roots."""
 
     @abstractmethod
+    def logarithms(self, x: Any) -> Any:
+        """Return ``log(1 + x)``."""
+
+    def where(self, condition: Any, x: Any, y: Any) -> Any:
+        """Do as `select` does; the condition may be of numbers as well, as in the next two what is taken."""
+        if isinstance(condition, bool):
+            return x if condition else y
+        return self.select(condition, x, y)
+
+    def sqrt(self, x: Any) -> Any:
+        """Return the square roots."""
+        return math.sqrt(x) if isinstance(x, float) else self.roots(x)
+
     def log1p(self, x: Any) -> Any:
         """Return ``log(1 + x)``."""
+        return math.log1p(x) if isinstance(x, float) else self.logarithms(x)
 
     @abstractmethod
     def clip(self, x: Any, limit: Any) -> Any:

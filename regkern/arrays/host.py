@@ -74,9 +74,7 @@ class HostAdapter(KernelAdapter):
             address, size, dtype, contiguous = self.memory(x)
             if contiguous and size <= CHUNK:  # the shortest way: for a small array, the calls in between are the cost
                 kernel = kernels(SUMS, term.formula, dtype)
-                sum0, sum1 = kernel.small(
-                    kernel.contiguous_run, kernel.itemsize, address, address, size, *p, 1
-                )
+                sum0, sum1 = kernel.small(kernel.contiguous_run, kernel.itemsize, address, address, size, *p, 1)
                 return self.scalar(p[0] * sum0 + p[1] * sum1, dtype), None
         target = self._target(operation, term, x, out)
         sum0, sum1 = self.totals(operation, term, p, x, target)
@@ -84,11 +82,10 @@ class HostAdapter(KernelAdapter):
             self.wrote(out)
         return self._summed(operation, p, sum0, sum1, x), target
 
-    def totals(
-        self, operation: Operation, term: Term, p: Parameters, x: Any, out: Any = None
-    ) -> tuple[float, float]:
+    def totals(self, operation: Operation, term: Term, p: Parameters, x: Any, out: Any = None) -> tuple[float, float]:
         """Do an operation, write to out what there is to write, and return the formula's two sums."""
-        return _ENGINES[type(term.view)](self, operation, term, p, x, out)
+        sum0, sum1 = _ENGINES[type(term.view)](self, operation, term, p, x, out)
+        return sum0, sum1
 
     def _target(self, operation: Operation, term: Term, x: Any, out: Any) -> Any:
         if out is not None:
@@ -188,8 +185,7 @@ def _products(
     _, outs, _, out_strides = adapter.located(view, target)
     mean = 0.0
     for matrix, place in zip(matrices, outs, strict=True):
-        arguments = place, *out_strides, p[0], operation.adds
-        mean += gram.mean_and_gradient(dtype, matrix, *lengths, *strides, *arguments)
+        mean += gram.mean_and_gradient(dtype, matrix, *lengths, *strides, place, *out_strides, p[0], operation.adds)
     return mean, 0.0
 
 

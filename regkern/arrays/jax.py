@@ -11,7 +11,6 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -105,13 +104,13 @@ class _Operations(ExpressionsAdapter):
     def write(self, value: Any, out: Any, accumulate: bool) -> Any:
         return value
 
-    def where(self, condition: Any, x: Any, y: Any) -> Any:
+    def select(self, condition: Any, x: Any, y: Any) -> Any:
         return jnp.where(condition, x, y)
 
-    def sqrt(self, x: Any) -> Any:
+    def roots(self, x: Any) -> Any:
         return jnp.sqrt(x)
 
-    def log1p(self, x: Any) -> Any:
+    def logarithms(self, x: Any) -> Any:
         return jnp.log1p(x)
 
     def exact(self, sums: Sequence[Any], x: Any) -> Any:
@@ -173,7 +172,7 @@ def _over_leading_axis(function: Callable[..., list[Any]]) -> Callable[..., list
 def _words(p: Parameters) -> Any:
     """Write parameters into an array that JAX keeps as it is, though float64 may be switched off.
 
-    They are an operand, not a constant of the program: a parameter that changes from step to step compiles nothing again.
+    They are an operand, not a constant of the program: one that changes from step to step compiles nothing again.
     """
     exact = np.array(p)
     return np.concatenate([exact.view(np.uint32), exact.astype(np.float32).view(np.uint32)])
@@ -242,7 +241,9 @@ def _differentiate(
     return _call(x, factors, *rest, kind=kind, **parameters), tangents_out
 
 
-def _transpose(cotangents: Sequence[Any], x: Any, factors: Any, dx: Any, *, kind: Operation, **parameters: Any) -> list[Any]:
+def _transpose(
+    cotangents: Sequence[Any], x: Any, factors: Any, dx: Any, *, kind: Operation, **parameters: Any
+) -> list[Any]:
     """Return the gradient, scaled by the cotangent of the slope.
 
     By JAX's operations, for XLA makes them a part of the loop that adds it to the loss's gradient and updates x: a
@@ -413,7 +414,7 @@ def _by_operations(operation: Operation, term: Term, p: Parameters, x: Any) -> t
 
 
 class Expressions(JaxAdapter):
-    """Takes arrays and tracers for parameters, by JAX's own operations: what is differentiated or mapped are they too."""
+    """Takes arrays and tracers for parameters, by JAX's own operations, which differentiate and map them too."""
 
     def run(self, operation: Operation, term: Term, p: Parameters, x: Any, out: Any = None) -> tuple[Any, Any]:
         if operation.writes:

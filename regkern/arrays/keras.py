@@ -12,10 +12,18 @@ import keras
 
 from regkern.arrays import ADAPTERS
 from regkern.arrays.adapter import Adapter, ChoosingAdapter, require
-from regkern.arrays.layers import distinct, through_layers
 from regkern.arrays.expressions import ExpressionsAdapter
+from regkern.arrays.layers import distinct, through_layers
 from regkern.dtypes import DTYPES, complex_advice
-from regkern.terms import ADD_GRADIENT, GRADIENT, VALUE_AND_ADD_GRADIENT, VALUE_AND_GRADIENT, Operation, Parameters, Term
+from regkern.terms import (
+    ADD_GRADIENT,
+    GRADIENT,
+    VALUE_AND_ADD_GRADIENT,
+    VALUE_AND_GRADIENT,
+    Operation,
+    Parameters,
+    Term,
+)
 
 require("keras", keras.__version__, (3, 8))
 
@@ -87,13 +95,13 @@ class Operations(ExpressionsAdapter):
             )
         return value
 
-    def where(self, condition: Any, x: Any, y: Any) -> Any:
+    def select(self, condition: Any, x: Any, y: Any) -> Any:
         return ops.where(condition, x, y)
 
-    def sqrt(self, x: Any) -> Any:
+    def roots(self, x: Any) -> Any:
         return ops.sqrt(x)
 
-    def log1p(self, x: Any) -> Any:
+    def logarithms(self, x: Any) -> Any:
         return ops.log1p(x)
 
     def exact(self, sums: Sequence[Any], x: Any) -> Any:

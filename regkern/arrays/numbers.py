@@ -65,9 +65,7 @@ class Summand:
 
     def values(self) -> Parameters:
         """Return the parameters as floats where they can be read now, else as they are."""
-        a, b, c, d = (
-            each if type(each) is float or held(each) is None else held(each) for _, each in self._checked()
-        )
+        a, b, c, d = (each if type(each) is float or held(each) is None else held(each) for _, each in self._checked())
         return a, b, c, d
 
     def _checked(self) -> Iterator[tuple[str, Any]]:

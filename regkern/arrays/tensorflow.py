@@ -13,9 +13,9 @@ import numpy as np
 import tensorflow as tf
 
 from regkern.arrays.adapter import Adapter, ChoosingAdapter, require
+from regkern.arrays.expressions import ExpressionsAdapter
 from regkern.arrays.layers import distinct, through_layers
 from regkern.arrays.numpy import NumpyAdapter
-from regkern.arrays.expressions import ExpressionsAdapter
 from regkern.dtypes import DTYPES, complex_advice
 from regkern.formulas import ABS, ABS_SQUARE, SQUARE
 from regkern.terms import (
@@ -118,13 +118,13 @@ class Operations(ExpressionsAdapter):
             out.assign(value)
         return out
 
-    def where(self, condition: Any, x: Any, y: Any) -> Any:
+    def select(self, condition: Any, x: Any, y: Any) -> Any:
         return tf.where(condition, x, y)
 
-    def sqrt(self, x: Any) -> Any:
+    def roots(self, x: Any) -> Any:
         return tf.sqrt(x)
 
-    def log1p(self, x: Any) -> Any:
+    def logarithms(self, x: Any) -> Any:
         return tf.math.log1p(x)
 
     def sum_exactly(self, x: Any) -> Any:
@@ -251,7 +251,7 @@ class _Penalty:
     def gradient(self, view: Any, *upstream: float) -> Any:
         """Compute the sum of the gradients, each times its upstream, from a view."""
         p = (*upstream, *self.p[2:]) if self.operation is SUMS else scaled(self.p, upstream[0])
-        return VIEWS.run(GRADIENT, self.term, p, view)[1]  # type: ignore[arg-type]
+        return VIEWS.run(GRADIENT, self.term, p, view)[1]
 
     def by_operations(self, x: Any) -> Sequence[Any]:
         """Compute the same by TensorFlow's operations, for second derivatives and vectorised tapes."""

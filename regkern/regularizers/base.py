@@ -301,7 +301,7 @@ class PenaltyRegularizer(Regularizer):
 
         Options that Keras's own configs do not have are left out where they are not used.
         """
-        values = ((name, getattr(self, name)) for name in _arguments(type(self)))
+        values = ((name, getattr(self, name)) for name in _arguments(type(self)))  # type: ignore[arg-type]
         config = {name: value if _is_option(value) else reductions.as_float(name, value) for name, value in values}
         return {name: value for name, value in config.items() if value is not None}
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from regkern.factors import Factor
 from regkern.formulas import ABS, ABS_SQUARE, SQUARE, ZERO
 from regkern.numbers import Number
@@ -39,7 +37,6 @@ class L1(PenaltyRegularizer):
         return [(Term(ABS, ELEMENTS), (self.l1, 0.0, 0.0, 0.0))]
 
 
-
 class L2(PenaltyRegularizer):
     """``P(x) = l2 * sum(x_i**2)``.
 
@@ -68,7 +65,6 @@ class L2(PenaltyRegularizer):
     @property
     def _terms(self) -> list[tuple[Term, Parameters]]:
         return [(Term(SQUARE, ELEMENTS), (0.0, self.l2, 0.0, 0.0))]
-
 
 
 class L1L2(PenaltyRegularizer):

@@ -24,7 +24,7 @@ def _log_sum(m: Any) -> Functions:
         root = (u + p[2]) * (u + p[2]) - 4.0 * p[0]
         z = maximum(0.5 * (u - p[2] + sqrt(maximum(root, 0.0))), 0.0)
         better = p[0] * log1p(z / p[2]) + 0.5 * (z - u) * (z - u) < 0.5 * u * u
-        z = where(root < 0.0, 0.0 * u, where(better, z, 0.0 * u))
+        z = where(root < 0.0, 0.0, where(better, z, 0.0))
         z = where(u - u == 0.0, z, u)  # infinity stays, and NaN
         return where(v < 0.0, -z, z)
 

@@ -24,7 +24,7 @@ def _mcp(m: Any) -> Functions:
         small = p[0] < p[3]
         soft = (v - clip(v, p[0] * p[2])) / where(small, 1.0 - p[0] / p[3], 1.0)
         firm = where(abs(v) <= p[2] * p[3], soft, v)
-        hard = where(abs(v) <= sqrt(p[0] * p[3]) * p[2], 0.0 * v, v)
+        hard = where(abs(v) <= sqrt(p[0] * p[3]) * p[2], 0.0, v)
         return where(small, firm, hard)
 
     return Functions(terms, derivative, prox)

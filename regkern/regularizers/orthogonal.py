@@ -37,8 +37,8 @@ class OrthogonalRegularizer(PenaltyRegularizer):
         True
 
     With unit rows u_i and ``v_i = sum over j != i of sign(cos_ij) u_j`` the gradient of row i is
-    ``factor / pairs / |x_i| * (v_i - (v_i . u_i) u_i)``. The derivative of |cos| at cosine 0 is 0; a zero row's gradient
-    is 0. There is no proximal operator in closed form.
+    ``factor / pairs / |x_i| * (v_i - (v_i . u_i) u_i)``. The derivative of |cos| at cosine 0 is 0, and so is the
+    gradient of a zero row. There is no proximal operator in closed form.
 
     Reference: https://keras.io/api/layers/regularizers/
     """

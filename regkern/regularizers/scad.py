@@ -9,7 +9,7 @@ from regkern.terms import ELEMENTS, Formula, Functions, Parameters, Term
 
 
 def _scad(m: Any) -> Functions:
-    where, minimum, maximum, clip = m.where, m.minimum, m.maximum, m.clip
+    where, minimum, maximum = m.where, m.minimum, m.maximum
 
     def terms(v, p):  # type: ignore[no-untyped-def]
         inside = minimum(v, p[2] * p[3])
@@ -21,17 +21,17 @@ def _scad(m: Any) -> Functions:
         return where(v > 0.0, slope, where(v < 0.0, -slope, v))
 
     def prox(v, p):  # type: ignore[no-untyped-def]
-        """Three pieces; where the middle one is concave, the better of the other two: of two that are equal, the smaller."""
+        """Three pieces; where the middle one is concave, the better of the other two: of equal ones, the smaller."""
         u, limit = abs(v), p[2] * p[3]
         soft = maximum(u - p[0] * p[2], 0.0)
         small = p[0] < p[3] - 1.0
         middle = ((p[3] - 1.0) * u - p[0] * limit) / where(small, p[3] - 1.0 - p[0], 1.0)
         convex = where(u <= p[2] + p[0] * p[2], soft, where(u <= limit, middle, u))
-        low, high = minimum(soft, p[2]), maximum(u, limit)
-        at_low = p[0] * p[2] * low + 0.5 * (low - u) * (low - u)
-        at_high = 0.5 * p[0] * p[2] * p[2] * (p[3] + 1.0) + 0.5 * (high - u) * (high - u)
+        low, high, gap = minimum(soft, p[2]), maximum(u, limit), maximum(limit - u, 0.0)
+        at_low = p[0] * p[2] * low + 0.5 * (u - low) * (u - low)
+        at_high = 0.5 * p[0] * p[2] * p[2] * (p[3] + 1.0) + 0.5 * gap * gap
         z = where(small, convex, where(at_high < at_low, high, low))
-        return where(v < 0.0, -z, z) + clip(v, 0.0)  # NaN stays
+        return where(v < 0.0, -z, z)
 
     return Functions(terms, derivative, prox)
 

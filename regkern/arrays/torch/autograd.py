@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -66,9 +67,13 @@ class Penalties(torch.autograd.Function):
             gradients = ctx.plan.over(tensors).scaled_grads(ctx.penalties, tensors, upstream)
             return None, None, *gradients
         pairs = zip(tensors, ctx.plan.weighted(ctx.penalties), strict=True)
-        return None, None, *(
-            _by_expressions(lambda x=x, term=term, p=p: EXPRESSIONS.value(term, p, x), x, upstream.to(_result(x)))
-            for x, (term, p) in pairs
+        return (
+            None,
+            None,
+            *(
+                _by_expressions(functools.partial(EXPRESSIONS.value, term, p, x), x, upstream.to(_result(x)))
+                for x, (term, p) in pairs
+            ),
         )
 
 

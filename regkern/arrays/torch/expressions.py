@@ -10,7 +10,6 @@ from torch import Tensor
 
 from regkern.arrays.expressions import ExpressionsAdapter
 from regkern.arrays.torch.tensors import check_layout, check_tensor, dtypes, results
-from regkern.terms import Parameters, Term
 
 
 class Expressions(ExpressionsAdapter):
@@ -76,13 +75,13 @@ class Expressions(ExpressionsAdapter):
         with torch.no_grad():
             return out.add_(value) if accumulate else out.copy_(value)
 
-    def where(self, condition: Tensor, x: Any, y: Any) -> Tensor:
+    def select(self, condition: Tensor, x: Any, y: Any) -> Tensor:
         return torch.where(condition, x, y)
 
-    def sqrt(self, x: Tensor) -> Tensor:
+    def roots(self, x: Tensor) -> Tensor:
         return x.sqrt()
 
-    def log1p(self, x: Tensor) -> Tensor:
+    def logarithms(self, x: Tensor) -> Tensor:
         return x.log1p()
 
     def exact(self, sums: Sequence[Any], x: Tensor) -> Tensor:

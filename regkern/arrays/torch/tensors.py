@@ -32,6 +32,7 @@ class _DTypes(dict[torch.dtype, DType]):
 
 
 def dtype_error(dtype: torch.dtype) -> TypeError:
+    """Return the error that says that a dtype is not supported."""
     advice = complex_advice("torch.view_as_real(x)") if dtype.is_complex else "convert it, for example by x.float()."
     return TypeError(f"x: expected a tensor of {', '.join(DTYPES)}; got dtype {dtype}; {advice}")
 
@@ -42,6 +43,7 @@ results = {dtype: getattr(torch, dtype.result) for dtype in DTYPES.values()}
 
 @functools.cache
 def plain_keys(device_type: str) -> frozenset[int]:
+    """Return the keys of plain tensors on a kind of device."""
     with torch.inference_mode():
         inference = torch.empty(0, device=device_type)
     return frozenset((_keys(torch.empty(0, device=device_type)), _keys(inference)))

@@ -1,6 +1,7 @@
 """The operations of formulas on scalars, as `terms.Formula` names them: selections, without a branch."""
 
 import math
+from typing import Any
 
 from llvmlite import ir
 from numba import types
@@ -9,44 +10,57 @@ from numba.extending import intrinsic
 
 sqrt, log1p = math.sqrt, math.log1p
 
-if config.DISABLE_JIT:
 
-    def where(condition, x, y):
-        return x if condition else y
+def _select_python(condition, x, y):
+    return x if condition else y
 
-    def minimum(v, limit):
-        return limit if v > limit else v
 
-    def maximum(v, limit):
-        return limit if v < limit else v
+def _minimum_python(v, limit):
+    return limit if v > limit else v
 
-    def clip(v, limit):
-        return minimum(maximum(v, -limit), limit)
 
-else:
-    _FLOAT = types.float64
+def _maximum_python(v, limit):
+    return limit if v < limit else v
 
+
+def _clip_python(v, limit):
+    return _minimum_python(_maximum_python(v, -limit), limit)
+
+
+def _select():
     @intrinsic
     def where(typing_context, condition, x, y):
         def codegen(context, builder, signature, values):
-            return builder.select(values[0], values[1], values[2])
+            return builder.select(*values)
 
-        return _FLOAT(types.boolean, _FLOAT, _FLOAT), codegen
+        return types.float64(types.boolean, types.float64, types.float64), codegen
 
-    def _limited(builder, comparison, v, limit):
-        return builder.select(builder.fcmp_ordered(comparison, v, limit), limit, v)  # NaN stays
+    return where
 
-    def _limit(*comparisons):
-        @intrinsic
-        def limited(typing_context, v, limit):
-            def codegen(context, builder, signature, values):
-                v, limit = values
-                for comparison, negative in comparisons:
-                    v = _limited(builder, comparison, v, builder.fsub(ir.Constant(limit.type, -0.0), limit) if negative else limit)
-                return v
 
-            return _FLOAT(_FLOAT, _FLOAT), codegen
+def _limited(*sides):
+    """Make ``limited(v, limit)``: of each side a comparison, and the limit's sign."""
 
-        return limited
+    @intrinsic
+    def limited(typing_context, v, limit):
+        def codegen(context, builder, signature, values):
+            v, limit = values
+            for comparison, sign in sides:
+                bound = builder.fmul(ir.Constant(limit.type, sign), limit) if sign < 0 else limit
+                v = builder.select(builder.fcmp_ordered(comparison, v, bound), bound, v)  # NaN stays
+            return v
 
-    minimum, maximum, clip = _limit((">", False)), _limit(("<", False)), _limit(("<", True), (">", False))
+        return types.float64(types.float64, types.float64), codegen
+
+    return limited
+
+
+where: Any
+minimum: Any
+maximum: Any
+clip: Any
+if config.DISABLE_JIT:
+    where, minimum, maximum, clip = _select_python, _minimum_python, _maximum_python, _clip_python
+else:
+    where, minimum, maximum = _select(), _limited((">", 1.0)), _limited(("<", 1.0))
+    clip = _limited(("<", -1.0), (">", 1.0))

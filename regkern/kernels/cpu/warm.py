@@ -17,8 +17,9 @@ def compile_terms(terms: Iterable[Term], dtype: DType) -> int:
     """Compile all kernels of some terms, or load them from the cache; return how many there are."""
     kinds = {(type(term.view), term.formula) for term in terms}
     count = sum(_compile_elementwise(formula, dtype) for view, formula in kinds if view is Elements)
-    views = {view for view, _ in kinds}
-    return count + (_compile_gram(dtype) if Products in views else 0) + (_compile_groups(dtype) if Norms in views else 0)
+    for view in {view for view, _ in kinds}:
+        count += _compile_gram(dtype) if view is Products else _compile_groups(dtype) if view is Norms else 0
+    return count
 
 
 def _compile_elementwise(formula: Formula, dtype: DType) -> int:
