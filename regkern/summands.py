@@ -72,7 +72,15 @@ def _weight(view: View, x: Any) -> float:
     ADAPTERS[type(x)]  # a TypeError for what is no array
     _check_shape(view, x.shape)
     if isinstance(view, Norms) and view.weighted:
-        return math.sqrt(math.prod(x.shape[axis] for axis in view.summed(len(x.shape))))
+        size = 1
+        for axis in view.summed(len(x.shape)):
+            if x.shape[axis] is None:
+                raise ValueError(
+                    f"x: expected a known number of elements in each group, whose root is its weight; got shape "
+                    f"{tuple(x.shape)}; set it, for example by tf.ensure_shape."
+                )
+            size *= x.shape[axis]
+        return float(size**0.5)
     return 1.0
 
 

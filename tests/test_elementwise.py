@@ -263,7 +263,7 @@ def test_a_formula_without_a_proximal_operator():
 
     x = np.array([1.0, -2.0])
     assert Cubes()(x) == 4.5
-    with pytest.raises(NotImplementedError, match="expected a regularizer with .* in closed form; got Cubes"):
+    with pytest.raises(NotImplementedError, match=r"expected a regularizer with .* in closed form; got Cubes"):
         Cubes().prox(x, 0.1, out=x)
     bound = rk.Penalty({"*": Cubes()}).bind({"kernel": x})
     with pytest.raises(TypeError, match=r"^kernel: expected .* proximal operator; got .*Cubes"):

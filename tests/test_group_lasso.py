@@ -288,9 +288,3 @@ def test_errors():
         reg.prox(np.ones(3), -1.0)
     with pytest.raises(TypeError, match=r"^x: expected an array of float16"):
         reg(np.ones(3, int))
-    da = pytest.importorskip("dask.array")
-    for call in calls:
-        with pytest.raises(
-            NotImplementedError, match=r"^x: expected an array of NumPy, .*; got dask\.array\.\S*Array; convert it"
-        ):
-            call(da.ones((4, 4), chunks=2))

@@ -167,8 +167,10 @@ def test_compiled_gradients(name):
 def test_the_operators_keep_what_they_declare():
     x = matrix(6, 4).requires_grad_()
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.regkern.sums, (x, "abs_square"), test_utils=checks)
-    torch.library.opcheck(torch.ops.regkern.mean_cosine, (x, False, False), test_utils=checks)
+    p = torch.tensor([0.5, 0.25, 0.0, 0.0], dtype=torch.float64)
+    for view in ("Elements ()", "Norms ((0,), False)", "Products (False, False, False)"):
+        torch.library.opcheck(torch.ops.regkern.sums, (x, f"abs {view}", p), test_utils=checks)
+        torch.library.opcheck(torch.ops.regkern.gradient, (x, f"abs {view}", p), test_utils=checks[::2])
 
 
 def test_a_graph_may_be_the_first_to_see_a_tensor():

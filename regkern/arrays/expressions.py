@@ -22,6 +22,9 @@ from regkern.terms import (
     Term,
 )
 
+# What stands for an infinite norm in quotients.
+_LARGE = 1e38
+
 
 class ExpressionsAdapter(Adapter):
     """Writes penalties as expressions that the library compiles, places and differentiates itself.
@@ -153,10 +156,7 @@ class ExpressionsAdapter(Adapter):
             return self.partial(term, p, x), None
         if operation.writes == "prox":
             return None, self.write(self.prox(term, p, x), out, False)
-        if isinstance(term.view, Norms):
-            value, gradient = self._gradient_of_norms(operation, term, p, x)
-        else:
-            value, gradient = self.value_and_grad(term, p, x)
+        value, gradient = self.value_and_grad(term, p, x)
         return value if operation.sums else None, self.write(gradient, out, operation.adds)
 
     def value(self, term: Term, p: Parameters, x: Any) -> Any:
@@ -185,25 +185,25 @@ class ExpressionsAdapter(Adapter):
 
     def value_and_grad(self, term: Term, p: Parameters, x: Any) -> tuple[Any, Any]:
         """Return the penalty and its gradient."""
-        return self.differentiate(lambda x: self.value(term, p, x), x)
+        if not isinstance(term.view, Norms):
+            return self.differentiate(lambda x: self.value(term, p, x), x)
+        x = self.detach(x)
+        v, functions = self.widen(x), self.functions(term)
+        norms = self._norms(term.view, v)
+        gradient = v * self.quotient(functions.derivative(norms, p), norms)  # type: ignore[misc]
+        return self.value(term, p, x), self.narrow(gradient, x)
 
     def prox(self, term: Term, p: Parameters, x: Any) -> Any:
         """Return the proximal operator's result, in x's dtype."""
         v, functions = self.widen(self.detach(x)), self.functions(term)
         if term.view is ELEMENTS:
             return self.narrow(functions.prox(v, p), x)  # type: ignore[misc]
-        norms = self._norms(term.view, v)
+        norms = self.minimum(self._norms(term.view, v), _LARGE)
         return self.narrow(v * self.quotient(functions.prox(norms, p), norms), x)  # type: ignore[misc]
 
     def functions(self, term: Term) -> Functions:
         """Return the functions of a term's formula, over arrays of the library."""
         return term.formula.make(self)
-
-    def _gradient_of_norms(self, operation: Operation, term: Term, p: Parameters, x: Any) -> tuple[Any, Any]:
-        v, functions = self.widen(self.detach(x)), self.functions(term)
-        norms = self._norms(term.view, v)
-        value = self.value(term, p, self.detach(x)) if operation.sums else None
-        return value, self.narrow(v * self.quotient(functions.derivative(norms, p), norms), x)  # type: ignore[misc]
 
     def _norms(self, view: Any, v: Any) -> Any:
         axes = view.summed(len(v.shape))

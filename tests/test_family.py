@@ -1,0 +1,244 @@
+"""The family: values, gradients and proximal operators against their definitions, in every library."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+import regkern as rk
+
+RNG = np.random.default_rng(0)
+FAMILY = {
+    "huber": rk.Huber(0.3, 0.5),
+    "mcp": rk.MCP(0.4, 3.0),
+    "scad": rk.SCAD(0.4, 3.7),
+    "log_sum": rk.LogSum(0.3, 0.5),
+}
+GROUPS = {
+    "weighted": rk.GroupLasso(0.3, weights="sqrt_size"),
+    "middle": rk.GroupLasso(0.3, 1),
+    "last": rk.GroupLasso(0.3, -1),
+    "two axes": rk.GroupLasso(0.3, (0, 2), "sqrt_size"),
+    "sparse": rk.SparseGroupLasso(0.1, 0.3, "columns"),
+}
+EVERY = FAMILY | GROUPS
+SPECIAL = np.array([0.0, -0.0, math.inf, -math.inf])
+
+
+def huber(x, factor, delta):
+    return factor * np.where(abs(x) <= delta, x**2 / 2, delta * (abs(x) - delta / 2))
+
+
+def mcp(x, factor, gamma):
+    return np.where(abs(x) <= gamma * factor, factor * abs(x) - x**2 / (2 * gamma), gamma * factor**2 / 2)
+
+
+def scad(x, factor, gamma):
+    v = abs(x)
+    middle = (2 * gamma * factor * v - v**2 - factor**2) / (2 * (gamma - 1))
+    return np.where(v <= factor, factor * v, np.where(v <= gamma * factor, middle, factor**2 * (gamma + 1) / 2))
+
+
+def log_sum(x, factor, eps):
+    return factor * np.log1p(abs(x) / eps)
+
+
+def elementwise(name, x):
+    return {"huber": huber, "mcp": mcp, "scad": scad, "log_sum": log_sum}[name](x, *FAMILY[name].get_config().values())
+
+
+def groups(reg, x):
+    mode = {"rows": 0, "columns": -1}.get(reg.mode, reg.mode) if isinstance(reg.mode, str) else reg.mode
+    kept = {axis % x.ndim for axis in (mode if isinstance(mode, tuple) else (mode,))}
+    axes = tuple(axis for axis in range(x.ndim) if axis not in kept)
+    weight = math.sqrt(math.prod(x.shape[axis] for axis in axes)) if reg.weights else 1.0
+    l1 = reg.l1 * abs(x).sum() if hasattr(reg, "l1") else 0.0
+    return l1 + reg.factor * weight * np.sqrt((x**2).sum(axes)).sum()
+
+
+def definition(name, x):
+    return elementwise(name, x).sum() if name in FAMILY else groups(EVERY[name], x)
+
+
+def array(dtype="float64"):
+    return RNG.standard_normal((4, 5, 6)).astype(dtype)
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_values_and_gradients(name, dtype):
+    x, reg = array(dtype), EVERY[name]
+    wide = x.astype(np.float64)
+    value, gradient = reg.value_and_grad(x)
+    np.testing.assert_allclose(value, definition(name, wide), rtol=1e-6 if dtype != "float64" else 1e-13)
+    assert value == reg(x) == reg.finish(reg.partial(x), dtype)
+    step = 1e-6
+    for index in [(0, 0, 0), (1, 2, 3), (3, 4, 5)]:
+        shift = np.zeros_like(wide)
+        shift[index] = step
+        slope = (definition(name, wide + shift) - definition(name, wide - shift)) / (2 * step)
+        np.testing.assert_allclose(gradient[index], slope, rtol=2e-3 if dtype == "float16" else 1e-5, atol=1e-7)
+    out = np.ones_like(x)
+    reg.grad(x, out=out, scale=2.0, accumulate=True)
+    np.testing.assert_allclose(out, 1 + 2 * gradient.astype(float), atol=2e-3 if dtype == "float16" else 1e-6)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("step", [0.0, 0.3, 1.0, 2.9, 3.0, 5.0, 20.0])
+def test_proximal_operators_are_global_minimisers(name, step):
+    x = np.concatenate([np.linspace(-6, 6, 121), [1e-9, 30.0]])
+    z = np.unique(np.concatenate([np.linspace(-40, 40, 160001), x]))
+    objective = step * elementwise(name, z) + (z - x[:, None]) ** 2 / 2
+    found = FAMILY[name].prox(x, step)
+    value = step * elementwise(name, found) + (found - x) ** 2 / 2
+    assert (value <= objective.min(axis=1) + 1e-9).all()
+    np.testing.assert_array_equal(np.signbit(found[found != 0]), np.signbit(x[found != 0]))
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_proximal_operators_of_groups(name):
+    x, reg, step = array(), EVERY[name], 0.7
+    z = reg.prox(x, step)
+
+    def objective(z):
+        return step * groups(reg, z) + ((z - x) ** 2).sum() / 2
+
+    best = objective(z)
+    for scale in (1e-1, 1e-3):
+        assert all(objective(z + scale * RNG.standard_normal(x.shape)) >= best for _ in range(50))
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_infinity_and_nan(name):
+    reg = FAMILY[name]
+    caps = {"huber": math.inf, "log_sum": math.inf, "mcp": 0.24, "scad": 0.376}
+    np.testing.assert_allclose(reg(np.array([math.inf])), caps[name])
+    slope = 0.15 if name == "huber" else 0.0
+    np.testing.assert_allclose(reg.grad(SPECIAL), [0.0, 0.0, slope, -slope])
+    for step in (0.5, 10.0):
+        np.testing.assert_array_equal(reg.prox(SPECIAL, step), SPECIAL)
+        assert np.isnan(reg.prox(np.array([math.nan]), step))[0]
+    assert np.isnan(reg(np.array([1.0, math.nan])))
+    assert np.isnan(reg.grad(np.array([1.0, math.nan]))).tolist() == [False, True]
+
+
+def in_torch(x):
+    return pytest.importorskip("torch").from_numpy(x.copy())
+
+
+def in_jax(x):
+    return pytest.importorskip("jax.numpy").asarray(x)
+
+
+def in_tensorflow(x):
+    return pytest.importorskip("tensorflow").constant(x)
+
+
+def in_dask(x):
+    return pytest.importorskip("dask.array").from_array(x, chunks=(2, 3, 6))
+
+
+LIBRARIES = {"torch": in_torch, "jax": in_jax, "tensorflow": in_tensorflow, "dask": in_dask}
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_libraries(library, name):
+    x, reg = array("float32"), EVERY[name]
+    y = LIBRARIES[library](x)
+    value, gradient = reg.value_and_grad(y)
+    np.testing.assert_allclose(np.asarray(value), reg(x), rtol=1e-6)
+    np.testing.assert_allclose(np.asarray(reg(y)), reg(x), rtol=1e-6)
+    np.testing.assert_allclose(np.asarray(gradient), reg.grad(x), rtol=2e-5, atol=1e-7)
+    for step in (0.5, 10.0):
+        np.testing.assert_allclose(np.asarray(reg.prox(y, step)), reg.prox(x, step), rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_differentiation_by_libraries(name):
+    torch, jax, tf = (pytest.importorskip(library) for library in ("torch", "jax", "tensorflow"))
+    x, reg = array("float32"), EVERY[name]
+    expected = reg.grad(x)
+    eager = in_torch(x).requires_grad_()
+    reg(eager).backward()
+    np.testing.assert_allclose(eager.grad.numpy(), expected, rtol=2e-5, atol=1e-7)
+    eager.grad = None
+    torch.compile(lambda x: reg(x), fullgraph=True, backend="aot_eager")(eager).backward()
+    np.testing.assert_allclose(eager.grad.numpy(), expected, rtol=2e-5, atol=1e-7)
+    np.testing.assert_allclose(torch.func.grad(reg)(in_torch(x)).numpy(), expected, rtol=2e-5, atol=1e-7)
+    np.testing.assert_allclose(jax.jit(jax.grad(reg))(in_jax(x)), expected, rtol=2e-5, atol=1e-7)
+    mapped = jax.vmap(reg)(jax.numpy.stack([in_jax(x), 2 * in_jax(x)]))
+    np.testing.assert_allclose(mapped, [reg(x), reg(2 * x)], rtol=1e-5)
+    variable = tf.Variable(x)
+    for run in (lambda f: f, tf.function):
+        with tf.GradientTape() as tape:
+            value = run(lambda: reg(variable))()
+        np.testing.assert_allclose(tape.gradient(value, variable), expected, rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_many_arrays_in_one_launch(name):
+    named = {"a": array("float32"), "b": array(), "c": array("float16")[::2]}
+    pen = rk.Penalty({"c": rk.L2(0.1), "*": FAMILY[name]})
+    bound = pen.bind(named)
+    np.testing.assert_allclose(bound.value(), sum(float(each) for each in pen.per_tensor(named).values()), rtol=1e-6)
+    assert pen.per_tensor(named)["a"] == FAMILY[name](named["a"])
+    expected = {
+        key: reg.prox(named[key], 0.3) for key, reg in (("a", FAMILY[name]), ("b", FAMILY[name]), ("c", rk.L2(0.1)))
+    }
+    bound.prox_(0.3)
+    for key, each in expected.items():
+        np.testing.assert_array_equal(named[key], each)
+
+
+@pytest.mark.parametrize("cls", [rk.Huber, rk.MCP, rk.SCAD, rk.LogSum, rk.GroupLasso, rk.SparseGroupLasso])
+def test_configs(cls):
+    reg = cls()
+    again = rk.deserialize(rk.serialize(reg))
+    assert type(again) is cls
+    assert again.get_config() == reg.get_config()
+    assert type(rk.get(cls.__name__)) is cls
+    assert cls(None).get_config() == reg.get_config()
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda v: rk.Huber(0.1, v), "delta: expected a float above 0"),
+        (lambda v: rk.LogSum(0.1, v), "eps: expected a float above 0"),
+        (lambda v: rk.MCP(0.1, v), "gamma: expected a float above 1"),
+        (lambda v: rk.SCAD(0.1, v), "gamma: expected a float above 2"),
+    ],
+)
+@pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan, "3", True])
+def test_bad_shapes(make, text, value):
+    with pytest.raises(ValueError, match=f"^Invalid value for argument {text}. Received: "):
+        make(value)
+
+
+def test_bad_groups():
+    for mode in ("diagonal", 1.5, (), ("rows",), True):
+        with pytest.raises(ValueError, match=r"^Invalid value for argument `mode`"):
+            rk.GroupLasso(0.1, mode)
+    for mode in ((0, 0), (1, 1)):
+        with pytest.raises(ValueError, match=r"^mode: expected each axis once"):
+            rk.GroupLasso(0.1, mode)
+    for mode in (3, (0, -4)):
+        with pytest.raises(ValueError, match=r"^mode: expected axes of x, which has 3 dimensions"):
+            rk.GroupLasso(0.1, mode)(array())
+    with pytest.raises(ValueError, match=r"^mode: expected each axis of x, which has 3 dimensions, once"):
+        rk.GroupLasso(0.1, (0, -3))(array())
+    with pytest.raises(ValueError, match=r'^weights: expected None or "sqrt_size"'):
+        rk.GroupLasso(0.1, weights="size")
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 5, 6), (2, 1, 7, 3)])
+def test_groups_of_any_axes_and_layouts(shape):
+    base = RNG.standard_normal(tuple(2 * length for length in shape))[tuple(slice(None, None, 2) for _ in shape)]
+    for x in (base, base.copy(), np.asfortranarray(base), base.transpose(2, 0, 3, 1), base[:, ::-1]):
+        for count in (1, 2, 3, 4):
+            for axes in itertools.combinations(range(4), count):
+                reg = rk.GroupLasso(0.3, axes)
+                np.testing.assert_allclose(reg(x), groups(reg, x), rtol=1e-12)
+                np.testing.assert_allclose(reg.grad(x), rk.GroupLasso(0.3, axes).grad(x.copy()), rtol=1e-12)
