@@ -26,7 +26,6 @@ from regkern.terms import (
     Products,
     View,
 )
-from regkern.terms import scaled as scaled_parameters
 
 if TYPE_CHECKING:
     from regkern.arrays.adapter import Adapter
@@ -50,14 +49,14 @@ def penalty(summands: Summands, x: Any) -> Any:
 
 def _value(summand: Summand, adapter: Adapter, x: Any) -> Any:
     term = summand.term
-    weight = _weight(term.view, x)
+    _check(term.view, x)
     p = taken(summand, adapter, x, recorded=True)
     if not all(type(each) is float for each in p[2:]):  # no sum is linear in these
-        return expressions(_names(summand), x).run(VALUE, term, scaled_parameters(p, weight), x)[0]
+        return expressions(_names(summand), x).run(VALUE, term, p, x)[0]
     if all(type(each) is float for each in p):
-        return adapter.run(VALUE, term, scaled_parameters(p, weight), x)[0]
+        return adapter.run(VALUE, term, p, x)[0]
     pairs = zip(p, adapter.run(SUMS, term, (1.0, 1.0, *p[2:]), x)[0], strict=False)
-    first, *second = [factor * weight * each for factor, each in pairs if type(factor) is not float or factor != 0.0]
+    first, *second = [factor * each for factor, each in pairs if type(factor) is not float or factor != 0.0]
     return first + second[0] if second else first
 
 
@@ -65,23 +64,11 @@ def _names(summand: Summand) -> str:
     return ", ".join(filter(None, summand.names))
 
 
-def _weight(view: View, x: Any) -> float:
-    """Return what a penalty of x is multiplied by, once its shape is known to be right."""
-    if view is ELEMENTS:
-        return 1.0
-    ADAPTERS[type(x)]  # a TypeError for what is no array
-    _check_shape(view, x.shape)
-    if isinstance(view, Norms) and view.weighted:
-        size = 1
-        for axis in view.summed(len(x.shape)):
-            if x.shape[axis] is None:
-                raise ValueError(
-                    f"x: expected a known number of elements in each group, whose root is its weight; got shape "
-                    f"{tuple(x.shape)}; set it, for example by tf.ensure_shape."
-                )
-            size *= x.shape[axis]
-        return float(size**0.5)
-    return 1.0
+def _check(view: View, x: Any) -> None:
+    """Raise TypeError or ValueError unless x is an array that a view can be taken of."""
+    if view is not ELEMENTS:
+        ADAPTERS[type(x)]
+        _check_shape(view, x.shape)
 
 
 def check_shape(summands: Summands, shape: Sequence[int]) -> None:
@@ -108,9 +95,8 @@ def _check_shape(view: View, shape: Sequence[int]) -> None:
 
 
 def _scaled(summand: Summand, x: Any, name: str = "", scale: Any = 1.0) -> tuple[Adapter, Parameters]:
-    weight = _weight(summand.term.view, x)
-    adapter, p = scaled(summand, x, name, scale)
-    return adapter, p if weight == 1.0 else scaled_parameters(p, weight)
+    _check(summand.term.view, x)
+    return scaled(summand, x, name, scale)
 
 
 def value_and_grad(summands: Summands, x: Any) -> tuple[Any, Any]:
@@ -193,11 +179,10 @@ def partial(summands: Summands, x: Any, other: Any = None) -> Any:
 
 def _partial(summand: Summand, x: Any, other: Any) -> Any:
     term, adapter = summand.term, ADAPTERS[type(x)]
-    weight = _weight(term.view, x)
+    _check(term.view, x)
     p = taken(summand, adapter, x, recorded=False)
     if not isinstance(term.view, Products):
-        sums = adapter.run(PARTIAL, term, p, x)[0]
-        return sums if weight == 1.0 else sums * weight
+        return adapter.run(PARTIAL, term, p, x)[0]
     if term.view.batch:
         raise ValueError(
             'leading_axes: expected None or "flatten" for partial sums; got "batch", where each matrix has a mean of '

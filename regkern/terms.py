@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, field
 from types import CodeType
 from typing import Any, NamedTuple
@@ -97,6 +97,22 @@ class Norms:
         """Return the other axes of an array with so many."""
         kept = {axis % rank for axis in self.axes}
         return tuple(axis for axis in range(rank) if axis not in kept)
+
+    def weight(self, shape: Sequence[Any]) -> float:
+        """Return what the norms of an array of a shape are multiplied by.
+
+        Raises:
+            ValueError: a length that counts is not known.
+        """
+        size = 1
+        for axis in self.summed(len(shape)) if self.weighted else ():
+            if shape[axis] is None:
+                raise ValueError(
+                    "x: expected a known number of elements in each group, whose root is its weight; got shape "
+                    f"{tuple(shape)}; set it, for example by tf.ensure_shape."
+                )
+            size *= shape[axis]
+        return float(size**0.5) if self.weighted else 1.0
 
 
 @dataclass(frozen=True)

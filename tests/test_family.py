@@ -164,6 +164,7 @@ def test_differentiation_by_libraries(name):
     reg(eager).backward()
     np.testing.assert_allclose(eager.grad.numpy(), expected, rtol=2e-5, atol=1e-7)
     eager.grad = None
+    torch.compiler.reset()
     torch.compile(lambda x: reg(x), fullgraph=True, backend="aot_eager")(eager).backward()
     np.testing.assert_allclose(eager.grad.numpy(), expected, rtol=2e-5, atol=1e-7)
     np.testing.assert_allclose(torch.func.grad(reg)(in_torch(x)).numpy(), expected, rtol=2e-5, atol=1e-7)

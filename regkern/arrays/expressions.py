@@ -20,6 +20,7 @@ from regkern.terms import (
     Parameters,
     Products,
     Term,
+    scaled,
 )
 
 # What stands for an infinite norm in quotients.
@@ -179,9 +180,9 @@ class ExpressionsAdapter(Adapter):
         """Return the two sums over a piece, in float64 where there is that."""
         if isinstance(term.view, Products):
             raise no_partial(x)
-        v, _ = self._viewed(term, self.detach(x))
+        v, count = self._viewed(term, self.detach(x))
         terms = self.functions(term).terms(v, p)
-        return self.exact([each if isinstance(each, float) else self.sum_exactly(each) for each in terms], x)
+        return self.exact([each if isinstance(each, float) else self.sum_exactly(each) / count for each in terms], x)
 
     def value_and_grad(self, term: Term, p: Parameters, x: Any) -> tuple[Any, Any]:
         """Return the penalty and its gradient."""
@@ -190,7 +191,8 @@ class ExpressionsAdapter(Adapter):
         x = self.detach(x)
         v, functions = self.widen(x), self.functions(term)
         norms = self._norms(term.view, v)
-        gradient = v * self.quotient(functions.derivative(norms, p), norms)  # type: ignore[misc]
+        slopes = functions.derivative(norms, scaled(p, term.view.weight(x.shape)))  # type: ignore[misc]
+        gradient = v * self.quotient(slopes, norms)
         return self.value(term, p, x), self.narrow(gradient, x)
 
     def prox(self, term: Term, p: Parameters, x: Any) -> Any:
@@ -198,6 +200,7 @@ class ExpressionsAdapter(Adapter):
         v, functions = self.widen(self.detach(x)), self.functions(term)
         if term.view is ELEMENTS:
             return self.narrow(functions.prox(v, p), x)  # type: ignore[misc]
+        p = scaled(p, term.view.weight(x.shape))
         norms = self.minimum(self._norms(term.view, v), _LARGE)
         return self.narrow(v * self.quotient(functions.prox(norms, p), norms), x)  # type: ignore[misc]
 
@@ -209,13 +212,13 @@ class ExpressionsAdapter(Adapter):
         axes = view.summed(len(v.shape))
         return self.norms(v, axes) if axes else self.magnitude(v)
 
-    def _viewed(self, term: Term, x: Any) -> tuple[Any, int]:
+    def _viewed(self, term: Term, x: Any) -> tuple[Any, float]:
         """Return the numbers that a view takes from x, and what their sums are divided by."""
         view, v = term.view, self.widen(x)
         if isinstance(view, Elements):
             return self.magnitude(v), 1
         if isinstance(view, Norms):
-            return self._norms(view, v), 1
+            return self._norms(view, v), 1.0 / view.weight(x.shape)
         assert isinstance(view, Products)
         if view.flatten and len(x.shape) > 2:
             v = self.flatten_leading(v)

@@ -162,11 +162,11 @@ def _norms(
         return 0.0, 0.0
     strides = adapter.strides(x)
     out_address, out_strides = (address, strides) if out is None else (adapter.memory(out)[0], adapter.strides(out))
-    total = 0.0
+    total, weight = 0.0, term.view.weight(x.shape)
     for start, out_start, root, each, across in group_loops(x.shape, strides, out_strides, term.view.axes):
         places = address + start, out_address + out_start
-        total += root * groups.evaluate(operation, dtype, *places, each, p[0], across)
-    return total, 0.0
+        total += root * groups.evaluate(operation, dtype, *places, each, weight * p[0], across)
+    return weight * total, 0.0
 
 
 def _products(

@@ -57,7 +57,13 @@ def compile_entry(body: Callable[..., Any], signature: Any, name: str) -> Callab
 
 
 def compile_function(
-    body: Callable[..., Any], signature: Any, name: str, *, fastmath: bool = False, parallel: bool = False
+    body: Callable[..., Any],
+    signature: Any,
+    name: str,
+    *,
+    version: str = "",
+    fastmath: bool = False,
+    parallel: bool = False,
 ) -> int:
     """Compile a kernel that other kernels call, or load it from the cache; return its address.
 
@@ -67,22 +73,24 @@ def compile_function(
     Args:
         body: the kernel, in the Python that Numba compiles.
         signature: its Numba signature with the type it returns.
-        name: unique among all kernels; with the signature it stands for the code in the cache.
+        name: unique among all kernels; with the signature and the version it stands for the code in the cache.
+        version: what tells one code of what is not in this package from another.
         fastmath: whether LLVM may reorder sums and fuse products into them.
         parallel: whether `prange` loops run on Numba's threads.
     """
     if config.DISABLE_JIT:
         return id(_interpreted.setdefault(name, _interpret(body, signature)))
     fastmath_flags = FASTMATH if fastmath else False
-    result = _compile(body, signature, name, no_cpython_wrapper=True, fastmath=fastmath_flags, parallel=parallel)[1]
+    options = {"no_cpython_wrapper": True, "fastmath": fastmath_flags, "parallel": parallel}
+    result = _compile(body, signature, name, version, **options)[1]
     address: int = result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name)
     return address
 
 
-def _compile(body: Callable[..., Any], signature: Any, name: str, **options: Any) -> tuple[Any, Any]:
+def _compile(body: Callable[..., Any], signature: Any, name: str, version: str = "", **options: Any) -> tuple[Any, Any]:
     body = getattr(body, "py_func", body)  # of what `inlined` made for other kernels
     dispatcher = numba.njit(_named(body, name), nogil=True, error_model="numpy", **options)
-    dispatcher._cache = _KernelCache(name)
+    dispatcher._cache = _KernelCache(name, version)
     with forks.loading:
         entry_point = dispatcher.compile(signature)
     _compiled.append(dispatcher)
@@ -168,8 +176,8 @@ def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
 class _KernelCache(_Cache):  # type: ignore[misc]
     """The interface that Numba's dispatcher asks, over one file per kernel."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, name: str, version: str) -> None:
+        self._name, self._version = name, version
 
     @property
     def cache_path(self) -> str:
@@ -189,7 +197,7 @@ class _KernelCache(_Cache):  # type: ignore[misc]
     def _path(self, sig: Any, codegen: Any) -> Path:
         settings = (config.OPT, config.LOOP_VECTORIZE, config.SLP_VECTORIZE, config.DEBUGINFO_DEFAULT)
         versions = (sys.version, numba.__version__, llvmlite.__version__, _SOURCES)
-        key = (*versions, *settings, config.BOUNDSCHECK, codegen.magic_tuple(), str(sig))
+        key = (*versions, *settings, config.BOUNDSCHECK, codegen.magic_tuple(), str(sig), self._version)
         digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
         return cache_folder() / f"{self._name}-{digest}.kernel"
 

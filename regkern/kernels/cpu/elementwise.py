@@ -50,24 +50,28 @@ class Kernels:
 
     Attributes:
         name: what it is, and what it is called in the cache.
+        version: what tells the formula's code from another that may have had its name.
         itemsize: bytes per element.
     """
 
     def __init__(self, operation: Operation, formula: Formula, dtype: DType, in_place: bool) -> None:
         self._arguments = operation, formula, dtype, in_place
-        self.name = "-".join([operation.name, formula.name, formula.digest, dtype.name] + ["in_place"] * in_place)
-        self.itemsize = dtype.itemsize
+        self.name = "-".join([operation.name, formula.name, dtype.name] + ["in_place"] * in_place)
+        self.itemsize, self.version = dtype.itemsize, formula.digest
 
     @CachedAttribute
     def contiguous_run(self) -> int:
         """The address of the run over elements that follow each other, in x and in out."""
-        return compile_function(_make_run(self.name, *self._arguments, strided=False), RUN, self.name, fastmath=True)
+        return self._compile(self.name, strided=False)
 
     @CachedAttribute
     def strided_run(self) -> int:
         """The address of the run over elements at any strides."""
-        name = f"{self.name}-strided"
-        return compile_function(_make_run(name, *self._arguments, strided=True), RUN, name, fastmath=True)
+        return self._compile(f"{self.name}-strided", strided=True)
+
+    def _compile(self, name: str, *, strided: bool) -> int:
+        run = _make_run(name, *self._arguments, strided=strided)
+        return compile_function(run, RUN, name, version=self.version, fastmath=True)
 
     @CachedAttribute
     def small(self) -> Any:

@@ -63,7 +63,9 @@ def elementwise_call(operation: Operation, formula: Formula, dtype: DType, size:
     elementwise.load_flat_task()
     elementwise.width_for(size)  # starts threads where they are needed
     kind = np.int64(_KINDS[operation])
-    return Call("regkern_elementwise", {"kernel": _load(kernel.name, kernel.contiguous_run), "kind": kind})
+    return Call(
+        "regkern_elementwise", {"kernel": _load(kernel.name + kernel.version, kernel.contiguous_run), "kind": kind}
+    )
 
 
 def gram_call(operation: Operation, dtype: DType, n: int, d: int, *, columns: bool) -> Call:
