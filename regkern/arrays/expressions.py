@@ -200,6 +200,7 @@ class ExpressionsAdapter(Adapter):
         v, functions = self.widen(self.detach(x)), self.functions(term)
         if term.view is ELEMENTS:
             return self.narrow(functions.prox(v, p), x)  # type: ignore[misc]
+        assert isinstance(term.view, Norms)
         p = scaled(p, term.view.weight(x.shape))
         norms = self.minimum(self._norms(term.view, v), _LARGE)
         return self.narrow(v * self.quotient(functions.prox(norms, p), norms), x)  # type: ignore[misc]
