@@ -174,7 +174,7 @@ class HostAdapter(KernelAdapter):
             sum0, sum1 = evaluate(run, kernel.itemsize, address, out_address, size, a, b, width)
             return sum0, sum1
         offset, out_offset, repeats, layout = loops(x.shape, self.strides(x), self.strides(out))
-        run, width = kernel.run_for(layout), width_for(size // repeats)
+        run, width = kernel.run, width_for(size // repeats)
         words, dims = layout.ctypes.data, layout.shape[1]
         sum0, sum1 = kernel.strided(run, address + offset, out_address + out_offset, words, dims, a, b, width)
         return repeats * sum0, repeats * sum1

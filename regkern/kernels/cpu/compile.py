@@ -30,10 +30,6 @@ from numba.extending import intrinsic
 from regkern.kernels import forks
 from regkern.kernels.cache import cache_folder, digest_sources, load, store
 
-# Lets LLVM reorder sums into vector lanes and fuse multiply and add. Without nnan and ninf: NaN and infinity must
-# propagate.
-FASTMATH = {"reassoc", "contract", "nsz"}
-
 _log = logging.getLogger("regkern")
 _SOURCES = digest_sources(Path(__file__).parent)
 
@@ -56,9 +52,7 @@ def compile_entry(body: Callable[..., Any], signature: Any, name: str) -> Callab
     return _compile(body, signature, name, no_cfunc_wrapper=True)[0]  # type: ignore[no-any-return]
 
 
-def compile_function(
-    body: Callable[..., Any], signature: Any, name: str, *, fastmath: bool = False, parallel: bool = False
-) -> int:
+def compile_function(body: Callable[..., Any], signature: Any, name: str, *, parallel: bool = False) -> int:
     """Compile a kernel that other kernels call, or load it from the cache; return its address.
 
     It has C's calling convention, which has no way to tell of an error: it must not fail. Where Numba's compiler is
@@ -68,13 +62,11 @@ def compile_function(
         body: the kernel, in the Python that Numba compiles.
         signature: its Numba signature with the type it returns.
         name: unique among all kernels; with the signature it stands for the code in the cache.
-        fastmath: whether LLVM may reorder sums and fuse products into them.
         parallel: whether `prange` loops run on Numba's threads.
     """
     if config.DISABLE_JIT:
         return id(_interpreted.setdefault(name, _interpret(body, signature)))
-    fastmath_flags = FASTMATH if fastmath else False
-    result = _compile(body, signature, name, no_cpython_wrapper=True, fastmath=fastmath_flags, parallel=parallel)[1]
+    result = _compile(body, signature, name, no_cpython_wrapper=True, parallel=parallel)[1]
     address: int = result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name)
     return address
 

@@ -1,48 +1,44 @@
 """Element-wise kernels for the CPU: sums, gradients and proximal operators, each in one pass over memory.
 
-An *operation* says what is done to one element. A *run* is a loop over elements one stride apart, which LLVM turns into
-vector code: all that is compiled for each formula and dtype, once for contiguous memory and once for other strides.
-What cuts an array into chunks of runs and adds their sums is compiled once for all, and calls runs by their address.
-The chunks depend on the array alone and their sums are added in a fixed order: the same bits for any number of threads.
+An *operation* says what is done to one element. A *run* is a loop over elements that follow each other, which LLVM
+turns into vector code: that is compiled for each formula and dtype. What cuts an array into chunks, walks other layouts
+and adds the chunks' sums is compiled once for all, and calls runs by their address. Chunks are of CHUNK elements, in
+the order in which elements lie in memory, and sums are added in an order that is written here and in `lanes`: the same
+bits for any strides, any number of threads, and any processor.
 """
 
 import functools
 from typing import Any
 
+import numpy as np
 from numba import types
 
 from regkern.attributes import CachedAttribute
 from regkern.dtypes import DType
 from regkern.kernels.cpu import team, threads
-from regkern.kernels.cpu.compile import FASTMATH, compile_entry, compile_function, inlined, inner, make_call
+from regkern.kernels.cpu.compile import compile_entry, compile_function, inlined, inner
+from regkern.kernels.cpu.lanes import BYTES, LANES, clear, fold, make_add_square, make_visit, stack
 from regkern.kernels.cpu.memory import make_magnitude, make_narrow, make_view, make_widen
+from regkern.kernels.cpu.walk import ADDS, IN_PLACE, READS, RUN, WRITES, call_run, count_rows, load_walk, walk
 from regkern.kernels.cpu.words import allocate, free, load_double, load_word, load_words, store_double, store_words
-from regkern.kernels.formulas import Formula
-from regkern.kernels.operations import Operation
+from regkern.kernels.formulas import ABS_SQUARE, SQUARE, Formula
+from regkern.kernels.operations import ADD_GRADIENT, Operation
 
 # Elements per chunk. From 1 << 12 to 1 << 14 all sizes and dtypes take the same time, within a few per cent; smaller
-# chunks give mid-sized arrays to more threads. (Measured by bench/ on two cores of Zen 4, as are the next two.)
+# chunks give mid-sized arrays to more threads. (Measured by bench/ on two cores of Zen 4, as is the next.)
 CHUNK = 1 << 13
 # Chunks that a thread takes at once, at most: neighbours, which the processor reads ahead of.
 BATCH = 8
 # Elements from which launches ask how many threads there are. (On two cores of Ice Lake two of them gain from here on.)
 PARALLEL_FROM = 1 << 15
-# Elements that are added one after the other, before their sum joins the others: this bounds the rounding error of any
-# chunk by some 100 additions. A vectorised loop has about 32 sums going at once.
-VECTOR_BLOCK = 1 << 12
-SCALAR_BLOCK = 1 << 7
-# Bounds the partial sums to 256 KiB, whatever the array's size.
-MAX_CHUNKS = 1 << 14
 
 # All dtypes are summed, and their factors given, in the same type.
 SUMS = types.UniTuple(types.float64, 2)
-# Of one run: x, its stride, out, its stride, the number of elements, and the factors.
-RUN = SUMS(*[types.intp] * 5, types.float64, types.float64)
-call_run = make_call(RUN)
 
-# What describes an array to a task, in words: the run's address, x, out, the layout and its dimensions; where elements
-# follow each other, their number and the bytes of each instead of the last two. An array that is evaluated alone has
-# these besides, so many bytes from the first: the factors, and the place of its chunks' sums.
+# What describes an array to a task, in words: the run's description, x, out, the layout and its dimensions; where
+# elements follow each other, the run's address instead of the first, and their number and the bytes of each instead of
+# the last two. An array that is evaluated alone has these besides, so many bytes from the first: the factors, and the
+# place of its chunks' sums.
 _A, _B, _PARTIAL, _WORDS = range(40, 72, 8)
 
 
@@ -61,14 +57,15 @@ class Kernels:
 
     @CachedAttribute
     def contiguous_run(self) -> int:
-        """The address of the run over elements that follow each other, in x and in out."""
-        return compile_function(_make_run(self.name, *self._arguments, strided=False), RUN, self.name, fastmath=True)
+        """The run's address."""
+        return compile_function(_make_run(self.name, *self._arguments), RUN, self.name)
 
     @CachedAttribute
-    def strided_run(self) -> int:
-        """The address of the run over elements at any strides."""
-        name = f"{self.name}-strided"
-        return compile_function(_make_run(name, *self._arguments, strided=True), RUN, name, fastmath=True)
+    def _description(self) -> Any:
+        operation, _, _, in_place = self._arguments
+        kind = IN_PLACE if in_place else ADDS if operation is ADD_GRADIENT else WRITES if operation.writes else READS
+        load_walk()
+        return np.array([self.contiguous_run, self.itemsize, kind], np.int64)
 
     @CachedAttribute
     def small(self) -> Any:
@@ -85,9 +82,10 @@ class Kernels:
         """The kernel for any layout, the same for all."""
         return strided_kernel()
 
-    def run_for(self, layout: Any) -> int:
-        """Return the address of the run for the innermost loop of a layout, its last column."""
-        return self.contiguous_run if (layout[1:, -1] == self.itemsize).all() else self.strided_run
+    @property
+    def run(self) -> int:
+        """The address of what describes the run to a walk over any layout."""
+        return int(self._description.ctypes.data)
 
 
 @functools.cache
@@ -100,72 +98,65 @@ def kernels(operation: Operation, formula: Formula, dtype: DType, in_place: bool
     return Kernels(operation, formula, dtype, in_place)
 
 
-def _make_run(name: str, operation: Operation, formula: Formula, dtype: DType, in_place: bool, *, strided: bool):
-    """Make ``run(x, x_stride, out, out_stride, n, a, b) -> (sum0, sum1)`` over n elements."""
-    view, itemsize = make_view(dtype.carrier, strided=strided), dtype.itemsize
-    block = SCALAR_BLOCK if strided else VECTOR_BLOCK
-    if operation.writes:
-        loop = _make_map_loop(name, operation, formula, dtype, in_place)
-    else:
-        loop = _make_sum_loop(name, formula, dtype)
+def _make_run(name: str, operation: Operation, formula: Formula, dtype: DType, in_place: bool):
+    """Make a run: its signature is `RUN`."""
+    if operation.sums:
+        return _make_sum_run(name, operation, formula, dtype, in_place)
+    view, itemsize = make_view(dtype.carrier), dtype.itemsize
+    widen, narrow = make_widen(dtype), make_narrow(dtype)
+    update = operation.update(formula, inner(formula.name))  # type: ignore[misc]
 
-    def run(x, x_stride, out, out_stride, n, a, b):
-        if not strided:
-            x_stride = out_stride = itemsize
-        sum0 = sum1 = 0.0
-        start = 0
-        while start < n:
-            length = n - start if n - start < block else block
-            source = view(x + start * x_stride, length, x_stride)
-            block0, block1 = loop(source, view(out + start * out_stride, length, out_stride), length, a, b)
-            sum0 += block0
-            sum1 += block1
-            start += block
-        return sum0, sum1
+    @inner(name, forceinline=True)
+    def loop(x, out, n, a, b):
+        target = x if in_place else out
+        for i in range(n):
+            target[i] = narrow(update(widen(x[i]), widen(target[i]), a, b))
+
+    def run(x, out, n, a, b, lane, lanes):
+        loop(view(x, n, itemsize), view(out, n, itemsize), n, a, b)
+        return 0
 
     return run
 
 
-def _make_sum_loop(name: str, formula: Formula, dtype: DType):
-    magnitude, terms = make_magnitude(dtype), inner(name)(formula.terms)
+def _make_sum_run(name: str, operation: Operation, formula: Formula, dtype: DType, in_place: bool):
+    """Make a run that adds an element at index i to lane i % LANES, the first of them to any lane."""
+    writes, itemsize = operation.writes, dtype.itemsize
+    visit = make_visit(_make_element(name, operation, formula, dtype), dtype, writes=writes, in_place=in_place)
 
-    @inner(name, fastmath=FASTMATH, forceinline=True)
-    def loop(x, out, n, a, b):
-        sum0 = sum1 = 0.0
-        for i in range(n):
-            term0, term1 = terms(magnitude(x[i]))
-            sum0 += term0
-            sum1 += term1
-        return sum0, sum1
+    def run(x, out, n, a, b, lane, lanes):
+        if lane != 0:
+            count = LANES - lane if LANES - lane < n else n
+            visit(x, out, lanes + 8 * lane, count, a, b)
+            x += count * itemsize
+            out += count * itemsize
+            n -= count
+        while n >= LANES:
+            visit(x, out, lanes, LANES, a, b)
+            x += LANES * itemsize
+            out += LANES * itemsize
+            n -= LANES
+        visit(x, out, lanes, n, a, b)
+        return 0
 
-    return loop
-
-
-def _make_map_loop(name: str, operation: Operation, formula: Formula, dtype: DType, in_place: bool):
-    widen, narrow, terms = make_widen(dtype), make_narrow(dtype), inner(name)(formula.terms)
-    update, sums = operation.update(formula, inner(formula.name)), operation.sums  # type: ignore[misc]
-
-    @inner(name, fastmath=FASTMATH, forceinline=True)
-    def loop(x, out, n, a, b):
-        target = x if in_place else out
-        sum0 = sum1 = 0.0
-        for i in range(n):
-            v = widen(x[i])
-            if sums:
-                term0, term1 = terms(abs(v))
-                sum0 += term0
-                sum1 += term1
-            target[i] = narrow(update(v, widen(target[i]), a, b))
-        return sum0, sum1
-
-    return loop
+    return run
 
 
-@inlined
-def chunk_size(n):
-    """Elements per chunk of n: CHUNK, or more where that would make more than MAX_CHUNKS."""
-    chunk = (n + MAX_CHUNKS - 1) // MAX_CHUNKS
-    return chunk if chunk > CHUNK else CHUNK
+def _make_element(name: str, operation: Operation, formula: Formula, dtype: DType):
+    """Make ``element(x, a, b, sum0, sum1) -> (new, sum0, sum1)``."""
+    terms, add_square, squares = inner(name)(formula.terms), make_add_square(dtype), formula in (SQUARE, ABS_SQUARE)
+    widen, narrow, magnitude = make_widen(dtype), make_narrow(dtype), make_magnitude(dtype)
+    writes = operation.writes
+    update = operation.update(formula, inner(formula.name)) if operation.update else None
+
+    @inner(name, forceinline=True)
+    def element(x, a, b, sum0, sum1):
+        size = abs(widen(x)) if writes else magnitude(x)
+        term0, term1 = terms(size)
+        new = narrow(update(widen(x), 0.0, a, b)) if writes else x
+        return new, sum0 + term0, add_square(size, sum1) if squares else sum1 + term1
+
+    return element
 
 
 @inlined
@@ -185,69 +176,34 @@ def combine(sums, count):
 
 @inlined
 def chunk_sums(array, c, a, b):
-    """Run over chunk c of an array: some whole rows of its layout or, of rows longer than a chunk, a piece of one."""
+    """Run over chunk c of an array, and return its sums."""
     run, x, out, layout, dims = load_words(array, 5)
-    last = layout + 8 * (dims - 1)
-    length, x_stride, out_stride = load_word(last), load_word(last + 8 * dims), load_word(last + 16 * dims)
-    rows = count_rows(layout, dims)
-    piece, pieces, rows_per_chunk = cut(rows, length)
-    start, row = c % pieces * piece, c // pieces * rows_per_chunk
-    end = row + rows_per_chunk if row + rows_per_chunk < rows else rows
-    n = piece if piece < length - start else length - start
-    sum0 = sum1 = 0.0
-    while row < end:
-        x_offset, out_offset = row_offsets(layout, dims, row)
-        source, target = x + x_offset + start * x_stride, out + out_offset + start * out_stride
-        row0, row1 = call_run(run, (source, x_stride, target, out_stride, n, a, b))
-        sum0 += row0
-        sum1 += row1
-        row += 1
-    return sum0, sum1
+    elements, first, lanes = count_elements(layout, dims), c * CHUNK, stack(BYTES)
+    clear(lanes)
+    n = CHUNK if elements - first > CHUNK else elements - first
+    walk(run, x, out, layout, dims, first, n, a, b, lanes)
+    return fold(lanes)
 
 
 @inlined
-def count_rows(layout, dims):
-    """Count the innermost loops of a layout."""
-    rows, axis = 1, 0
-    while axis < dims - 1:
-        rows *= load_word(layout + 8 * axis)
-        axis += 1
-    return rows
+def count_elements(layout, dims):
+    """Count the elements of a layout."""
+    return count_rows(layout, dims) * load_word(layout + 8 * (dims - 1))
 
 
 @inlined
-def cut(rows, length):
-    """Return the elements of a piece of a row, the pieces of each row, and the rows of a chunk."""
-    chunk = chunk_size(rows * length)
-    if length < chunk:
-        return length, 1, chunk // length
-    return chunk, (length + chunk - 1) // chunk, 1
+def count_chunks(n):
+    """Count the chunks of n elements."""
+    return (n + CHUNK - 1) // CHUNK
 
 
 @inlined
-def count_chunks(layout, dims):
-    """Count the chunks of a layout: as many as in a flat array, or more where rows do not fill them."""
-    rows, length = count_rows(layout, dims), load_word(layout + 8 * (dims - 1))
-    if rows * length == 0:
-        return 0
-    _, pieces, rows_per_chunk = cut(rows, length)
-    return (rows + rows_per_chunk - 1) // rows_per_chunk * pieces
-
-
-@inlined
-def row_offsets(layout, dims, row):
-    """Byte offsets, in x and in out, of one run: `row` counts all but the last dimension in C order."""
-    x_offset = out_offset = 0
-    axis = dims - 2
-    while axis >= 0:
-        at = layout + 8 * axis
-        outer = row // load_word(at) if axis > 0 else 0  # a division takes longer than a short row of a matrix
-        index = row - outer * load_word(at)
-        x_offset += index * load_word(at + 8 * dims)
-        out_offset += index * load_word(at + 16 * dims)
-        row = outer
-        axis -= 1
-    return x_offset, out_offset
+def run_sums(run, x, out, n, a, b):
+    """Run over elements that follow each other, one chunk at most, and return their sums."""
+    lanes = stack(BYTES)
+    clear(lanes)
+    call_run(run, (x, out, n, a, b, 0, lanes))
+    return fold(lanes)
 
 
 def _sum_chunks(array, worker, first, last):
@@ -263,12 +219,11 @@ def _sum_flat_chunks(array, worker, first, last):
     """Do the same where elements follow each other."""
     run, x, out, n, itemsize = load_words(array, 5)
     a, b, partial = load_double(array + _A), load_double(array + _B), load_word(array + _PARTIAL)
-    chunk, c = chunk_size(n), first
+    c = first
     while c < last:
-        start = c * chunk
-        length, offset = chunk if chunk < n - start else n - start, start * itemsize
-        sums = call_run(run, (x + offset, itemsize, out + offset, itemsize, length, a, b))
-        store_words(partial + 16 * c, sums)
+        start = c * CHUNK
+        length, offset = CHUNK if n - start > CHUNK else n - start, start * itemsize
+        store_words(partial + 16 * c, run_sums(run, x + offset, out + offset, length, a, b))
         c += 1
     return 0
 
@@ -292,15 +247,14 @@ def evaluate(task, run, x, out, layout, dims, a, b, chunks, elements, width):
 def flat(run, itemsize, x, out, n, a, b, width):
     """Return whether there was memory, and the sums of n elements that follow each other."""
     if n <= CHUNK:
-        sum0, sum1 = call_run(run, (x, itemsize, out, itemsize, n, a, b))
+        sum0, sum1 = run_sums(run, x, out, n, a, b)
         return True, sum0, sum1
-    chunk = chunk_size(n)
     task = load_word(team.address() + team.SUM_FLAT_CHUNKS)
-    return evaluate(task, run, x, out, n, itemsize, a, b, (n + chunk - 1) // chunk, n, width)
+    return evaluate(task, run, x, out, n, itemsize, a, b, count_chunks(n), n, width)
 
 
 def _small(run, itemsize, x, out, n, a, b, width):
-    return call_run(run, (x, itemsize, out, itemsize, n, a, b))
+    return run_sums(run, x, out, n, a, b)
 
 
 def _flat(run, itemsize, x, out, n, a, b, width):
@@ -311,9 +265,8 @@ def _flat(run, itemsize, x, out, n, a, b, width):
 
 
 def _strided(run, x, out, layout, dims, a, b, width):
-    task, chunks = load_word(team.address() + team.SUM_CHUNKS), count_chunks(layout, dims)
-    elements = count_rows(layout, dims) * load_word(layout + 8 * dims - 8)
-    found, sum0, sum1 = evaluate(task, run, x, out, layout, dims, a, b, chunks, elements, width)
+    task, elements = load_word(team.address() + team.SUM_CHUNKS), count_elements(layout, dims)
+    found, sum0, sum1 = evaluate(task, run, x, out, layout, dims, a, b, count_chunks(elements), elements, width)
     if not found:
         raise MemoryError
     return sum0, sum1
