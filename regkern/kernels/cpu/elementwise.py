@@ -149,7 +149,8 @@ def _make_element(name: str, operation: Operation, formula: Formula, dtype: DTyp
     writes = operation.writes
     update = operation.update(formula, inner(formula.name)) if operation.update else None
 
-    @inner(name, forceinline=True)
+    # A term that a formula lacks is zero, which need not be added: sums are no negative zeros.
+    @inner(name, fastmath={"nsz"}, forceinline=True)
     def element(x, a, b, sum0, sum1):
         size = abs(widen(x)) if writes else magnitude(x)
         term0, term1 = terms(size)

@@ -10,6 +10,7 @@ import threading
 
 import numpy as np
 from llvmlite import ir
+from llvmlite.ir.values import MDValue
 from numba import types
 from numba.core import cgutils, config
 from numba.extending import intrinsic
@@ -53,7 +54,8 @@ else:
         """Take memory for as long as the kernel runs: at a cache line's start, as lanes are read right after writes."""
 
         def codegen(context, builder, signature, arguments):
-            place = cgutils.alloca_once(builder, ir.ArrayType(_WORD, size.literal_value // 8))
+            with builder.goto_entry_block():  # `alloca_once` of Numba's would set it to zero
+                place = builder.alloca(ir.ArrayType(_WORD, size.literal_value // 8))
             place.align = 64
             return builder.ptrtoint(place, _WORD)
 
@@ -165,6 +167,8 @@ def make_visit(element, dtype: DType, *, writes, in_place):
                     _alone(builder.store(new, builder.gep(out, [i]), align=1), own[1])
                 for cell, total in zip(cells, sums, strict=True):
                     _alone(builder.store(total, cell, align=8), own[2])
+                end = builder.block
+            end.terminator.set_metadata("llvm.loop", _vectors_before_unrolling(builder.module))
             return context.get_dummy_value()
 
         return types.void(x, out, lanes, count, a, b), codegen
@@ -189,6 +193,16 @@ def _interpreted_visit(element, dtype, writes):
 def _prefer_widest_vectors(function):
     """Let LLVM use registers of 64 bytes: for some processors it prefers half, which takes 1.5 times as long."""
     set.add(function.attributes, '"prefer-vector-width"="512"')  # llvmlite knows names alone, without values
+
+
+def _vectors_before_unrolling(module):
+    """Make what tells LLVM not to unroll a loop before it makes vectors; what is left may be unrolled."""
+    add = module.add_metadata
+    done = add(["llvm.loop.isvectorized", ir.IntType(32)(1)])
+    options = [add(["llvm.loop.unroll.disable"]), add(["llvm.loop.vectorize.followup_vectorized", done])]
+    loop = MDValue(module, options, name=str(len(module.metadata)))
+    loop.operands = (loop, *options)  # what makes it a loop's own
+    return loop
 
 
 def _scopes(module, in_place):

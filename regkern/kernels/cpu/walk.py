@@ -148,4 +148,10 @@ def load_walk() -> int:
 @inlined
 def walk(run, x, out, layout, dims, first, n, a, b, lanes):
     """Run over n elements of an array in the order of its layout, from one of them on."""
-    _call_walk(load_word(team.address() + team.WALK), (run, x, out, layout, dims, first, n, a, b, lanes))
+    itemsize = load_word(run + 8)
+    flat = dims == 1 and load_word(layout + 8) == itemsize
+    if flat and (load_word(layout + 16) == itemsize or load_word(run + 16) == READS):
+        call_run(load_word(run), (x + first * itemsize, out + first * itemsize, n, a, b, 0, lanes))
+    else:
+        function = load_word(team.address() + team.WALK)
+        _call_walk(function, (run, x, out, layout, dims, first, n, a, b, lanes))
