@@ -146,7 +146,7 @@ def _elements(
         sum0, sum1 = evaluate(run, kernel.itemsize, address, out_address, size, *p, width)
         return sum0, sum1
     offset, out_offset, repeats, layout = loops(x.shape, strides, out_strides)
-    run, width = kernel.run_for(layout), width_for(size // repeats)
+    run, width = kernel.run, width_for(size // repeats)
     words, dims = layout.ctypes.data, layout.shape[1]
     sum0, sum1 = kernel.strided(run, address + offset, out_address + out_offset, words, dims, *p, width)
     return repeats * sum0, repeats * sum1

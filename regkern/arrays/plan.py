@@ -218,7 +218,7 @@ class HostPlan(Plan):
             out = view if outs is None else outs[i]
             offset, out_offset, repeats, layout = loops(view.shape, view.strides, out.strides)
             in_place = bool(operation.writes) and outs is None
-            run = kernels(operation, formulas[self._penalties[i]], view.dtype, in_place).run_for(layout)
+            run = kernels(operation, formulas[self._penalties[i]], view.dtype, in_place).run
             start, itemsize = view.address + offset, view.dtype.itemsize
             entries.append(Entry(run, start, out_offset, layout, repeats, itemsize, self._penalties[i]))
         return Table(entries)

@@ -30,10 +30,6 @@ from numba.extending import intrinsic
 from regkern.kernels import forks
 from regkern.kernels.cache import cache_folder, digest_sources, load, store
 
-# Lets LLVM reorder sums into vector lanes and fuse multiply and add. Without nnan and ninf: NaN and infinity must
-# propagate.
-FASTMATH = {"reassoc", "contract", "nsz"}
-
 _log = logging.getLogger("regkern")
 _SOURCES = digest_sources(Path(__file__).parent)
 
@@ -62,7 +58,6 @@ def compile_function(
     name: str,
     *,
     version: str = "",
-    fastmath: bool = False,
     parallel: bool = False,
 ) -> int:
     """Compile a kernel that other kernels call, or load it from the cache; return its address.
@@ -75,14 +70,11 @@ def compile_function(
         signature: its Numba signature with the type it returns.
         name: unique among all kernels; with the signature and the version it stands for the code in the cache.
         version: what tells one code of what is not in this package from another.
-        fastmath: whether LLVM may reorder sums and fuse products into them.
         parallel: whether `prange` loops run on Numba's threads.
     """
     if config.DISABLE_JIT:
         return id(_interpreted.setdefault(name, _interpret(body, signature)))
-    fastmath_flags = FASTMATH if fastmath else False
-    options = {"no_cpython_wrapper": True, "fastmath": fastmath_flags, "parallel": parallel}
-    result = _compile(body, signature, name, version, **options)[1]
+    result = _compile(body, signature, name, version, no_cpython_wrapper=True, parallel=parallel)[1]
     address: int = result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name)
     return address
 

@@ -7,7 +7,9 @@ large for that, they are cut into *pieces*, and all norms are known before any i
 
 Where a group's elements are next to each other, as those of a row in C order, loops run *along* groups. Where they
 alternate with those of other groups, as a column's, loops run *across* groups, each with a sum of its own. Strips and
-pieces depend on the array alone: the same bits for any number of threads.
+pieces depend on the numbers of groups and of elements alone, and the order of additions is that of the code: the same
+bits for any number of threads and any processor. Along a group they are those of an array of its own, `lanes`; across
+groups, its elements are added one after the other.
 """
 
 import functools
@@ -19,20 +21,21 @@ from numba import types
 from regkern.dtypes import DType
 from regkern.formulas import SQUARE
 from regkern.kernels.cpu import team
-from regkern.kernels.cpu.compile import FASTMATH, compile_entry, compile_function, inlined, inner, make_call
-from regkern.kernels.cpu.elementwise import CHUNK, call_run, count_rows, kernels, row_offsets, width_for
+from regkern.kernels.cpu.compile import compile_entry, compile_function, inlined, inner, make_call
+from regkern.kernels.cpu.elementwise import CHUNK, count_chunks, count_elements, kernels, width_for
+from regkern.kernels.cpu.lanes import BYTES, clear, fold, make_add_square, stack
 from regkern.kernels.cpu.memory import make_narrow, make_view, make_widen
+from regkern.kernels.cpu.walk import count_rows, load_walk, row_offsets, walk
 from regkern.kernels.cpu.words import (
     allocate,
     free,
     load_double,
-    load_word,
     load_words,
     store_double,
     store_word,
     store_words,
 )
-from regkern.terms import ADD_GRADIENT, GRADIENT, SUMS, Operation
+from regkern.terms import ADD_GRADIENT, GRADIENT, NONE, SUMS, Operation
 
 # Groups that are crossed at once: their sums take a quarter of the L1 cache. With a quarter of them, 4096 x 4096 takes
 # twice as long (measured on two cores of Zen 4).
@@ -52,7 +55,8 @@ def _kind(operation: Operation) -> int:
 
 _INT = types.intp
 # Of some groups: x and the groups' stride, the layout of each and its dimensions, which of its steps, the place of n
-# sums of squares; and the address of a run, where loops go along groups.
+# sums of squares; and what describes a run, where loops go along groups. A step is a chunk of a group, or one element
+# of each.
 _SQUARES = _INT(*[_INT] * 9)
 # The same, with out and its stride, the place of n scales, and whether to add.
 _SCALE = _INT(*[_INT] * 12)
@@ -100,11 +104,10 @@ def evaluate(
     kind = _kind(operation)
     squares_run = scale_run = 0
     if not across:
-        square = kernels(SUMS, SQUARE, dtype)
-        squares_run = square.contiguous_run if layout[1, -1] == dtype.itemsize else square.strided_run
+        squares_run = kernels(SUMS, SQUARE, dtype).run
         if kind != NOTHING:  # the gradient of a sum of squares is the elements times a number
             write = ADD_GRADIENT if kind == ADDED_DERIVATIVE else GRADIENT
-            scale_run = kernels(write, SQUARE, dtype, x == out and kind != ADDED_DERIVATIVE).run_for(layout)
+            scale_run = kernels(write, SQUARE, dtype, x == out and kind != ADDED_DERIVATIVE).run
     squares, scale = _functions(dtype, across)
     size = int(layout[0].prod()) * (1 if across else n)
     arguments = (squares, squares_run, scale, scale_run, x, x_stride, out, out_stride)
@@ -119,6 +122,7 @@ def load(dtype: DType) -> int:
 
 @functools.cache
 def _task() -> int:
+    load_walk()
     return compile_function(_run, team.TASK, "groups-run")
 
 
@@ -132,9 +136,8 @@ def _lasso(
     squares, squares_run, scale, scale_run, x, x_stride, out, out_stride, layout, n, kind, factor, across, task, width
 ):
     dims, words = layout.shape[1], layout.ctypes.data
-    length, _, _ = innermost(words, dims)
-    rows = count_rows(words, dims)
-    steps, size = (rows, rows) if across else (rows * stretches(length), rows * length)
+    size = count_rows(words, dims) if across else count_elements(words, dims)
+    steps = size if across else count_chunks(size)
     strip = min(n, max(TILE if across else 1, CHUNK // size))
     step = max(1, steps * PIECE // (strip * size))
     strips, pieces = (n + strip - 1) // strip, (steps + step - 1) // step
@@ -183,23 +186,10 @@ def _run(job, worker, first, last):
     return 0
 
 
-@inlined
-def innermost(layout, dims):
-    """Return the length and the two strides of a layout's innermost loop."""
-    last = layout + 8 * (dims - 1)
-    return load_word(last), load_word(last + 8 * dims), load_word(last + 16 * dims)
-
-
-@inlined
-def stretches(length):
-    """Count the stretches of a row: each is CHUNK elements, or what remains."""
-    return (length + CHUNK - 1) // CHUNK
-
-
 _doubles = make_view("float64")
 
 
-@inner("groups", fastmath=FASTMATH)
+@inlined
 def norms(partial, pieces, n, count, factor, kind):
     """Return the sum of the norms of `count` groups, whose squares are every n-th of `pieces` numbers each.
 
@@ -210,10 +200,19 @@ def norms(partial, pieces, n, count, factor, kind):
         others = _doubles(partial + 8 * p * n, count, 8)
         for g in range(count):
             sums[g] += others[g]
-    total = 0.0
     for g in range(count):
         sums[g] = np.sqrt(sums[g])
-        total += sums[g]
+    total0 = total1 = total2 = total3 = 0.0  # the next addition need not wait for the last
+    g = 0
+    while g + 4 <= count:
+        total0 += sums[g]
+        total1 += sums[g + 1]
+        total2 += sums[g + 2]
+        total3 += sums[g + 3]
+        g += 4
+    while g < count:
+        total0 += sums[g]
+        g += 1
     if kind == PROXIMAL:
         for g in range(count):
             clipped = factor if sums[g] > factor else sums[g]
@@ -221,53 +220,47 @@ def norms(partial, pieces, n, count, factor, kind):
     elif kind != NOTHING:
         for g in range(count):
             sums[g] = factor / sums[g] if sums[g] != 0.0 else 0.0
-    return total
+    return (total0 + total1) + (total2 + total3)
 
 
 def _squares_along(x, x_stride, layout, dims, first, last, sums, n, run):
-    """Sum the squares of stretches first to last of some groups."""
-    length, stride, _ = innermost(layout, dims)
+    """Sum the squares of chunks first to last of some groups."""
+    size, lanes = count_elements(layout, dims), stack(BYTES)
     for g in range(n):
         total = load_double(sums + 8 * g)
         for step in range(first, last):
-            row = step // stretches(length)
-            start = (step - row * stretches(length)) * CHUNK
-            source = x + g * x_stride + row_offsets(layout, dims, row)[0] + start * stride
-            total += call_run(run, (source, stride, source, stride, min(CHUNK, length - start), 0.0, 0.0, 0.0, 0.0))[1]
+            clear(lanes)
+            source, start = x + g * x_stride, step * CHUNK
+            walk(run, source, source, layout, dims, start, min(CHUNK, size - start), NONE, lanes)
+            total += fold(lanes)[1]
         store_double(sums + 8 * g, total)
     return 0
 
 
 def _scale_along(x, x_stride, out, out_stride, layout, dims, first, last, scales, n, run, add):
-    """Scale stretches first to last of some groups; the run adds or not by itself."""
-    length, stride, out_step = innermost(layout, dims)
+    """Scale chunks first to last of some groups; the run adds or not by itself."""
+    start = first * CHUNK
+    count = min(last * CHUNK, count_elements(layout, dims)) - start
     for g in range(n):
         half = 0.5 * load_double(scales + 8 * g)
-        for step in range(first, last):
-            row = step // stretches(length)
-            start = (step - row * stretches(length)) * CHUNK
-            x_offset, out_offset = row_offsets(layout, dims, row)
-            source = x + g * x_stride + x_offset + start * stride
-            target = out + g * out_stride + out_offset + start * out_step
-            call_run(run, (source, stride, target, out_step, min(CHUNK, length - start), 0.0, half, 0.0, 0.0))
+        walk(run, x + g * x_stride, out + g * out_stride, layout, dims, start, count, (0.0, half, 0.0, 0.0), 0)
     return 0
 
 
 def _make_across(name: str, dtype: DType) -> tuple[Any, Any]:
     """Make the functions that sum and scale rows first to last, each with one element of some groups."""
     view, strided_view, itemsize = make_view(dtype.carrier), make_view(dtype.carrier, strided=True), dtype.itemsize
-    widen, narrow = make_widen(dtype), make_narrow(dtype)
+    widen, narrow, add_square = make_widen(dtype), make_narrow(dtype), make_add_square(dtype)
 
-    @inner(name, fastmath=FASTMATH, forceinline=True)
+    @inner(name, forceinline=True)
     def add_squares(rows, sums):
         for g in range(len(sums)):
-            total = 0.0
+            total = sums[g]
             for k in range(len(rows)):
-                v = widen(rows[k][g])
-                total += v * v
-            sums[g] += total
+                total = add_square(widen(rows[k][g]), total)
+            sums[g] = total
 
-    @inner(name, fastmath=FASTMATH, forceinline=True)
+    @inner(name, forceinline=True)
     def scale_row(x, out, scales, accumulate):
         for g in range(len(scales)):
             v = scales[g] * widen(x[g])

@@ -13,7 +13,14 @@ from numba import types
 
 from regkern.kernels.cpu import team
 from regkern.kernels.cpu.compile import compile_entry, compile_function
-from regkern.kernels.cpu.elementwise import chunk_sums, combine, count_chunks, load_parameters, width_for
+from regkern.kernels.cpu.elementwise import (
+    chunk_sums,
+    combine,
+    count_chunks,
+    count_elements,
+    load_parameters,
+    width_for,
+)
 from regkern.kernels.cpu.words import allocate, free, load_double, load_word, load_words, store_word, store_words
 
 # Parts that threads take: of equal cost, and many more than threads, so that none waits long for the last.
@@ -26,7 +33,7 @@ class Entry(NamedTuple):
     """One array in a table.
 
     Attributes:
-        run: the address of its run, from `elementwise.Kernels`.
+        run: the address of what describes its run, from `elementwise.Kernels`.
         x: the address of its first element to be visited.
         out_offset: bytes from the address of what is written to the first element to be visited there.
         layout: int64 of three rows: lengths, byte strides of x, byte strides of out.
@@ -112,7 +119,7 @@ def number_chunks() -> Any:
         for i in range(n):
             row = rows + _ROW * i
             store_word(row + 8 * _FIRST, first)
-            first += count_chunks(load_word(row + 8 * _LAYOUT), load_word(row + 8 * _DIMS))
+            first += count_chunks(count_elements(load_word(row + 8 * _LAYOUT), load_word(row + 8 * _DIMS)))
         store_word(rows + _ROW * n + 8 * _FIRST, first)
         return first
 

@@ -49,7 +49,7 @@ LEFT, UNFINISHED, BUSY = 0, 64, 128
 _TASK, _ARGUMENT, _COUNT, _BATCH, _ROUNDING = 192, 200, 208, 216, 224
 _LAST, _CLOCK = 256, 264  # when the last job ended, of the caller alone
 LAUNCH, THREADS, STOP, ALONE = 320, 328, 336, 344  # settings, and launches of Numba's threads to leave out
-SUM_CHUNKS, SUM_FLAT_CHUNKS, SUM_PARTS = 384, 392, 400  # addresses of tasks
+SUM_CHUNKS, SUM_FLAT_CHUNKS, SUM_PARTS, WALK = range(384, 416, 8)  # addresses of tasks, and of what they call
 SLOTS, SLOT = 512, 128  # of each helper: whether it sleeps, its semaphore, its clock
 SEMAPHORE, _HELPER_CLOCK = 16, 64
 

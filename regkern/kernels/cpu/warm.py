@@ -7,6 +7,7 @@ from regkern.formulas import SQUARE
 from regkern.kernels.cpu import elementwise, gram, groups, many, threads, watch, xla
 from regkern.kernels.cpu.compile import target_features
 from regkern.kernels.cpu.gram.tiles import tile_for
+from regkern.kernels.cpu.walk import load_walk
 from regkern.terms import OPERATIONS, SUMS, Elements, Formula, Norms, Products, Term
 
 # More rows do not make another register tile.
@@ -31,7 +32,7 @@ def _compile_elementwise(formula: Formula, dtype: DType) -> int:
         # Where value and gradient are asked for together, the gradient is a new array.
         for in_place in (False, True) if operation.writes and not operation.sums else (False,):
             kernel = elementwise.kernels(operation, formula, dtype, in_place)
-            addresses += kernel.contiguous_run, kernel.strided_run
+            addresses.append(kernel.contiguous_run)
     return len(addresses)
 
 
@@ -54,5 +55,6 @@ def compile_shared() -> int:
         *(elementwise.small_kernel(), elementwise.flat_kernel(), elementwise.strided_kernel()),
         *(many.number_chunks(), many.kernel(), watch.first_changed()),
     ]
-    tasks = 3  # of the kernels for flat and for strided arrays, and for tables
-    return len(entries) + tasks + gram.load_shared() + threads.load() + len(xla.handlers())
+    load_walk()
+    called = 4  # by the kernels for flat and for strided arrays, and for tables: a task each; and what walks
+    return len(entries) + called + gram.load_shared() + threads.load() + len(xla.handlers())
