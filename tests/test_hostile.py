@@ -18,12 +18,11 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from safetensors.numpy import save_file
 
-from regkern.cli import cli
 from regkern.weights import WeightsError, open_weights
 from tests import hostile
+from tests.commands import run
 from tests.processes import PATIENCE
 
 EXAMPLES = int(os.environ.get("REGKERN_FUZZ_EXAMPLES", "150"))
@@ -35,6 +34,7 @@ from pathlib import Path
 form, folder, count = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 warnings.simplefilter("ignore")
 from tests import hostile
+from tests.commands import run
 name, files = hostile.seeds()[form]
 judge = hostile.Judge(folder / "read")
 generator = random.Random(0)
@@ -271,7 +271,7 @@ def named(form, path, name):
 def test_names_are_shown_escaped(tmp_path, form, options):
     path = tmp_path / f"x.{form}"
     named(form, path, f"a{ESCAPES}b")
-    result = CliRunner(env={"COLUMNS": "200"}).invoke(cli, ["report", str(path), *options])
+    result = run("report", path, *options, columns=200)
     assert result.exit_code == 0, result.output
     assert all(line.isprintable() for line in result.output.split("\n"))
     if options == ["--json"]:

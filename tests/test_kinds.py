@@ -25,6 +25,7 @@ from regkern.report import evaluate
 from regkern.rules import RuleError, parse_rule, parse_rules
 from regkern.weights import WeightsError, open_weights
 from regkern.weights.signatures import kind_of
+from tests.commands import command, told
 
 SUFFIXES = [".npy", ".npz", ".safetensors", ".h5", ".hdf5", ".keras", ".pt", ".pth", ".bin", ".safetensors.index.json"]
 EVERYTHING = parse_rules(["*=l1_l2:l1=1,l2=1"])
@@ -591,17 +592,16 @@ def test_a_file_that_is_cut_while_it_is_read(tmp_path, suffix):
     code = (
         "import regkern.report as report\n"
         "partials = report._partials\n"
-        "def told(*arguments):\n"
+        "def telling(*arguments):\n"
         "    print('reading', flush=True)\n"
         "    return partials(*arguments)\n"
-        "report._partials = told\n"
-        "from regkern.__main__ import main; main()"
+        "report._partials = telling\n"
     )
-    command = [sys.executable, "-c", code, "report", str(path), "--no-cosine"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    reporting = command("report", path, "--no-cosine", prelude=code)
+    with subprocess.Popen(reporting, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "reading\n"
         os.truncate(path, 1 << 16)
-        _, error = process.communicate(timeout=300)
+        error = told(process.communicate(timeout=300)[1])
     assert process.returncode == 1
     assert error.count("\n") == 1
     assert "cut or written meanwhile" in error

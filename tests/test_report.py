@@ -17,30 +17,19 @@ import h5py
 import ml_dtypes
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import regkern as rk
 from regkern import report as report_module
-from regkern.cli import COMPILING, _progress, cli
+from regkern.cli import COMPILING, _progress
 from regkern.report import evaluate
 from regkern.rules import RuleError, parse_rule, parse_rules
 from regkern.text import elided, number, share
 from regkern.weights import open_weights
+from tests.commands import command, run, run_process
 
 DEMO = Path(rk.__file__).parent / "data" / "demo.safetensors"
-
-
-def run(*arguments, width=None):
-    environment = {"COLUMNS": str(width) if width else None}  # pytest-xdist sets it as well
-    return CliRunner(env=environment).invoke(cli, [str(argument) for argument in arguments])
-
-
-def run_process(*arguments, prelude="pass", **options):
-    code = f"import sys; {prelude}; from regkern.__main__ import main; main()"
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
 
 
 @pytest.fixture
@@ -69,7 +58,10 @@ def mean_cosine(x):
 
 def test_the_first_report_on_a_machine_says_that_it_compiles(tmp_path):
     for expected in (f"{COMPILING}\n", ""):
-        result = run_process("report", "--demo", env=os.environ | {"REGKERN_CACHE_DIR": str(tmp_path)})
+        environment = os.environ | {"REGKERN_CACHE_DIR": str(tmp_path)}
+        result = subprocess.run(
+            command("report", "--demo"), env=environment, capture_output=True, text=True, check=False
+        )
         assert (result.returncode, result.stderr) == (0, expected)
 
 
@@ -77,7 +69,7 @@ def test_json_has_what_numpy_computes(mixed):
     path, tensors = mixed
     result = run("report", path, "--rule", "*bias=none", "--rule", "*=l1_l2:l1=0.5,l2=0.25", "--json")
     assert result.exit_code == 0, result.output
-    assert result.stderr.replace(f"{COMPILING}\n", "") == ""
+    assert result.stderr == ""
     content = json.loads(result.stdout, parse_constant=pytest.fail)
     (file,) = content["files"]
     rows = {row["name"]: row for row in file["tensors"]}
@@ -118,7 +110,7 @@ def test_csv(mixed):
 @pytest.mark.parametrize("width", [120, 80])
 def test_table(mixed, width):
     path, tensors = mixed
-    result = run("report", path, width=width)
+    result = run("report", path, columns=width)
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
     assert max(map(len, lines)) <= width
@@ -144,11 +136,11 @@ def test_table(mixed, width):
 def test_long_names_are_elided_by_their_middle(tmp_path, width):
     names = [f"encoder.layers.{i}.attention.output.projection.kernel.of.the.model" for i in range(12)]
     save_file({name: np.full((1536, 384), i, np.float32) for i, name in enumerate(names)}, tmp_path / "x.safetensors")
-    result = run("report", tmp_path / "x.safetensors", "--no-cosine", width=width)
+    result = run("report", tmp_path / "x.safetensors", "--no-cosine", columns=width)
     lines = result.stdout.splitlines()
     rows = [line for line in lines if line.startswith("enco")]
     assert len(rows) == 12
-    written = run("report", tmp_path / "x.safetensors", "--no-cosine", width=79).stdout.splitlines()
+    written = run("report", tmp_path / "x.safetensors", "--no-cosine", columns=79).stdout.splitlines()
     full = [line for line in written if line.startswith("enco")]
     if width is None:  # a pipe has no edge
         assert [row.split()[0] for row in rows] == names
@@ -467,7 +459,7 @@ def test_warnings_are_one_line(tmp_path):
     environment = {**os.environ, "REGKERN_CACHE_DIR": str(tmp_path / "file" / "cache")}
     result = run_process("report", "--demo", "--no-cosine", env=environment)
     assert result.returncode == 0
-    (line,) = result.stderr.replace(f"{COMPILING}\n", "").splitlines()
+    (line,) = result.stderr.splitlines()
     assert line.startswith("Warning: regkern cannot keep compiled kernels")
 
 
@@ -508,15 +500,8 @@ def test_bfloat16_of_torch_in_a_fresh_process(tmp_path):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_costs_one_line():
-    code = "from regkern.__main__ import main; main()"
     with open("/dev/full", "w") as full:
-        result = subprocess.run(
-            [sys.executable, "-c", code, "report", "--demo", "--no-cosine"],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
+        result = run_process("report", "--demo", "--no-cosine", stdout=full)
     assert result.returncode == 1
     assert result.stderr == "Error: expected to write the output; got No space left on device.\n"
 
@@ -627,6 +612,7 @@ import sys
 import regkern.report
 from regkern.rules import parse_rules
 from regkern.weights import open_weights
+from tests.commands import command, run, run_process
 
 regkern.report._BLOCK = 1 << 23
 
@@ -723,7 +709,7 @@ def test_tab_completion(typed, completed):
 
 def test_a_picture_that_cannot_be_written(tmp_path):
     path = tmp_path / f"{'n' * 250}.png"  # a name that exists for an instant is longer
-    result = run("report", "--demo", "--no-cosine", "--plot", path, width=400)
+    result = run("report", "--demo", "--no-cosine", "--plot", path, columns=400)
     assert result.exit_code == 1
     assert f"Error: --plot: expected to write {path}; got " in result.stderr
     assert list(tmp_path.iterdir()) == []
