@@ -2,10 +2,14 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 from click.testing import CliRunner
 
+import regkern as rk
 from regkern.cli import COMPILING, cli
+
+DEMO = Path(rk.__file__).parent / "data" / "demo.safetensors"
 
 
 def told(stderr):
