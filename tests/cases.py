@@ -1,10 +1,16 @@
-"""The case tables that the tests share: dtypes, sizes, layouts, regularizers."""
+"""The case tables that the tests share: penalties, dtypes, sizes, layouts. `tests/libraries.py` has the libraries.
 
-from collections.abc import Callable
+What differs from the usual in one thing alone is tested always; what differs in several at once is slow: its kernels
+are made of parts that others have.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
+import pytest
 
 import regkern as rk
 from regkern.dtypes import DTYPES
@@ -27,6 +33,41 @@ REGULARIZERS = {
     "L1L2 of l2 alone": rk.L1L2(l2=0.2),
     "L1L2 of zero": rk.L1L2(),
 }
+
+# Penalties by a factor, in which they are linear.
+PENALTIES = {
+    "L1": rk.L1,
+    "L2": rk.L2,
+    "L1L2": lambda factor: rk.L1L2(0.1, factor),
+    "both": lambda factor: rk.L1L2(factor, factor),
+    "group": rk.GroupLasso,
+    "columns": lambda factor: rk.GroupLasso(factor, "columns"),
+    "orthogonal": rk.OrthogonalRegularizer,
+    "filters": lambda factor: rk.OrthogonalRegularizer(factor, "columns", "flatten"),
+    "batch": lambda factor: rk.OrthogonalRegularizer(factor, leading_axes="batch"),
+}
+WITHOUT_PROX = {"orthogonal", "filters", "batch"}
+# One of each kind: the others run the same code.
+_OFTEN = {"both", "group", "orthogonal"}
+
+
+def slow_unless(often: bool, *values: object) -> object:
+    """Make a case of values, which runs with `-m slow` unless it is often to be tested."""
+    return pytest.param(*values, marks=() if often else pytest.mark.slow)
+
+
+def penalties(*without: str, often: Iterable[str] = _OFTEN) -> pytest.MarkDecorator:
+    """Run a test for each penalty but these."""
+    names = [name for name in PENALTIES if name not in without]
+    return pytest.mark.parametrize("name", [slow_unless(name in often, name) for name in names])
+
+
+def kinds(regularizers: Iterable[str] = REGULARIZERS, often: Iterable[str] = ("L1L2",)) -> pytest.MarkDecorator:
+    """Run a test for each dtype and regularizer."""
+    cases = itertools.product(NUMPY_DTYPES, regularizers)
+    return pytest.mark.parametrize(
+        ("dtype", "name"), [slow_unless(dtype == "float32" or name in often, dtype, name) for dtype, name in cases]
+    )
 
 
 @dataclass(frozen=True)

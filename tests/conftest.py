@@ -1,5 +1,53 @@
-"""What holds for all tests: Keras runs on torch, unless the environment says otherwise."""
+"""What holds for all tests: Keras's backend, kernels compiled once for all workers, and what is said at the end."""
 
 import os
+import subprocess
+import sys
 
-os.environ.setdefault("KERAS_BACKEND", "torch")
+import pytest
+
+os.environ.setdefault("KERAS_BACKEND", "torch")  # unless the environment says otherwise
+
+LEFT = pytest.StashKey[int]()
+
+
+def pytest_configure(config):
+    config.stash[LEFT] = 0
+    whole = config.args_source is not config.ArgsSource.ARGS
+    if whole and config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        compile_kernels()
+
+
+def compile_kernels():
+    """Fill the cache with what most tests need before workers start, each of which would compile what the others do."""
+    code = "import sys, regkern; regkern.warmup(sys.argv[1].split(), sys.argv[2].split())"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, penalties, dtypes])
+        for penalties, dtypes in (
+            ("l1 l2 l1_l2 orthogonal_regularizer", "float32"),
+            ("l1_l2 orthogonal_regularizer", "float16 bfloat16 float64"),
+        )
+    ]
+    for process in processes:
+        process.wait()
+
+
+def pytest_deselected(items):
+    if items:
+        items[0].config.stash[LEFT] += sum(item.get_closest_marker("slow") is not None for item in items)
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left"] = session.config.stash[LEFT]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    left = getattr(node, "workeroutput", {}).get("left", 0)
+    node.config.stash[LEFT] = max(left, node.config.stash[LEFT])
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if left := config.stash[LEFT]:
+        terminalreporter.write_line(f"{left} long tests were left for -m slow, which runs in CI (ci/slow).")

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 HEAD = """
 import numpy as np, regkern as rk
 x = np.random.default_rng(0).standard_normal(1_000_003).astype(np.float32)
@@ -68,6 +70,14 @@ LAYERS = ["workqueue", "omp"] + ["tbb"] * (TBB_IS_EVERYWHERE or _TBB.exists())
 ENGINES = {layer: {"REGKERN_THREADS": "numba", "NUMBA_THREADING_LAYER": layer} for layer in LAYERS}
 if sys.platform.startswith("linux"):
     ENGINES["helpers"] = {"REGKERN_THREADS": "helpers"}
+# The one that programs have unless they ask for another; what the others do differently is Numba's.
+_OFTEN = "helpers" if "helpers" in ENGINES else "omp"
+
+
+def by_engine(*without: str) -> pytest.MarkDecorator:
+    """Run a test on each engine but these."""
+    engines = [pytest.param(each, marks=() if each == _OFTEN else pytest.mark.slow) for each in ENGINES]
+    return pytest.mark.parametrize("engine", [each for each in engines if each.values[0] not in without])
 
 
 DIGEST = "import hashlib; print(hashlib.sha256(everything(x)).hexdigest())"

@@ -1,6 +1,6 @@
 """The penalties from their definitions, in float64 and as short as the formulas.
 
-Of an element-wise regularizer with other factors than l1 and l2, `value`, `gradient` and `prox` are registered here.
+`value`, `gradient` and `prox` are of any regularizer; one with other factors than l1 and l2 registers its own.
 """
 
 import functools
@@ -55,10 +55,12 @@ def mean_abs_cosine(x):
     return float(abs_cosines(x, x)[np.triu_indices(n, 1)].mean())
 
 
+@value.register
 def orthogonal(regularizer: rk.OrthogonalRegularizer, x):
     return regularizer.factor * mean_abs_cosine(x if regularizer.mode == "rows" else x.T)
 
 
+@gradient.register
 def orthogonal_gradient(regularizer: rk.OrthogonalRegularizer, x):
     x = np.asarray(x, np.longdouble)
     x = x if regularizer.mode == "rows" else x.T
@@ -83,15 +85,18 @@ def groups(regularizer: rk.GroupLasso, x):
     return x, np.sqrt(np.square(x).sum(axis=axes, keepdims=True))
 
 
+@value.register
 def group_lasso(regularizer: rk.GroupLasso, x):
     return regularizer.factor * groups(regularizer, x)[1].sum()
 
 
+@gradient.register
 def group_lasso_gradient(regularizer: rk.GroupLasso, x):
     x, norms = groups(regularizer, x)
     return regularizer.factor * x / np.where(norms == 0, 1, norms)
 
 
+@prox.register
 def group_lasso_prox(regularizer: rk.GroupLasso, x, step):
     x, norms = groups(regularizer, x)
     return np.maximum(0, 1 - step * regularizer.factor / np.where(norms == 0, 1, norms)) * x

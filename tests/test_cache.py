@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+import regkern as rk
 from tests.processes import HEAD, PATIENCE, run
 
 # Two kernels: the run of a formula, and what calls it.
@@ -104,17 +105,22 @@ def test_a_full_disk(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_one_flipped_bit(tmp_path):
+def flipped(data, place):
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+
+def test_a_damaged_file_is_replaced(tmp_path):
     run(CODE, REGKERN_CACHE_DIR=str(tmp_path))
     (kernel,) = tmp_path.glob("sums-*")
-    for place in (31, 32, -1):  # of the digest, and of what it is of
-        data = bytearray(kernel.read_bytes())
-        data[place] ^= 1
-        kernel.write_bytes(data)
+    good = kernel.read_bytes()
+    digest = (flipped(good, 31), flipped(good, 32), flipped(good, len(good) - 1))  # of the digest, and of what it is of
+    for damaged in (*digest, good[: len(good) // 2], os.urandom(len(good)), b""):
+        kernel.write_bytes(damaged)
         assert run(CODE, REGKERN_CACHE_DIR=str(tmp_path)) == ANSWER
-        assert kernel.read_bytes() != data
+        assert kernel.read_bytes() != damaged
 
 
+@pytest.mark.slow
 def test_kernels_of_other_cpus_settings_and_versions_stand_side_by_side(tmp_path):
     folder = str(tmp_path)
     generic = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
@@ -185,15 +191,13 @@ bound.value(), bound.value_and_grad(), bound.add_grad({"a": y.copy(), "b": x.cop
     assert set(tmp_path.iterdir()) == kernels
 
 
-def test_warmup_takes_regkerns_own():
-    code = """
-for arguments in ((["l2", abs],), (["l2"], ["int8"]), (["typo"],)):
-    try:
-        rk.warmup(*arguments)
-    except ValueError as error:
-        print(str(error).split()[0])
-"""
-    assert run(code) == "regularizers:\ndtypes:\nCould\n"
+@pytest.mark.parametrize(
+    ("regularizers", "dtypes", "named"),
+    [(["l2", abs], [], "regularizers"), (["l2"], ["int8"], "dtypes"), (["l3"], [], "Could")],
+)
+def test_warmup_takes_regkerns_own(regularizers, dtypes, named):
+    with pytest.raises(ValueError, match=f"^{named}"):
+        rk.warmup(regularizers, dtypes)
 
 
 def test_without_numbas_compiler():

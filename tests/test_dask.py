@@ -11,7 +11,7 @@ from dask.distributed import Client, LocalCluster
 
 import regkern as rk
 from tests import reference
-from tests.cases import NUMPY_DTYPES, REGULARIZERS
+from tests.cases import NUMPY_DTYPES, REGULARIZERS, kinds
 from tests.test_elementwise import assert_close
 from tests.test_gram import TOLERANCE, assert_gradients_close
 
@@ -46,26 +46,22 @@ def result_of(lazy, dtype):
 
 
 @pytest.mark.parametrize("chunks", CHUNKS)
-@pytest.mark.parametrize("dtype", NUMPY_DTYPES)
-def test_penalties_gradients_and_prox(dtype, chunks):
-    array = normal(60, 50, dtype=dtype)
+@kinds()
+def test_penalties_gradients_and_prox(dtype, name, chunks):
+    array, regularizer = normal(60, 50, dtype=dtype), REGULARIZERS[name]
     x = da.from_array(array, chunks=CHUNKS[chunks])
-    for regularizer in REGULARIZERS.values():
-        assert_close(
-            result_of(regularizer(x), dtype),
-            reference.value(regularizer, array),
-            "float64" if dtype == "float64" else "float32",
-        )
-        value, gradient = regularizer.value_and_grad(x)
-        assert result_of(value, dtype) == regularizer(x).compute()
-        for lazy, expected in [
-            (gradient, regularizer.grad(array)),
-            (regularizer.grad(x, scale=2.0), regularizer.grad(array, scale=2.0)),
-            (regularizer.prox(x, 0.5), regularizer.prox(array, 0.5)),
-        ]:
-            assert lazy.chunks == x.chunks
-            assert lazy.dtype == array.dtype
-            np.testing.assert_array_equal(lazy.compute(), expected)
+    penalty = result_of(regularizer(x), dtype)
+    assert_close(penalty, reference.value(regularizer, array), "float64" if dtype == "float64" else "float32")
+    value, gradient = regularizer.value_and_grad(x)
+    assert result_of(value, dtype) == penalty
+    for lazy, expected in [
+        (gradient, regularizer.grad(array)),
+        (regularizer.grad(x, scale=2.0), regularizer.grad(array, scale=2.0)),
+        (regularizer.prox(x, 0.5), regularizer.prox(array, 0.5)),
+    ]:
+        assert lazy.chunks == x.chunks
+        assert lazy.dtype == array.dtype
+        np.testing.assert_array_equal(lazy.compute(), expected)
 
 
 def test_nothing_is_computed_before_it_is_asked_for():

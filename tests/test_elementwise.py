@@ -1,6 +1,5 @@
 """Values, gradients and proximal operators of the element-wise penalties against their definitions."""
 
-import itertools
 import math
 
 import ml_dtypes
@@ -12,11 +11,10 @@ from hypothesis.extra import numpy as hnp
 
 import regkern as rk
 from regkern.dtypes import DTYPES
-from regkern.kernels.cpu.elementwise import CHUNK
 from regkern.regularizers import PenaltyRegularizer
 from regkern.terms import ELEMENTS, Formula, Functions, Term
 from tests import reference
-from tests.cases import LAYOUTS, NUMPY_DTYPES, READ_ONLY_LAYOUTS, REGULARIZERS, SIZES, Layout, make
+from tests.cases import CHUNK, LAYOUTS, NUMPY_DTYPES, READ_ONLY_LAYOUTS, REGULARIZERS, SIZES, Layout, kinds, make
 
 DTYPE_NAMES = list(DTYPES)
 
@@ -69,14 +67,8 @@ def check_everything(regularizer, x, dtype):
     np.testing.assert_array_equal(x, before)
 
 
-def layout_cases():
-    """Yield every layout, dtype and regularizer; what differs in the dtype and the formula at once is slow."""
-    for layout, dtype, name in itertools.product(LAYOUTS, DTYPE_NAMES, REGULARIZERS):
-        slow = dtype != "float32" and name != "L1L2"
-        yield pytest.param(layout, dtype, name, marks=[pytest.mark.slow] * slow)
-
-
-@pytest.mark.parametrize(("layout", "dtype", "name"), list(layout_cases()))
+@pytest.mark.parametrize("layout", LAYOUTS)
+@kinds()
 def test_layouts(layout, dtype, name):
     check_everything(REGULARIZERS[name], make(LAYOUTS[layout], dtype), dtype)
 
@@ -127,8 +119,7 @@ def test_unaligned_addresses(offset, dtype):
     check_everything(rk.L1L2(0.1, 0.2), x, dtype)
 
 
-@pytest.mark.parametrize("name", REGULARIZERS)
-@pytest.mark.parametrize("dtype", DTYPE_NAMES)
+@kinds()
 @pytest.mark.parametrize("special", [np.nan, np.inf, -np.inf, 0.0, -0.0])
 @pytest.mark.parametrize("size", [5, 70])
 def test_special_values_propagate_as_in_numpy(special, dtype, name, size):
@@ -203,24 +194,6 @@ def test_any_view_of_any_float32_array(x, name, data):
     if isinstance(view, np.ndarray):
         view = view.transpose(data.draw(st.permutations(range(view.ndim))))
         check_everything(REGULARIZERS[name], view, "float32")
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    hnp.arrays(np.float64, st.integers(1, 20), elements=st.floats(-1e3, 1e3)),
-    st.floats(0, 10),
-    st.floats(0, 10),
-    st.floats(0, 10),
-    st.floats(-1, 1),
-)
-def test_prox_is_the_argmin_that_it_claims(x, l1, l2, step, shift):
-    regularizer = rk.L1L2(l1, l2)
-
-    def objective(z):
-        return step * reference.value(regularizer, z) + 0.5 * np.square(z - x).sum()
-
-    z = regularizer.prox(x, step)
-    assert objective(z) <= objective(z + shift) * (1 + 1e-12) + 1e-12
 
 
 def test_a_small_step_of_l1_reaches_exact_zeros():

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.processes import ENGINES, HEAD, PATIENCE, THEIRS, run
+from tests.processes import ENGINES, HEAD, PATIENCE, THEIRS, by_engine, run
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks on this system")
 
@@ -21,7 +21,7 @@ def child(function, expected):
 """
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@by_engine()
 @pytest.mark.parametrize("before", ["everything(x)", "None", THEIRS + "theirs(x)"])
 def test_a_child_computes(engine, before):
     code = f"""{FORK}
@@ -31,7 +31,7 @@ print(child(lambda: everything(x) == everything(x), True), len(everything(x)) > 
     assert run(code, **ENGINES[engine]) == "0 True\n"
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@by_engine()
 def test_a_child_that_is_the_first_to_import_regkern(engine):
     """Its parent's OpenMP threads are not there: GNU OpenMP would end the process."""
     head = (
@@ -49,7 +49,7 @@ print(child(first, 1_000_003.0))
     assert run("", head=head, **ENGINES[engine], NUMBA_NUM_THREADS="2") == "0\n"
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@by_engine()
 def test_forks_while_another_thread_is_inside_a_kernel(engine):
     code = (
         FORK
@@ -168,7 +168,7 @@ def test_multiprocessing(tmp_path, method):
     [
         pytest.param("forkserver", "omp", marks=pytest.mark.slow),
         ("spawn", "omp"),
-        *(("fork", each) for each in ENGINES),
+        *(pytest.param("fork", each, marks=() if each == "helpers" else pytest.mark.slow) for each in ENGINES),
     ],
 )
 def test_workers_of_a_torch_data_loader(tmp_path, method, engine):

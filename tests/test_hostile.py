@@ -18,46 +18,49 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from safetensors.numpy import save_file
 
-from regkern.cli import cli
 from regkern.weights import WeightsError, open_weights
 from tests import hostile
+from tests.commands import run
 from tests.processes import PATIENCE
 
 EXAMPLES = int(os.environ.get("REGKERN_FUZZ_EXAMPLES", "150"))
 
 # Each input is on disk before it is read: where the process dies, that is the one.
 SHARE = """
-import faulthandler, random, signal, sys, warnings
+import faulthandler, random, sys, warnings
 from pathlib import Path
-form, folder, count = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+folder, count = Path(sys.argv[1]), int(sys.argv[2])
 warnings.simplefilter("ignore")
 from tests import hostile
-name, files = hostile.seeds()[form]
 judge = hostile.Judge(folder / "read")
-generator = random.Random(0)
-mutate = hostile.mutator(generator)
-for i in range(count):
-    data = hostile.mutated(generator.choice(files), mutate, generator)
-    for _ in range(generator.choice((0, 0, 1, 3))):
-        data = hostile.mutated(data, mutate, generator)
-    (folder / "last").write_bytes(data)
-    faulthandler.dump_traceback_later(hostile.PATIENCE, exit=True)
-    judge(name, data)
-print(i + 1)
+for form, (name, files) in hostile.seeds().items():
+    generator = random.Random(0)
+    mutate = hostile.mutator(generator)
+    for i in range(count):
+        data = hostile.mutated(generator.choice(files), mutate, generator)
+        for _ in range(generator.choice((0, 0, 1, 3))):
+            data = hostile.mutated(data, mutate, generator)
+        (folder / "last").write_bytes(data)
+        faulthandler.dump_traceback_later(hostile.PATIENCE, exit=True)
+        judge(name, data)
+    faulthandler.cancel_dump_traceback_later()
+    print(form, i + 1, flush=True)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="how memory is measured")
-@pytest.mark.parametrize("form", hostile.seeds())
-def test_mutations(tmp_path, form):
+def test_mutations(tmp_path):
     (tmp_path / "read").mkdir()
-    command = [sys.executable, "-X", "faulthandler", "-c", SHARE, form, str(tmp_path), str(EXAMPLES)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE + EXAMPLES)
+    command = [sys.executable, "-X", "faulthandler", "-c", SHARE, str(tmp_path), str(EXAMPLES)]
+    forms = hostile.seeds()
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=PATIENCE + len(forms) * EXAMPLES
+    )
     last = tmp_path / "last"
-    assert result.stdout == f"{EXAMPLES}\n", f"{last.read_bytes() if last.exists() else None!r}\n{result.stderr}"
+    said = f"{last.read_bytes() if last.exists() else None!r}\n{result.stderr}"
+    assert result.stdout.splitlines() == [f"{form} {EXAMPLES}" for form in forms], said
 
 
 # What mutations do not find. Each case writes a file, which must be refused by a sentence that has the text.
@@ -251,7 +254,7 @@ def test_a_list_that_holds_itself(tmp_path):
         assert len(tensors) == 1
 
 
-ESCAPES = "\x1b]0;title\x07\x1b[2J\r\n\x9b31m\u202e\u2028"
+ESCAPES = "\x1b]0;title\x07\x1b[2J\r\n\x9b31m\u202e\u2028[bold]"
 
 
 def named(form, path, name):
@@ -271,13 +274,13 @@ def named(form, path, name):
 def test_names_are_shown_escaped(tmp_path, form, options):
     path = tmp_path / f"x.{form}"
     named(form, path, f"a{ESCAPES}b")
-    result = CliRunner(env={"COLUMNS": "200"}).invoke(cli, ["report", str(path), *options])
+    result = run("report", path, *options, columns=200)
     assert result.exit_code == 0, result.output
     assert all(line.isprintable() for line in result.output.split("\n"))
     if options == ["--json"]:
         assert json.loads(result.stdout)["files"][0]["tensors"][0]["name"] == f"a{ESCAPES}b"
     else:
-        assert r"a\x1b]0;title\x07\x1b[2J\r\n\x9b31m\u202e\u2028b" in result.output
+        assert r"a\x1b]0;title\x07\x1b[2J\r\n\x9b31m\u202e\u2028[bold]b" in result.output
 
 
 def test_a_shard_outside_of_the_folder_is_not_read(tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.commands import command, run_process, told
 from tests.processes import PATIENCE
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
@@ -51,12 +52,11 @@ report._whole_penalty = announced
 
 @contextmanager
 def reporting(prelude, *arguments):
-    code = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background jobs inherit otherwise
-        f"{prelude}\nfrom regkern.__main__ import main; main()"
+    hears = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # background jobs inherit otherwise
     )
-    command = [sys.executable, "-c", code, "report", *map(str, arguments)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    report = command("report", *arguments, prelude=f"{hears}\n{prelude}")
+    with subprocess.Popen(report, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             yield process
         finally:
@@ -73,7 +73,7 @@ def wait_for(process, line):
 def assert_interrupted(process):
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=PATIENCE)
-    assert (process.returncode, error) == (130, "Interrupted.\n")
+    assert (process.returncode, told(error)) == (130, "Interrupted.\n")
 
 
 @pytest.mark.parametrize("old", [None, b"old"])
@@ -135,7 +135,7 @@ def test_ctrl_c_at_any_time():
             process.send_signal(signal.SIGINT)
             output, error = process.communicate(timeout=PATIENCE)
             # Python's last steps are without its handler: the signal ends them.
-            assert (process.returncode, error) in [(0, ""), (-signal.SIGINT, ""), (130, "Interrupted.\n")]
+            assert (process.returncode, told(error)) in [(0, ""), (-signal.SIGINT, ""), (130, "Interrupted.\n")]
             if process.returncode != 130:
                 assert json.loads(output)["files"]
 
@@ -146,7 +146,7 @@ def test_a_background_job_goes_on(tmp_path):
         "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
         "from regkern.cli import cli\n"
         "from regkern.__main__ import main\n"
-        "signal.raise_signal(signal.SIGINT); main()"
+        "signal.raise_signal(signal.SIGINT)"
     )
-    command = [sys.executable, "-c", code, "report", "--demo", "--no-cosine", "--json"]
-    assert subprocess.run(command, capture_output=True, check=False, timeout=PATIENCE).returncode == 0
+    arguments = ["report", "--demo", "--no-cosine", "--json"]
+    assert run_process(*arguments, prelude=code, timeout=PATIENCE).returncode == 0

@@ -6,26 +6,17 @@ import numpy as np
 import pytest
 
 import regkern as rk
+from tests.cases import PENALTIES, WITHOUT_PROX, penalties, slow_unless
 
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
 
-MAKERS = {
-    "L1": rk.L1,
-    "L2": rk.L2,
-    "L1L2": lambda factor: rk.L1L2(0.1, factor),
-    "both": lambda factor: rk.L1L2(factor, factor),
-    "group": rk.GroupLasso,
-    "orthogonal": rk.OrthogonalRegularizer,
-    "filters": lambda factor: rk.OrthogonalRegularizer(factor, "columns", "flatten"),
-    "batch": lambda factor: rk.OrthogonalRegularizer(factor, leading_axes="batch"),
-}
-WITH_PROX = [name for name in MAKERS if name[0] in "Lbg" and name != "batch"]
+ALL = penalties(often=["both", "group", "orthogonal", "batch"])
 X = np.random.default_rng(0).standard_normal((2, 5, 4))
 
 
 def case(name, dtype="float32"):
-    return MAKERS[name], jnp.asarray(X if name in ("filters", "batch") else X[0], dtype)
+    return PENALTIES[name], jnp.asarray(X if name in ("filters", "batch") else X[0], dtype)
 
 
 def close(found, expected, dtype="float32"):
@@ -38,14 +29,14 @@ def slope(make, x):
     return np.float64(make(1.0)(x)) - np.float64(make(0.0)(x))
 
 
-@pytest.fixture(params=["jit", "no jit"])
+@pytest.fixture(params=["jit", slow_unless(False, "no jit")])
 def jit(request):
     with jax.disable_jit(request.param == "no jit"):
         yield jax.jit
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("dtype", ["float32", slow_unless(False, "bfloat16")])
+@ALL
 def test_tracers(name, dtype, jit):
     make, x = case(name, dtype)
     plain = make(0.3)
@@ -60,13 +51,13 @@ def test_tracers(name, dtype, jit):
     close(jit(lambda scale, x: plain.grad(x, scale=scale))(-2.0, x), plain.grad(x, scale=-2.0), dtype)
     close(jit(jax.grad(lambda x, factor: make(factor)(x)))(x, 0.3), plain.grad(x), dtype)
     close(jax.grad(plain)(x), plain.grad(x), dtype)
-    if name in WITH_PROX:
+    if name not in WITHOUT_PROX:
         found = jit(lambda step, x: plain.prox(x, step))(0.5, x)
         assert found.dtype == x.dtype
         close(found, plain.prox(x, 0.5), dtype)
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@ALL
 def test_gradients_flow_to_a_factor(name, jit):
     make, x = case(name)
 
@@ -81,7 +72,7 @@ def test_gradients_flow_to_a_factor(name, jit):
     assert jax.hessian(penalty)(0.3, x) == 0
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@ALL
 def test_vmap_over_factors(name, jit):
     make, x = case(name)
     factors = jnp.array([0.1, 0.3])
@@ -89,11 +80,11 @@ def test_vmap_over_factors(name, jit):
     both = jax.vmap(lambda factor, x: make(factor)(x))(factors, jnp.stack([x, 2 * x]))
     close(both, [make(0.1)(x), make(0.3)(2 * x)])
     close(jax.vmap(lambda factor: make(factor).grad(x))(factors), [make(0.1).grad(x), make(0.3).grad(x)])
-    if name in WITH_PROX:
+    if name not in WITHOUT_PROX:
         close(jax.vmap(lambda step: make(0.5).prox(x, step))(factors), [make(0.5).prox(x, step) for step in (0.1, 0.3)])
 
 
-@pytest.mark.parametrize("name", WITH_PROX)
+@penalties(*WITHOUT_PROX)
 def test_a_step_is_differentiated(name):
     make, x = case(name)
     with jax.enable_x64(True):

@@ -1,5 +1,5 @@
-"""Keras: configs of either are read by the other, and `keras_checks.py` and
-`keras_models.py` hold on every backend and under tf_keras."""
+"""Keras: configs of either are read by the other, and `keras_checks.py`,
+`keras_models.py` and `keras_saving.py` hold on every backend and under tf_keras."""
 
 import importlib.util
 import os
@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import regkern as rk
+from tests.cases import slow_unless
 
 # Keras's own conversion of torch's tensors.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -49,8 +50,12 @@ LIBRARIES = {
 }
 
 
-@pytest.mark.parametrize("name", LIBRARIES)
-def test_checks(name):
+CHECKS = [slow_unless(name != "tf_keras", name, "not slow") for name in LIBRARIES]
+CHECKS += [pytest.param(name, "slow", marks=pytest.mark.slow) for name in LIBRARIES if name != "numpy"]
+
+
+@pytest.mark.parametrize(("name", "marked"), CHECKS)
+def test_checks(name, marked):
     """Run the checks in a process of their own: Keras's backend is chosen once for each."""
     library, needed = LIBRARIES[name]
     pytest.importorskip("sklearn")
@@ -58,18 +63,9 @@ def test_checks(name):
         pytest.skip(f"{needed} is not installed")
     backend = "tensorflow" if name == "tf_keras" else name
     environment = os.environ | {"KERAS_LIBRARY": library, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        "tests/keras_checks.py",
-        "tests/keras_models.py",
-    ]
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", marked]
+    files = [f"tests/keras_{part}.py" for part in ("checks", "models", "saving")]
+    command = [sys.executable, "-m", "pytest", *options, *files]
     root = Path(__file__).parent.parent
     result = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]

@@ -2,16 +2,12 @@
 
 import gzip
 import io
-import json
 import os
-import pickle
 import struct
 import subprocess
 import sys
-import time
 import warnings
 import zipfile
-from pathlib import Path
 
 import h5py
 import ml_dtypes
@@ -21,32 +17,11 @@ import torch
 from safetensors.numpy import save_file
 
 import regkern as rk
-from regkern.report import evaluate
-from regkern.rules import RuleError, parse_rule, parse_rules
-from regkern.weights import WeightsError, open_weights
+from regkern.weights import open_weights
 from regkern.weights.signatures import kind_of
+from tests.weight_files import evaluated, raw, refusal, rows_of
 
 SUFFIXES = [".npy", ".npz", ".safetensors", ".h5", ".hdf5", ".keras", ".pt", ".pth", ".bin", ".safetensors.index.json"]
-EVERYTHING = parse_rules(["*=l1_l2:l1=1,l2=1"])
-
-
-def evaluated(path, rules=EVERYTHING, **options):
-    with open_weights(path) as tensors:
-        return evaluate(tensors, rules, **{"cosine": False} | options)
-
-
-def rows_of(report):
-    return {row.name: row for row in report.rows}
-
-
-def refusal(path):
-    with pytest.raises(WeightsError) as caught, open_weights(path):
-        pass
-    message = str(caught.value)
-    assert message.startswith(f"{path}: expected ")
-    assert "; got " in message
-    assert message.isprintable()
-    return message
 
 
 # What a file is, where it is not what its name says.
@@ -284,11 +259,6 @@ def test_small_floats_that_torch_does_not_load(tmp_path):
     assert "damaged" not in message
 
 
-def raw(path, header, body):
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + body)
-
-
 def test_floats_of_four_bits_are_unpacked(tmp_path):
     path = tmp_path / "x.safetensors"
     raw(path, {"w": {"dtype": "F4", "shape": [4, 4], "data_offsets": [0, 8]}}, bytes(range(0, 256, 34))[:8])
@@ -336,128 +306,6 @@ def test_zeros_are_counted_in_what_is_not_evaluated(tmp_path):
     assert (rows["integers"].mean, rows["integers"].maximum) == (0.75, 2)
     assert (rows["text"].zeros, rows["text"].error) == (None, None)
     assert report.totals.unseen == 4 + 2 + 1
-
-
-# Pickles.
-
-
-def saved(path, content, **options):
-    torch.save(content, path, **options)
-    return path
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize(
-    "extra", [b"ab\xff" * 50, bytearray(b"\x00\xff"), bytearray(), "a\nencode\nbytearray\n", {1, 2}, 1j], ids=repr
-)
-def test_what_the_weights_only_loader_reads_is_read(tmp_path, extra, zipped):
-    content = {"w": torch.ones(2), "extra": extra, "again": [extra, extra], "v": torch.ones(3)}
-    path = saved(tmp_path / "x.pt", content, _use_new_zipfile_serialization=zipped)
-    torch.load(path, weights_only=True)
-    assert {name: row.abs_sum for name, row in rows_of(evaluated(path)).items()} == {"w": 2, "v": 3}
-
-
-class Call:
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
-
-
-def encode(text, encoding):
-    from _codecs import encode
-
-    return Call(encode, text, encoding)
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize(
-    ("call", "name"),
-    [
-        (Call(bytearray, 1 << 20), "builtins.bytearray"),
-        (Call(bytearray, Call(bytearray, 1 << 20)), "builtins.bytearray"),
-        (encode(b"x", "hex"), "_codecs.encode"),
-        (encode("x", "utf-32"), "_codecs.encode"),
-        (encode("x", "unicode_escape"), "_codecs.encode"),
-        (Call(eval, "1"), "builtins.eval"),
-        (np.float64(0.5), "numpy._core.multiarray.scalar"),
-        (Path("x"), "pathlib."),
-        (torch.nn.Linear(2, 2), "torch.nn.modules.linear.Linear"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_what_needs_code_is_named_in_full(tmp_path, call, name, zipped):
-    content = {"w": torch.ones(2), "before": b"\xff", "x": call}
-    path = saved(tmp_path / "x.pt", content, _use_new_zipfile_serialization=zipped)
-    assert f"code to be run ({name}" in refusal(path)
-
-
-def test_other_pickles(tmp_path):
-    assert "protocol 4" in refusal(saved(tmp_path / "x.pt", {"w": torch.ones(2)}, pickle_protocol=4))
-    for protocol in (2, 5):
-        (tmp_path / "x.bin").write_bytes(pickle.dumps({"w": np.ones(2)}, protocol))
-        assert "a pickle, and not what torch.save writes" in refusal(tmp_path / "x.bin")
-    path = saved(tmp_path / "x.pt", {"w": torch.ones(2)})
-    with zipfile.ZipFile(path) as archive:
-        members = {info.filename: archive.read(info) for info in archive.infolist()}
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, data in members.items():
-            archive.writestr(name, data.replace(b"FloatStorage", b"Float99Storage"))
-    assert "pip install --upgrade torch" in refusal(path)
-
-
-def test_elements_of_torch_files_are_read_where_they_lie(tmp_path):
-    x = torch.arange(24.0).reshape(2, 3, 4)
-    content = {
-        "plain": x,
-        "part": x[1],
-        "column": x[:, 1, 2],
-        "turned": x[0].T,
-        "permuted": x.permute(1, 2, 0),
-        "conjugate": torch.view_as_complex(x[..., :2].contiguous()).conj(),
-        "scalar": x.sum(),
-        "empty": torch.ones(0, 3),
-    }
-    path = saved(tmp_path / "x.pt", content)
-    with open_weights(path) as tensors:
-        for tensor in tensors:
-            expected = content[tensor.name].resolve_conj().numpy()
-            np.testing.assert_array_equal(tensor.load(), expected)
-            pieces = [np.asarray(piece).ravel() for piece in tensor.pieces()]
-            np.testing.assert_array_equal(np.sort(np.concatenate([*pieces, []])), np.sort(expected.ravel()))
-
-
-# What is no weight, and what is one weight twice.
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_tied_tensors_count_once(tmp_path, zipped):
-    x = torch.arange(1.0, 13.0).reshape(3, 4)
-    content = {"a": x, "b": x, "flat": x.view(-1), "turned": x.T, "row": x[1], "equal": x.clone()}
-    path = saved(tmp_path / "x.pt", content, _use_new_zipfile_serialization=zipped)
-    report = evaluated(path)
-    tied = {row.name: row.tied_to for row in report.rows}
-    assert tied == {"a": None, "b": "a", "flat": "a", "turned": "a", "row": None, "equal": None}
-    assert report.totals.size == 12 + 4 + 12
-    counted = {"a": x.numpy(), "row": x[1].numpy(), "equal": x.clone().numpy()}
-    assert report.totals.penalty == pytest.approx(float(rk.Penalty({"*": rk.L1L2(1, 1)})(counted)), rel=1e-6)
-
-
-def test_optimizers_of_torch(tmp_path):
-    net = torch.nn.Linear(3, 2)
-    optimizer = torch.optim.Adam(net.parameters())
-    net(torch.ones(1, 3)).sum().backward()
-    optimizer.step()
-    state = optimizer.state_dict()
-    content = {"model": net.state_dict(), "any name": state, "lr_schedulers": [{"x": torch.ones(1)}]}
-    report = evaluated(saved(tmp_path / "x.pt", content))
-    assert {row.name for row in report.weights} == {"model.weight", "model.bias"}
-    assert len(report.state) == 7
-    assert {row.penalty for row in report.state} == {None}
-    assert report.totals.size == 8
-    assert evaluated(saved(tmp_path / "optimizer.pt", state)).totals.tensors == 0
-    assert evaluated(tmp_path / "x.pt", state=True).totals.tensors == 9
 
 
 @pytest.mark.parametrize(
@@ -535,103 +383,6 @@ def test_the_state_of_a_trained_keras_model(nested, file):
     assert report.metadata["keras_version"]
 
 
-# Rules.
-
-
-def test_rules_that_are_names():
-    rules = parse_rules(["x[0]=none", "a?=l1", "*=l2"]).among(["x[0]", "x0", "a?", "ab"])
-    assert [rules.find(name)[0] for name in ("x[0]", "x0", "a?", "ab")] == ["x[0]", "*", "a?", "*"]
-    assert parse_rules(["x[0]=l1"]).find("x[0]")[0] == "x[0]"
-    assert parse_rules(["*=none", "x[0]=l1"]).among(["x[0]"]).find("x[0]")[0] == "*"  # the order stays
-
-
-@pytest.mark.parametrize(
-    ("text", "glob", "regularizer"),
-    [
-        ("lr=0.1/w=none", "lr=0.1/w", None),
-        ("a=b=c=l2:l2=0.5", "a=b=c", rk.L2(0.5)),
-        ("lr=*=l1_l2:l1=1,l2=2", "lr=*", rk.L1L2(1, 2)),
-        ("x[=]=None", "x[=]", None),
-    ],
-)
-def test_rules_for_names_with_equals_signs(text, glob, regularizer):
-    found = parse_rule(text)
-    assert (found[0], repr(found[1])) == (glob, repr(regularizer))
-
-
-def test_rules_with_equals_signs_that_do_not_parse():
-    for text, said in (("lr=0.1/w=l3", "identifier: 'l3'"), ("x=l2:l2=none", "expected a non-negative float")):
-        with pytest.raises(RuleError, match=said):
-            parse_rule(text)
-
-
-# A file that changes while it is read.
-
-
-def sparse(path, suffix, nbytes):
-    """A file with a hole, which takes no room and long to read."""
-    if suffix == ".npy":
-        np.lib.format.open_memmap(path, "w+", np.float32, (nbytes // 4,))
-    elif suffix == ".h5":
-        with h5py.File(path, "w") as file:
-            file.create_dataset("w", (nbytes // 4,), np.float32, chunks=None)
-            file["w"][:1] = 1
-    elif suffix == ".pt":  # one of a small tensor, whose record and size are then made larger
-        pytest.skip("a record of a zip cannot be made a hole")
-    else:
-        raw(path, {"w": {"dtype": "F32", "shape": [nbytes >> 2], "data_offsets": [0, nbytes]}}, b"")
-        os.truncate(path, path.stat().st_size + nbytes)
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs files with holes")
-@pytest.mark.parametrize("suffix", [".npy", ".safetensors", ".h5"])
-def test_a_file_that_is_cut_while_it_is_read(tmp_path, suffix):
-    path = tmp_path / f"live{suffix}"
-    sparse(path, suffix, 1 << 36)
-    code = (
-        "import regkern.report as report\n"
-        "partials = report._partials\n"
-        "def told(*arguments):\n"
-        "    print('reading', flush=True)\n"
-        "    return partials(*arguments)\n"
-        "report._partials = told\n"
-        "from regkern.__main__ import main; main()"
-    )
-    command = [sys.executable, "-c", code, "report", str(path), "--no-cosine"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "reading\n"
-        os.truncate(path, 1 << 16)
-        _, error = process.communicate(timeout=300)
-    assert process.returncode == 1
-    assert error.count("\n") == 1
-    assert "cut or written meanwhile" in error
-
-
-def test_a_file_that_is_written_anew_in_place(tmp_path):
-    path = tmp_path / "x.npz"
-    np.savez(path, a=np.ones(3), b=np.ones(3))
-
-    def rewrite(tensor, nbytes):
-        if tensor.name == "b" and not nbytes:
-            time.sleep(0.02)  # later than the clock of files can tell
-            path.write_bytes(path.read_bytes())
-
-    with pytest.raises(WeightsError, match="cut or written meanwhile"):
-        evaluated(path, done=rewrite)
-
-
-def test_a_file_that_another_takes_the_place_of(tmp_path):
-    path = tmp_path / "x.safetensors"
-    save_file({"a": np.ones(3), "b": np.ones(3)}, path)
-    save_file({"a": np.zeros(1)}, tmp_path / "new.safetensors")
-
-    def replace(tensor, nbytes):
-        if tensor.name == "b" and not nbytes:
-            os.replace(tmp_path / "new.safetensors", path)
-
-    assert [row.abs_sum for row in evaluated(path, done=replace).rows] == [3, 3]
-
-
 @pytest.mark.parametrize("block", [7, 64, 1000])
 def test_heaps_are_found_wherever_they_are(tmp_path, monkeypatch, block):
     """Across the blocks in which they are searched as well."""
@@ -651,6 +402,7 @@ def test_heaps_are_found_wherever_they_are(tmp_path, monkeypatch, block):
     assert "a part of no size" in refusal(path)
 
 
+@pytest.mark.slow
 def test_models_in_models_of_tf_keras(tmp_path):
     """Which saves names in the config alone."""
     code = """

@@ -8,51 +8,30 @@ import numpy as np
 import pytest
 
 import regkern as rk
+from tests.cases import PENALTIES, WITHOUT_PROX, penalties
+from tests.libraries import LIBRARIES
 
-MAKERS = {
-    "L1": rk.L1,
-    "L2": rk.L2,
-    "L1L2": lambda factor: rk.L1L2(0.1, factor),
-    "both": lambda factor: rk.L1L2(factor, factor),
-    "group": rk.GroupLasso,
-    "columns": lambda factor: rk.GroupLasso(factor, "columns"),
-    "orthogonal": rk.OrthogonalRegularizer,
-}
 X = np.random.default_rng(0).standard_normal((5, 4)).astype(np.float32)
-
-
-def _torch():
-    torch = pytest.importorskip("torch")
-    return torch.from_numpy, torch.tensor
-
-
-def _jax():
-    jax = pytest.importorskip("jax")
-    return jax.numpy.asarray, jax.numpy.asarray
-
-
-def _tensorflow():
-    tf = pytest.importorskip("tensorflow")
-    return tf.constant, tf.Variable
-
-
-LIBRARIES = {
-    "numpy": lambda: (np.asarray, np.array),
-    "numpy32": lambda: (np.asarray, np.float32),
-    "torch": _torch,
-    "jax": _jax,
-    "tensorflow": _tensorflow,
-    "torch beside numpy": lambda: (np.asarray, _torch()[1]),
-    "jax beside numpy": lambda: (np.asarray, _jax()[1]),
-    "tensorflow beside numpy": lambda: (np.asarray, _tensorflow()[1]),
-    "numpy beside torch": lambda: (_torch()[0], np.array),
-    "numpy beside tensorflow": lambda: (_tensorflow()[0], np.array),
+TWO_AXES = penalties("filters", "batch")
+# Whose arrays, and whose numbers.
+PAIRS = {
+    "numpy": ("numpy", "numpy"),
+    "numpy32": ("numpy", np.float32),
+    "torch": ("torch", "torch"),
+    "jax": ("jax", "jax"),
+    "tensorflow": ("tensorflow", "tensorflow"),
+    "torch beside numpy": ("numpy", "torch"),
+    "jax beside numpy": ("numpy", "jax"),
+    "tensorflow beside numpy": ("numpy", "tensorflow"),
+    "numpy beside torch": ("torch", "numpy"),
+    "numpy beside tensorflow": ("tensorflow", "numpy"),
 }
 
 
-@pytest.fixture(params=LIBRARIES)
+@pytest.fixture(params=PAIRS)
 def library(request):
-    return LIBRARIES[request.param]()
+    array, number = PAIRS[request.param]
+    return LIBRARIES[array]().array, LIBRARIES[number]().number if isinstance(number, str) else number
 
 
 def close(found, expected):
@@ -61,17 +40,17 @@ def close(found, expected):
     np.testing.assert_allclose(np.asarray(found), np.asarray(expected), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@TWO_AXES
 def test_they_mean_what_floats_mean(name, library):
     array, number = library
-    make, x = MAKERS[name], array(X)
+    make, x = PENALTIES[name], array(X)
     varying, plain = make(number(0.3)), make(0.3)
     close(varying(x), plain(x))
     for found, expected in zip(varying.value_and_grad(x), plain.value_and_grad(x), strict=True):
         close(found, expected)
     close(varying.grad(x, scale=number(-2.0)), plain.grad(x, scale=-2.0))
     close(plain.grad(x, scale=number(-2.0)), plain.grad(x, scale=-2.0))
-    if name != "orthogonal":
+    if name not in WITHOUT_PROX:
         close(varying.prox(x, number(0.5)), plain.prox(x, 0.5))
         close(plain.prox(x, number(0.5)), plain.prox(x, 0.5))
     for (key, found), expected in zip(varying.get_config().items(), plain.get_config().values(), strict=True):
@@ -80,18 +59,18 @@ def test_they_mean_what_floats_mean(name, library):
     assert repr(varying).startswith(type(plain).__name__)
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@TWO_AXES
 def test_they_are_written_in_place(name):
     torch = pytest.importorskip("torch")
-    for array, number in ((np.copy, np.array), (lambda x: torch.tensor(x), torch.tensor)):
-        x, regularizer = array(X), MAKERS[name](number(0.3))
+    for array, number in ((np.copy, np.array), (torch.tensor, torch.tensor)):
+        x, regularizer = array(X), PENALTIES[name](number(0.3))
         out, expected = array(X), array(X)
         assert regularizer.grad(x, out=out, scale=number(-2.0), accumulate=True) is out
-        MAKERS[name](0.3).grad(x, out=expected, scale=-2.0, accumulate=True)
+        PENALTIES[name](0.3).grad(x, out=expected, scale=-2.0, accumulate=True)
         close(out, expected)
-        if name != "orthogonal":
+        if name not in WITHOUT_PROX:
             assert regularizer.prox(x, number(0.5), out=x) is x
-            close(x, MAKERS[name](0.3).prox(array(X), 0.5))
+            close(x, PENALTIES[name](0.3).prox(array(X), 0.5))
 
 
 def test_a_factor_counts_as_it_is_when_it_is_used():
@@ -134,7 +113,7 @@ def _set_torch(factor, value):
     factor.data.fill_(value)
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@TWO_AXES
 @pytest.mark.parametrize("recorded", [None, False, True], ids=["numpy", "torch", "recorded by torch"])
 def test_a_variable_that_turns_negative(name, recorded):
     if recorded is None:
@@ -142,7 +121,7 @@ def test_a_variable_that_turns_negative(name, recorded):
     else:
         torch = pytest.importorskip("torch")
         x, factor, assign = torch.tensor(X), torch.tensor(0.3, requires_grad=recorded), _set_torch
-    regularizer = MAKERS[name](factor)
+    regularizer = PENALTIES[name](factor)
     regularizer(x)
     penalty = rk.Penalty({"*": regularizer})
     bound = penalty.bind({"x": x})
@@ -153,7 +132,7 @@ def test_a_variable_that_turns_negative(name, recorded):
         lambda: penalty({"x": x}),
         bound.value,
     ]
-    if name != "orthogonal":
+    if name not in WITHOUT_PROX:
         calls += [lambda: regularizer.prox(x, 0.1, out=x), lambda: bound.prox_(0.1)]
     assign(factor, -1.0)
     for call in calls:
@@ -182,10 +161,10 @@ def test_a_gradient_is_not_lost_to_another_library():
             regularizer(X)
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@TWO_AXES
 def test_use_does_not_change_a_pickle(name):
     torch = pytest.importorskip("torch")
-    regularizer = MAKERS[name](0.3)
+    regularizer = PENALTIES[name](0.3)
     fresh, attributes = pickle.dumps(regularizer), sorted(vars(pickle.loads(pickle.dumps(regularizer))))
     for x in (X, torch.tensor(X)):
         regularizer(x)

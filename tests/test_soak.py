@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.processes import ENGINES, PATIENCE, run
+from tests.processes import ENGINES, PATIENCE, by_engine, run
 
 SOAK = """
 import ctypes, gc, os, statistics, sys, threading, time, warnings
@@ -116,7 +116,8 @@ print("flat")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="how memory is measured")
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.slow
+@by_engine()
 def test_a_short_soak(engine):
     assert run(SOAK, **ENGINES[engine], NUMBA_NUM_THREADS="2").splitlines()[-1] == "flat"
 

@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from tests.processes import ENGINES, HEAD, run
+from tests.cases import slow_unless
+from tests.processes import ENGINES, HEAD, by_engine, run
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="helpers are for Linux")
 
@@ -123,7 +124,7 @@ print(threads.width(), value == rk.L1L2(0.1, 0.2)(x))
     assert run(code, head=huge_stacks + HEAD, NUMBA_NUM_THREADS="4", OPENBLAS_NUM_THREADS="1") == "1 True\n"
 
 
-@pytest.mark.parametrize("value", ["tbb", "Helpers", "2"])
+@pytest.mark.parametrize("value", [slow_unless(False, "tbb"), "Helpers", slow_unless(False, "2")])
 def test_another_word_for_the_threads(value):
     code = """
 try:
@@ -149,7 +150,7 @@ except ValueError as error:
     assert run(code, REGKERN_THREADS="helpers") == expected
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@by_engine()
 def test_the_number_of_threads_is_numbas(engine):
     code = """
 import numba
@@ -194,7 +195,7 @@ def test_the_quota_of_a_container(tmp_path, files, groups, expected):
     assert quota(tmp_path, tmp_path / "missing") is None
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@by_engine()
 def test_twenty_four_threads_at_once(engine):
     """Each with an array of its own: right bits, and each has its share."""
     code = """
@@ -218,7 +219,7 @@ print(wrong, min(counts) > sum(counts) / 24 / 10)
     assert run(code, NUMBA_NUM_THREADS="3", **ENGINES[engine]) == "[] True\n"
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@by_engine()
 def test_the_end_of_a_program(engine):
     """Handlers at exit that evaluate, and a thread that is in kernels until the end."""
     code = """

@@ -6,17 +6,11 @@ import numpy as np
 import pytest
 
 import regkern as rk
+from tests.cases import PENALTIES, WITHOUT_PROX, penalties
 
 tf = pytest.importorskip("tensorflow")
 
-MAKERS = {
-    "L1": rk.L1,
-    "L2": rk.L2,
-    "L1L2": lambda factor: rk.L1L2(0.1, factor),
-    "both": lambda factor: rk.L1L2(factor, factor),
-    "group": rk.GroupLasso,
-    "orthogonal": rk.OrthogonalRegularizer,
-}
+TWO_AXES = penalties("filters", "batch")
 X = tf.constant(np.random.default_rng(0).standard_normal((5, 4)), tf.float32)
 
 
@@ -36,9 +30,9 @@ def compiled(request):
     tf.config.run_functions_eagerly(False)
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@TWO_AXES
 def test_a_variable_in_a_function(name, compiled):
-    make, factor, traced = MAKERS[name], tf.Variable(0.3), []
+    make, factor, traced = PENALTIES[name], tf.Variable(0.3), []
     regularizer = make(factor)
 
     @compiled
@@ -48,7 +42,7 @@ def test_a_variable_in_a_function(name, compiled):
             tape.watch(x)
             value = 2.0 * regularizer(x)
         gradients = tape.gradient(value, [x, factor])
-        proximal = x if name == "orthogonal" else regularizer.prox(x, factor)
+        proximal = x if name in WITHOUT_PROX else regularizer.prox(x, factor)
         return value, gradients, regularizer.value_and_grad(x), regularizer.grad(x, scale=factor), proximal
 
     for number in (0.3, 0.7, 0.0):
@@ -61,13 +55,13 @@ def test_a_variable_in_a_function(name, compiled):
         close(again, plain(X))
         close(gradient, plain.grad(X))
         close(scaled, plain.grad(X, scale=number))
-        close(proximal, X if name == "orthogonal" else plain.prox(X, number))
+        close(proximal, X if name in WITHOUT_PROX else plain.prox(X, number))
     assert len(traced) == (3 if tf.config.functions_run_eagerly() else 1)
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@TWO_AXES
 def test_tapes_follow_a_factor(name):
-    make, factor = MAKERS[name], tf.Variable(0.3)
+    make, factor = PENALTIES[name], tf.Variable(0.3)
     x = tf.Variable(X)
     with tf.GradientTape(persistent=True) as tape:
         value = make(factor)(x)

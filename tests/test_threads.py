@@ -2,10 +2,10 @@
 
 import pytest
 
-from tests.processes import ENGINES, THEIRS, run
+from tests.processes import ENGINES, THEIRS, by_engine, run
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@by_engine()
 def test_mixed_calls_from_many_threads(engine):
     code = """
 import threading
@@ -35,7 +35,7 @@ with ThreadPoolExecutor(16) as pool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
+@by_engine()
 def test_threads_that_are_all_the_first(engine, tmp_path):
     """Numba, the kernels and the thread pool are loaded by sixteen threads at once, from an empty cache."""
     code = """
@@ -70,13 +70,13 @@ def nested(n):
 
 
 @pytest.mark.parametrize("before", ["", "ask()"])
-@pytest.mark.parametrize("engine", ENGINES)
+@by_engine()
 def test_called_by_the_threads_of_a_parallel_function(engine, before):
     code = f"{NESTED}\n{before}\nprint(len(set(nested(20).tolist())), nested(20)[0] == ask())"
     assert run(code, **ENGINES[engine], NUMBA_NUM_THREADS="2") == "1 True\n"
 
 
-@pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "workqueue"])
+@by_engine("workqueue")
 def test_called_by_parallel_functions_of_many_threads(engine):
     """On workqueue, a program that does this ends without regkern."""
     code = f"""{NESTED}
@@ -87,7 +87,7 @@ with ThreadPoolExecutor(4) as pool:
     assert run(code, **ENGINES[engine], NUMBA_NUM_THREADS="2") == "1\n"
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@by_engine()
 def test_numbas_and_openmps_settings_stay(engine):
     code = """
 import ctypes, numba
@@ -108,7 +108,7 @@ print(settings() == before, numba.get_num_threads())
     assert run(code, **ENGINES[engine], NUMBA_NUM_THREADS="3") == "True\nTrue 2\n"
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@by_engine()
 def test_torchs_threads_stay(engine):
     pytest.importorskip("torch")
     code = """
@@ -122,7 +122,7 @@ print(before, torch.get_num_threads())
     assert run(code, **ENGINES[engine], NUMBA_NUM_THREADS="2") == "3 3\n"
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@by_engine()
 def test_ctrl_c_between_kernels(engine):
     """Interrupts at any time: what comes after has the same bits, on as many threads as before."""
     code = """
@@ -146,7 +146,7 @@ print(interrupted, everything(x) == expected)
     assert run(code, **ENGINES[engine], NUMBA_NUM_THREADS="2") == "20 True\n"
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@by_engine()
 def test_beside_the_programs_own_launches_in_another_thread(engine):
     code = (
         THEIRS
@@ -169,7 +169,7 @@ while not stopped:
     assert run(code, **ENGINES[engine], NUMBA_NUM_THREADS="2") == "True\n"
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@by_engine()
 def test_called_back_by_jaxs_threads(engine):
     """From compiled programs that run in several threads at once: XLA calls back in threads of its own."""
     pytest.importorskip("jax")
@@ -193,7 +193,7 @@ with ThreadPoolExecutor(4) as pool:
     assert run(code, **ENGINES[engine], NUMBA_NUM_THREADS="2") == "True\n"
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@by_engine()
 def test_called_back_by_torchs_threads(engine):
     """From hooks of backward passes in several threads, and from the callbacks of asynchronous tasks."""
     pytest.importorskip("torch")

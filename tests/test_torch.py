@@ -10,20 +10,13 @@ import torch
 
 import regkern as rk
 from tests import reference
-from tests.cases import LAYOUTS, NUMPY_DTYPES, READ_ONLY_LAYOUTS, REGULARIZERS, make
+from tests.cases import NUMPY_DTYPES, READ_ONLY_LAYOUTS, REGULARIZERS, make
+from tests.libraries import to_torch
 from tests.test_elementwise import assert_close
 from tests.test_gram import assert_gradients_close
 
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
 L1L2 = rk.L1L2(0.03, 0.2)
-POSITIVE = {name: layout for name, layout in LAYOUTS.items() if "reversed" not in name}  # torch has no negative strides
-
-
-def to_torch(x: np.ndarray) -> torch.Tensor:
-    """Share memory and strides with an array that may be written to."""
-    if x.dtype == NUMPY_DTYPES["bfloat16"]:
-        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(x)
 
 
 def to_numpy(x: torch.Tensor) -> np.ndarray:
@@ -46,33 +39,6 @@ ALL = {**REGULARIZERS, "orthogonal": rk.OrthogonalRegularizer(0.3), "columns": r
 
 def matrix(*shape, dtype=torch.float64, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-@pytest.mark.parametrize("name", REGULARIZERS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", POSITIVE)
-def test_value_gradient_and_prox(layout, dtype, name):
-    regularizer, array = REGULARIZERS[name], make(POSITIVE[layout], dtype)
-    x = to_torch(array).requires_grad_()
-    value, gradient = reference.value(regularizer, array), reference.gradient(regularizer, array)
-    penalty = regularizer(x)
-    assert penalty.dtype == (torch.float64 if dtype == "float64" else torch.float32)
-    assert penalty.shape == ()
-    rtol = 1e-14 if dtype == "float64" else 2e-7
-    np.testing.assert_allclose(penalty.item(), value, rtol=rtol)
-    (3.0 * penalty).backward()
-    assert x.grad.dtype == x.dtype
-    assert_close(to_numpy(x.grad), 3.0 * gradient, dtype)
-    plain, new = regularizer.value_and_grad(x)
-    np.testing.assert_allclose(plain.item(), value, rtol=rtol)
-    assert not plain.requires_grad
-    assert not new.requires_grad
-    assert_close(to_numpy(new), gradient, dtype)
-    out = torch.full_like(x, 0.5, requires_grad=False)
-    assert regularizer.grad(x, out, scale=2.0, accumulate=True) is out
-    assert_close(to_numpy(out), 0.5 + 2 * gradient, dtype, np.maximum(0.5, np.abs(2 * gradient)))
-    assert_close(to_numpy(regularizer.prox(x, 0.7)), reference.prox(regularizer, array, 0.7), dtype)
-    assert isinstance(regularizer.partial(x), np.ndarray)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -173,6 +139,7 @@ def test_the_operators_keep_what_they_declare():
         torch.library.opcheck(torch.ops.regkern.gradient, (x, f"abs {view}", p), test_utils=checks[::2])
 
 
+@pytest.mark.slow
 def test_a_graph_may_be_the_first_to_see_a_tensor():
     code = """
 import torch, regkern as rk
@@ -345,6 +312,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_dtensors_of_two_processes(tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-c", DISTRIBUTED]

@@ -5,16 +5,9 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import regkern as rk
+from tests.cases import PENALTIES, WITHOUT_PROX, kinds, penalties
 
-MAKERS = {
-    "L1": rk.L1,
-    "L2": rk.L2,
-    "L1L2": lambda factor: rk.L1L2(0.1, factor),
-    "both": lambda factor: rk.L1L2(factor, factor),
-    "group": rk.GroupLasso,
-    "columns": lambda factor: rk.GroupLasso(factor, "columns"),
-    "orthogonal": rk.OrthogonalRegularizer,
-}
+TWO_AXES = penalties("filters", "batch")
 RATES = [0.1, 0.05, 0.03, 0.02, 0.01]
 MOST = {"floats": 4, "tensors": 2}  # compilations: the first and as many again as may be
 
@@ -28,10 +21,9 @@ def slope(make, x):
     return make(1.0)(x.double()) - make(0.0)(x.double())
 
 
-@pytest.mark.parametrize("name", MAKERS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@kinds(["L1", "L2", "L1L2", "both", "group", "columns", "orthogonal"], often=["both"])
 def test_gradients_flow_to_a_factor(name, dtype):
-    make, x = MAKERS[name], matrix(6, 5, dtype=dtype)
+    make, x = PENALTIES[name], matrix(6, 5, dtype=getattr(torch, dtype))
     for factor_dtype in (torch.float32, torch.float64):
         factor = torch.tensor(0.3, dtype=factor_dtype, requires_grad=True)
         y = x.clone().requires_grad_()
@@ -47,9 +39,9 @@ def test_gradients_flow_to_a_factor(name, dtype):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # by torch's forward mode
-@pytest.mark.parametrize("name", MAKERS)
+@TWO_AXES
 def test_factors_under_transformations(name):
-    make, x, factors = MAKERS[name], matrix(6, 5), torch.tensor([0.1, 0.3])
+    make, x, factors = PENALTIES[name], matrix(6, 5), torch.tensor([0.1, 0.3])
 
     def penalty(factor, x):
         return make(factor)(x)
@@ -71,7 +63,7 @@ def test_factors_under_transformations(name):
 @pytest.mark.parametrize("name", ["L1", "L2", "both", "group"])
 def test_steps_under_vmap(name):
     x, steps = matrix(6, 5), torch.tensor([0.1, 0.3])
-    regularizer = MAKERS[name](0.5)
+    regularizer = PENALTIES[name](0.5)
     found = torch.func.vmap(lambda step: regularizer.prox(x, step))(steps)
     torch.testing.assert_close(found, torch.stack([regularizer.prox(x, step.item()) for step in steps]))
 
@@ -101,11 +93,11 @@ COMPILED = {
 
 @pytest.mark.parametrize("kind", MOST)
 @pytest.mark.parametrize("what", COMPILED)
-@pytest.mark.parametrize("name", MAKERS)
+@TWO_AXES
 def test_numbers_that_change_in_compiled_functions(name, what, kind):
-    if (name, what) == ("orthogonal", "prox"):
+    if what == "prox" and name in WITHOUT_PROX:
         pytest.skip("there is no proximal operator")
-    make, x = MAKERS[name], matrix(6, 5)
+    make, x = PENALTIES[name], matrix(6, 5)
     count = compilations(lambda rate: COMPILED[what](make, x, rate), [(rate,) for rate in rates(kind)])
     assert count <= MOST[kind]
 
@@ -113,7 +105,7 @@ def test_numbers_that_change_in_compiled_functions(name, what, kind):
 @pytest.mark.parametrize("name", ["L1L2", "group", "orthogonal"])
 def test_gradients_to_a_factor_in_compiled_functions(name):
     torch._dynamo.reset()
-    make, x = MAKERS[name], matrix(6, 5)
+    make, x = PENALTIES[name], matrix(6, 5)
     compiled = torch.compile(lambda factor, x: make(factor)(x), fullgraph=True, backend="aot_eager")
     factor, y = torch.tensor(0.3, requires_grad=True), x.clone().requires_grad_()
     compiled(factor, y).backward()
@@ -124,21 +116,21 @@ def test_gradients_to_a_factor_in_compiled_functions(name):
 @pytest.mark.parametrize("name", ["L2", "group"])
 def test_a_factor_that_is_set_reaches_compiled_functions(name):
     x = matrix(6, 5)
-    regularizer = MAKERS[name](0.3)
+    regularizer = PENALTIES[name](0.3)
     attribute = "l2" if name == "L2" else "factor"
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(lambda x: regularizer(x), fullgraph=True, backend=counter)
     for rate in RATES:
         setattr(regularizer, attribute, rate)
-        torch.testing.assert_close(compiled(x), MAKERS[name](rate)(x))
+        torch.testing.assert_close(compiled(x), PENALTIES[name](rate)(x))
     assert counter.frame_count <= MOST["floats"]
     factor = torch.tensor(0.3)
     setattr(regularizer, attribute, factor)
     before = counter.frame_count
     for rate in RATES:
         factor.fill_(rate)
-        torch.testing.assert_close(compiled(x), MAKERS[name](rate)(x))
+        torch.testing.assert_close(compiled(x), PENALTIES[name](rate)(x))
     assert counter.frame_count - before <= MOST["tensors"]
 
 
