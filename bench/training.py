@@ -48,7 +48,9 @@ def measure(library: str) -> None:
                 for way, found in times.items():
                     every = {"with": 1, "every=10": 10}.get(way)
                     clock = Clock()
-                    callbacks = [clock] + ([rk.keras.ProximalCallback({"*kernel": rk.L1(1e-3)}, every)] if every else [])
+                    callbacks = [clock]
+                    if every:
+                        callbacks.append(rk.keras.ProximalCallback({"*kernel*": rk.L1(1e-3)}, every))
                     model.fit(x, y, batch_size=batch, verbose=0, callbacks=callbacks)
                     found += clock.steps[2:]
             base = median(times["without"])

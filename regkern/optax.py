@@ -134,7 +134,9 @@ def _mapped(penalty: Penalty, function: Callable[[Any, Any, Any], Any], updates:
         )
     leaves, structure = jax.tree.flatten(params)
     names = _names(leaves, structure)
-    regularizers = penalised(penalty, dict(zip(names, leaves, strict=True)))  # these may be called otherwise than in init
+    regularizers = penalised(
+        penalty, dict(zip(names, leaves, strict=True))
+    )  # these may be called otherwise than in init
     new = [
         update if update is None or name not in regularizers else function(regularizers[name], update, leaf)
         for name, update, leaf in zip(names, structure.flatten_up_to(updates), leaves, strict=True)

@@ -37,12 +37,20 @@ def penalised(penalty: Penalty, named: Mapping[str, Any]) -> dict[str, Any]:
     names = list(named)
     given = [glob for glob, regularizer in penalty.rules.regularizers.items() if regularizer is not None]
     if not given:
-        raise RuleError(f"rules: expected a regularizer for some name; got {penalty.rules}; give one, as in {{'*kernel*': 'l1'}}.")
+        raise RuleError(
+            f"rules: expected a regularizer for some name; got {penalty.rules}; give one, as in {{'*kernel*': 'l1'}}."
+        )
     unused = set(penalty.unused(named)) if names else set(given)
     for glob in given:
         if glob in unused:
-            advice = nearest(glob, names) if names else "there is none: build the model first, and let its layers be trainable"
-            raise RuleError(f"rule {glob!r}: expected a glob that matches a trained tensor's name; it matches none; {advice}.")
+            advice = (
+                nearest(glob, names)
+                if names
+                else "there is none: build the model first, and let its layers be trainable"
+            )
+            raise RuleError(
+                f"rule {glob!r}: expected a glob that matches a trained tensor's name; it matches none; {advice}."
+            )
     return chosen(penalty, names)
 
 

@@ -23,7 +23,10 @@ def soft(x, limit):
 def tree():
     rng = np.random.default_rng(0)
     return {
-        "dense": {"kernel": jnp.asarray(rng.standard_normal((5, 4)), jnp.float32), "bias": jnp.full(4, 0.3, jnp.float32)},
+        "dense": {
+            "kernel": jnp.asarray(rng.standard_normal((5, 4)), jnp.float32),
+            "bias": jnp.full(4, 0.3, jnp.float32),
+        },
         "head": [jnp.asarray(rng.standard_normal((4, 2)), jnp.float32), None],
     }
 

@@ -23,9 +23,6 @@ Reference: https://keras.io/guides/serialization_and_saving/
 
 import sys
 
-if not {"keras", "tf_keras"} & sys.modules.keys():
-    import keras  # noqa: F401
-
 from regkern.keras.callbacks import FactorSchedule, ProximalCallback
 from regkern.keras.registration import register
 from regkern.keras.regularizing import regularize, restore
@@ -33,4 +30,6 @@ from regkern.keras.replacing import accelerate
 
 __all__ = ["FactorSchedule", "ProximalCallback", "accelerate", "regularize", "restore"]
 
+if not {"keras", "tf_keras"} & sys.modules.keys():
+    import keras  # noqa: F401
 register()

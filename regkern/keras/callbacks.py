@@ -20,7 +20,7 @@ _COUNTED_EVERY = 16
 
 
 @functools.cache
-def _class_for(cls: type, bases: tuple[type, ...]) -> type:
+def _class_for(cls: Any, bases: tuple[type, ...]) -> type:
     made = type(cls.__name__, (cls, *bases), {"__doc__": cls.__doc__, "__module__": cls.__module__})
     made._of = cls  # type: ignore[attr-defined]
     return made
@@ -34,7 +34,8 @@ class _Callback:
 
     def __new__(cls, *arguments: Any, **keywords: Any) -> Any:
         bases = tuple(library.callbacks.Callback for library in keras_libraries())
-        return object.__new__(cls if hasattr(cls, "_of") else _class_for(cls, bases))
+        made: Any = cls if hasattr(cls, "_of") else _class_for(cls, bases)  # type: ignore[arg-type]
+        return object.__new__(made)
 
     def __reduce__(self) -> Any:
         return self._of, self._arguments()
@@ -46,9 +47,9 @@ class _Callback:
 class ProximalCallback(_Callback):
     """Makes weights exactly zero while `fit` trains: a proximal step after each batch, in place.
 
-    After the optimizer's step on the loss without the penalties, ``w = argmin_z rate * P(z) + ||z - w||**2 / 2``: proximal
-    gradient descent, of which L1 makes exact zeros and the group lasso whole rows or filters of them. The rate is that
-    of the step just done: of a schedule, of the optimizer inside of a wrapper, of each variable its own where an
+    After the optimizer's step on the loss without the penalties, ``w = argmin_z rate * P(z) + ||z - w||**2 / 2``:
+    proximal gradient descent, where L1 makes exact zeros and the group lasso whole rows or filters of them. The rate is
+    that of the step just done: of a schedule, of the optimizer inside of a wrapper, of each variable its own where an
     optimizer has several. Where no step was done, because gradients are accumulated or were not finite, there is no
     proximal step either. An optimizer that scales its steps, such as Adam, has no such scale here: the step is its
     rate.
@@ -87,6 +88,10 @@ class ProximalCallback(_Callback):
     Reference: Parikh and Boyd, Proximal Algorithms (2014), section 4.2.
     """
 
+    _batches: int
+    _steps: int
+    _zeros: float | None
+
     def __init__(self, rules: Mapping[str, Any] | Penalty, every: int = 1) -> None:
         super().__init__()
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
@@ -120,7 +125,7 @@ class ProximalCallback(_Callback):
         self._batches += 1
         if self._batches >= self._every:
             self.model  # noqa: B018  # on JAX, variables have their values once it is asked for
-            if any([group.step(self._variables, self._regularizers) for group in self._groups]):
+            if sum(group.step(self._variables, self._regularizers) for group in self._groups):
                 self._batches = 0
                 if self._size <= _COUNTED_ALWAYS or self._steps % _COUNTED_EVERY == 0:
                     self._count()
@@ -137,7 +142,7 @@ class ProximalCallback(_Callback):
 
     def _forget(self) -> None:
         self._batches = self._steps = 0
-        self._zeros: float | None = None
+        self._zeros = None
 
     def _look(self, named: Mapping[str, Any], regularizers: dict[str, Any]) -> None:
         self._trained = {id(variable) for variable in named.values()}
@@ -229,13 +234,13 @@ class FactorSchedule(_Callback):
     def on_train_begin(self, logs: Any = None) -> None:
         """Check that compiled steps will see the factor, before anything is trained."""
         library = library_of(self.model)
-        if library.__name__ == "keras" and library.config.backend() == "jax":
-            if not any(variable is self._factor for variable in self.model.variables):
-                raise ValueError(
-                    "factor: expected a variable that the model tracks, since others are constants of what JAX "
-                    f"compiles; got {self._factor.path}; give the model its penalty by regkern.keras.regularize, or let "
-                    "a layer have the variable for an attribute before the model is built."
-                )
+        constant = library.__name__ == "keras" and library.config.backend() == "jax"
+        if constant and not any(variable is self._factor for variable in self.model.variables):
+            raise ValueError(
+                "factor: expected a variable that the model tracks, since others are constants of what JAX compiles; "
+                f"got {self._factor.path}; give the model its penalty by regkern.keras.regularize, or let a layer "
+                "have the variable for an attribute before the model is built."
+            )
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Set the factor for an epoch."""

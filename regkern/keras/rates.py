@@ -23,8 +23,8 @@ def optimizers_of(model: Any) -> list[Any]:
         rate = _rate(each)
         if rate is None or not (callable(rate) or _is_number(rate)):
             raise ValueError(
-                f"optimizer: expected one with a learning rate, which is the step; got {type(each).__name__}, which has "
-                f"{'none' if rate is None else f'the rate {rate!r}'}; use an optimizer of Keras, "
+                f"optimizer: expected one with a learning rate, which is the step; got {type(each).__name__}, "
+                f"which has {'none' if rate is None else f'the rate {rate!r}'}; use an optimizer of Keras, "
                 "or call Penalty.bind(model).prox_(step) in a loop of your own."
             )
     return found
@@ -37,15 +37,16 @@ def steps_done(optimizer: Any) -> int:
 
 def rate_of_last_step(optimizer: Any) -> float:
     """Return the rate of the step that was just done: a schedule's at one iteration less than are counted now."""
-    rate = _rate(optimizer)
-    if isinstance(rate, tuple(library.optimizers.schedules.LearningRateSchedule for library in keras_libraries())):
+    rate: Any = _rate(optimizer)
+    schedules = [library.optimizers.schedules.LearningRateSchedule for library in keras_libraries()]
+    if any(isinstance(rate, each) for each in schedules):
         iterations = getattr(optimizer, "_iterations", None)
         rate = rate((optimizer.iterations if iterations is None else iterations) - 1)
     elif callable(rate) and not _is_number(rate):
         rate = rate()
-    rate = float(rate)
+    found = float(rate)
     decay = getattr(optimizer, "_initial_decay", 0.0)  # of tf_keras's legacy optimizers
-    return rate / (1.0 + decay * (int(optimizer.iterations) - 1)) if decay else rate
+    return found / (1.0 + decay * (int(optimizer.iterations) - 1)) if decay else found
 
 
 def _inside(optimizer: Any) -> Iterator[Any]:
