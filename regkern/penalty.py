@@ -79,11 +79,12 @@ class Penalty:
         tensors, arrays = self._tensors(named)
         return tensors.value(arrays)
 
-    def per_tensor(self, named: Any) -> dict[str, Any]:
+    def per_tensor(self, named: Any, floats: bool = False) -> dict[str, Any]:
         """Return each penalised tensor's penalty by name.
 
         Args:
             named: tensors, as for a call.
+            floats: give Python floats, which logs and JSON take; devices are waited for.
 
         Returns:
             A dict of 0-d scalars, each of its tensor's library, in the order of the tensors.
@@ -97,9 +98,11 @@ class Penalty:
             {'kernel': np.float64(0.05)}
         """
         if reductions.compiling():
-            return self._traced(named)
-        tensors, arrays = self._tensors(named)
-        return tensors.values(arrays)
+            values = self._traced(named)
+        else:
+            tensors, arrays = self._tensors(named)
+            values = tensors.values(arrays)
+        return _as_floats(values) if floats else values
 
     def bind(self, named: Any) -> BoundPenalty:
         """Look up names, memory and layouts once, for tensors that stay where they are: as in a training loop.
@@ -295,8 +298,11 @@ class BoundPenalty:
         """
         return self._checked().value(self._arrays)
 
-    def per_tensor(self) -> dict[str, Any]:
+    def per_tensor(self, floats: bool = False) -> dict[str, Any]:
         """Return each penalised tensor's penalty by name.
+
+        Args:
+            floats: give Python floats, which logs and JSON take; devices are waited for.
 
         Returns:
             A dict of 0-d scalars, as of `Penalty.per_tensor`.
@@ -304,12 +310,13 @@ class BoundPenalty:
         Raises:
             RuntimeError: as for `value`.
         """
-        return self._checked().values(self._arrays)
+        values = self._checked().values(self._arrays)
+        return _as_floats(values) if floats else values
 
     def _repr_html_(self) -> str:
         """Return a table of the tensors' penalties as they are now: what a notebook shows."""
         tensors = self._checked()
-        values = {name: float(value) for name, value in tensors.values(self._arrays).items()}
+        values = _as_floats(tensors.values(self._arrays))
         rows = [(name, repr(tensors.regularizer(name)), number(value)) for name, value in values.items()]
         return html_table(("tensor", "regularizer", "penalty"), [*rows, ("total", "", number(sum(values.values())))])
 
@@ -374,6 +381,10 @@ class BoundPenalty:
             self._watch = tree.watch()  # something that is no tensor was replaced
         tensors.check(self._arrays)
         return tensors
+
+
+def _as_floats(values: Mapping[str, Any]) -> dict[str, float]:
+    return {name: reductions.as_float(name, value) for name, value in values.items()}
 
 
 def _change(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

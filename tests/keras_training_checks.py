@@ -21,7 +21,7 @@ X = np.random.default_rng(0).standard_normal((24, 6)).astype(np.float32)
 Y = X @ np.array([[2.0], [-1.0], [0.0], [0.0], [0.5], [0.0]], np.float32)
 BATCH = 4
 STEPS = len(X) // BATCH
-FACTOR = 0.4
+FACTOR = 2.0
 
 
 class Watch(keras.callbacks.Callback):

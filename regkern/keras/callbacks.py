@@ -1,6 +1,7 @@
 """What `fit` does beside the optimizer's steps: proximal steps, and factors that move."""
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -31,6 +32,11 @@ class _Callback:
 
     _of: type
     model: Any
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        _, *parameters = inspect.signature(cls.__init__).parameters.values()
+        cls.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # and not that of __new__
 
     def __new__(cls, *arguments: Any, **keywords: Any) -> Any:
         bases = tuple(library.callbacks.Callback for library in keras_libraries())
@@ -101,7 +107,11 @@ class ProximalCallback(_Callback):
         self._forget()
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Check rules, regularizers and the optimizer, before anything is trained."""
+        """Check rules, regularizers and the optimizer, before anything is trained.
+
+        Args:
+            logs: not read.
+        """
         library_of(self.model)
         optimizers = optimizers_of(self.model)
         named = reductions.named_arrays(self.model)
@@ -115,13 +125,23 @@ class ProximalCallback(_Callback):
         self._look(named, regularizers)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Look at what is trained from now on: callbacks freeze and thaw layers between epochs."""
+        """Look at what is trained from now on: callbacks freeze and thaw layers between epochs.
+
+        Args:
+            epoch: not read.
+            logs: not read.
+        """
         named = reductions.named_arrays(self.model)
         if {id(variable) for variable in named.values()} != self._trained:
             self._look(named, chosen(self._penalty, named))
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Take the proximal step, if one is due."""
+        """Take the proximal step, if one is due.
+
+        Args:
+            batch: not read.
+            logs: get the share of exact zeros, as of the last count.
+        """
         self._batches += 1
         if self._batches >= self._every:
             self.model  # noqa: B018  # on JAX, variables have their values once it is asked for
@@ -134,7 +154,12 @@ class ProximalCallback(_Callback):
             logs["zeros"] = self._zeros
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Log the share of exact zeros."""
+        """Log the share of exact zeros.
+
+        Args:
+            epoch: not read.
+            logs: get the share of exact zeros.
+        """
         self.model  # noqa: B018
         self._count()
         if logs is not None:
@@ -232,7 +257,11 @@ class FactorSchedule(_Callback):
         self._batches = 0
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Check that compiled steps will see the factor, before anything is trained."""
+        """Check that compiled steps will see the factor, before anything is trained.
+
+        Args:
+            logs: not read.
+        """
         library = library_of(self.model)
         constant = library.__name__ == "keras" and library.config.backend() == "jax"
         if constant and not any(variable is self._factor for variable in self.model.variables):
@@ -243,12 +272,22 @@ class FactorSchedule(_Callback):
             )
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Set the factor for an epoch."""
+        """Set the factor for an epoch.
+
+        Args:
+            epoch: what the schedule is called with.
+            logs: not read.
+        """
         if self._per == "epoch":
             self._set(epoch)
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        """Set the factor for a batch."""
+        """Set the factor for a batch.
+
+        Args:
+            batch: not read.
+            logs: not read.
+        """
         if self._per == "batch":
             self.model  # noqa: B018  # on JAX, variables have their values once it is asked for
             self._set(self._batches)
