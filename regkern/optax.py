@@ -58,7 +58,7 @@ def add_penalty(rules: Mapping[str, Any] | Penalty) -> Any:
     penalty = completed(rules)
 
     def init(params: Any) -> Any:
-        penalised(penalty, _named(params))
+        _chosen(penalty, params)
         return optax.EmptyState()
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
@@ -104,14 +104,15 @@ def proximal(rules: Mapping[str, Any] | Penalty, learning_rate: float | Callable
     rate = learning_rate if callable(learning_rate) else reductions.step_size(learning_rate)
 
     def init(params: Any) -> Any:
-        named = _named(params)
-        for name, regularizer in penalised(penalty, named).items():
+        for (name, regularizer), leaf in zip(_chosen(penalty, params), jax.tree.leaves(params), strict=True):
+            if regularizer is None:
+                continue
             if not hasattr(regularizer, "prox"):
                 raise TypeError(
                     f"{name}: expected a regularizer with a proximal operator; got {regularizer!r}; "
                     "give this name None by a rule, and use add_penalty."
                 )
-            regularizer.prox(named[name], 0.0)  # raises where none is known
+            regularizer.prox(leaf, 0.0)  # raises where none is known
         return ProximalState(jnp.zeros((), jnp.int32))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
@@ -133,29 +134,24 @@ def _mapped(penalty: Penalty, function: Callable[[Any, Any, Any], Any], updates:
             "call update(updates, state, params)."
         )
     leaves, structure = jax.tree.flatten(params)
-    names = _names(leaves, structure)
-    regularizers = penalised(
-        penalty, dict(zip(names, leaves, strict=True))
-    )  # these may be called otherwise than in init
+    chosen = _chosen(penalty, params)
     new = [
-        update if update is None or name not in regularizers else function(regularizers[name], update, leaf)
-        for name, update, leaf in zip(names, structure.flatten_up_to(updates), leaves, strict=True)
+        update if update is None or regularizer is None else function(regularizer, update, leaf)
+        for (_, regularizer), update, leaf in zip(chosen, structure.flatten_up_to(updates), leaves, strict=True)
     ]
     return structure.unflatten(new)
 
 
-def _named(params: Any) -> dict[str, Any]:
-    leaves, structure = jax.tree.flatten(params)
-    return dict(zip(_names(leaves, structure), leaves, strict=True))
-
-
-def _names(leaves: list[Any], structure: Any) -> list[str]:
-    """Return the name of each leaf, as `Penalty` names it.
+def _chosen(penalty: Penalty, params: Any) -> list[tuple[str, Any]]:
+    """Return each leaf's name, as `Penalty` names it, and its regularizer or None.
 
     Names belong to what is in a tree, so the tree is walked with arrays in it that no two leaves share and that take
-    no memory. A leaf that `Penalty` does not see, one that is no parameter, is called by its place.
+    no memory. A leaf that `Penalty` does not see is no parameter.
     """
+    leaves, structure = jax.tree.flatten(params)
     stand_ins = [np.broadcast_to(np.zeros((), jnp.result_type(leaf)), jnp.shape(leaf)) for leaf in leaves]
-    named = reductions.named_arrays(structure.unflatten(stand_ins))
-    by_address = {id(jax.tree.leaves(each)[0]): name for name, each in named.items()}  # of an nnx.Param, what is in it
-    return [by_address.get(id(each), f"\0{i}") for i, each in enumerate(stand_ins)]
+    tree = structure.unflatten(stand_ins)
+    regularizers = penalised(penalty, tree)
+    names = {id(jax.tree.leaves(each)[0]): name for name, each in reductions.named_arrays(tree).items()}
+    found = [names.get(id(each), "") for each in stand_ins]
+    return [(name, regularizers.get(name)) for name in found]

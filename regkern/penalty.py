@@ -11,6 +11,7 @@ from regkern.evaluation import Tensors
 from regkern.names import matches_any, nearest
 from regkern.numbers import Number
 from regkern.rules import RuleError, Rules
+from regkern.selectors import is_selector, select
 from regkern.serialization import deserialize, get, serialize
 from regkern.text import html_table, number
 
@@ -26,7 +27,10 @@ class Penalty:
     Args:
         rules: globs over names and their regularizers, in the order in which they are tried: the first glob that
             matches a name counts. None means no penalty. Globs are those of `fnmatch.fnmatchcase`: ``*`` matches dots
-            and slashes too. A regularizer is whatever `regkern.get` takes.
+            and slashes too. A regularizer is whatever `regkern.get` takes. Beside globs, ``@rank>=2`` (or ``<``,
+            ``<=``, ``=``, ``>``) means tensors of such a number of dimensions, ``@layer=Conv*`` those that a layer or module of
+            such a class holds, and ``@no_decay`` what weight decay is left off by custom: biases, whatever a class of
+            "norm" in its name holds, and all of rank 0 and 1. What is not trained is no part of a model anyway.
         count_tied: count memory that appears under several names once for each; by default it counts once, under its
             first name, as in a framework's list of parameters.
 
@@ -135,7 +139,7 @@ class Penalty:
             >>> Penalty({"*bias": None, "*kernle": "l2", "*": "l1"}).unused({"kernel": np.ones(5)})
             ['*bias', '*kernle']
         """
-        return self._unused(list(reductions.named_arrays(named)))
+        return self._unused(named, reductions.named_arrays(named))
 
     def get_config(self) -> dict[str, Any]:
         """Return ``{"rules": {glob: config or None}, "count_tied": bool}``, which JSON can hold."""
@@ -183,7 +187,7 @@ class Penalty:
     def _traced(self, tree: Any) -> dict[str, Any]:
         """Return each penalised tensor's penalty, where `torch.compile` traces: one by one, and nothing is kept."""
         named = reductions.named_arrays(tree)
-        rules = self.rules.among(named)
+        rules = self._rules(tree, named)
         values: dict[str, Any] = {}
         seen: list[Any] = []
         for name, x in named.items():
@@ -207,17 +211,21 @@ class Penalty:
         named = reductions.named_arrays(tree)
         arrays = list(named.values())
         if last is None or not last.fit(list(named), arrays):
-            last = Tensors(named, self._find(named), count_tied=self.count_tied, recorded=True)
+            last = Tensors(named, self._find(tree, named), count_tied=self.count_tied, recorded=True)
             self._last = last if last.reusable else None
         return last, arrays
 
-    def _find(self, named: Mapping[str, Any], *, tell: bool = True) -> list[Any]:
+    def _rules(self, tree: Any, named: Mapping[str, Any]) -> Rules:
+        """Return the rules for what is in a tree."""
+        return self.rules.among(named, select(self.rules.regularizers, tree, named))
+
+    def _find(self, tree: Any, named: Mapping[str, Any], *, tell: bool = True) -> list[Any]:
         """Return the regularizer of each name, or None.
 
         Warn, once for each, of names that no rule matches, and of rules with a regularizer that match no name.
         """
         names = list(named)
-        rules = self.rules.among(names)
+        rules = self._rules(tree, named)
         found = [rules.find(name) for name in names]
         globs = [glob for glob, _ in found]
         if tell:
@@ -227,14 +235,15 @@ class Penalty:
                     f"no rule matches {', '.join(new)}: no penalty is given; '*': None at the end says so.",
                     stacklevel=4,
                 )
-            for glob in self._unused(names, globs):
+            for glob in self._unused(tree, named, globs):
                 if self.rules.regularizers[glob] is not None and self._is_new(glob, "rule"):
                     warnings.warn(_unused_text(glob, names), stacklevel=4)
         return [regularizer for _, regularizer in found]
 
-    def _unused(self, names: Sequence[str], used: Collection[str | None] = ()) -> list[str]:
-        used = set(used)
-        return [glob for glob in self.rules.regularizers if glob not in used and not matches_any(glob, names)]
+    def _unused(self, tree: Any, named: Mapping[str, Any], used: Collection[str | None] = ()) -> list[str]:
+        unused = [glob for glob in self.rules.regularizers if glob not in set(used)]
+        selected = select(unused, tree, named)
+        return [glob for glob in unused if not selected.get(glob, ()) and not matches_any(glob, named)]
 
     def _is_new(self, what: str, kind: str = "name") -> bool:
         """Whether something is to be told for the first time."""
@@ -269,7 +278,7 @@ class BoundPenalty:
     def __init__(self, penalty: Penalty, named: Any) -> None:
         self._penalty, self._named = penalty, named
         tree = reductions.Tree(named)
-        self._bind(tree, penalty._find(tree.arrays))
+        self._bind(tree, penalty._find(named, tree.arrays))
 
     def _bind(self, tree: reductions.Tree, regularizers: Sequence[Any]) -> Tensors:
         self._arrays, self._names, self._watch = list(tree.arrays.values()), list(tree.arrays), tree.watch()
@@ -370,7 +379,7 @@ class BoundPenalty:
         tensors = self._tensors
         if tensors is None:
             tree = reductions.Tree(self._named)
-            return self._bind(tree, self._penalty._find(tree.arrays, tell=False))
+            return self._bind(tree, self._penalty._find(self._named, tree.arrays, tell=False))
         if self._watch.changed():
             tree = reductions.Tree(self._named)
             before = dict(zip(self._names, self._arrays, strict=True))
@@ -402,6 +411,10 @@ def _unused_text(glob: str, names: Sequence[str]) -> str:
 def _glob(glob: Any) -> str:
     if not isinstance(glob, str) or not glob:
         raise RuleError(f"rules: expected globs; got {glob!r}; write one, as in '*kernel*'.")
+    try:
+        is_selector(glob)
+    except ValueError as error:
+        raise RuleError(str(error)) from error
     return glob
 
 

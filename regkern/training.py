@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from regkern import reductions
 from regkern.names import nearest
 from regkern.penalty import Penalty
 from regkern.rules import RuleError
+from regkern.selectors import select
 
 
 def completed(rules: Any) -> Penalty:
@@ -28,19 +30,23 @@ def completed(rules: Any) -> Penalty:
     return Penalty(rules, count_tied=count_tied)
 
 
-def penalised(penalty: Penalty, named: Mapping[str, Any]) -> dict[str, Any]:
+def penalised(penalty: Penalty, tree: Any) -> dict[str, Any]:
     """Return the regularizers of the names that have one, once it is known that each rule means something.
+
+    Args:
+        penalty: what `completed` returned.
+        tree: what is trained, as `Penalty` takes it.
 
     Raises:
         RuleError: a rule that has a regularizer matches no name, or there is no rule that has one.
     """
-    names = list(named)
+    names = list(reductions.named_arrays(tree))
     given = [glob for glob, regularizer in penalty.rules.regularizers.items() if regularizer is not None]
     if not given:
         raise RuleError(
             f"rules: expected a regularizer for some name; got {penalty.rules}; give one, as in {{'*kernel*': 'l1'}}."
         )
-    unused = set(penalty.unused(named)) if names else set(given)
+    unused = set(penalty.unused(tree)) if names else set(given)
     for glob in given:
         if glob in unused:
             advice = (
@@ -51,12 +57,12 @@ def penalised(penalty: Penalty, named: Mapping[str, Any]) -> dict[str, Any]:
             raise RuleError(
                 f"rule {glob!r}: expected a glob that matches a trained tensor's name; it matches none; {advice}."
             )
-    return chosen(penalty, names)
+    return chosen(penalty, tree)
 
 
-def chosen(penalty: Penalty, names: Iterable[str]) -> dict[str, Any]:
+def chosen(penalty: Penalty, tree: Any) -> dict[str, Any]:
     """Return the regularizers of the names that have one."""
-    names = list(names)
-    rules = penalty.rules.among(names)
-    found = {name: rules.find(name)[1] for name in names}
+    named = reductions.named_arrays(tree)
+    rules = penalty.rules.among(named, select(penalty.rules.regularizers, tree, named))
+    found = {name: rules.find(name)[1] for name in named}
     return {name: regularizer for name, regularizer in found.items() if regularizer is not None}

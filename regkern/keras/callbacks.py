@@ -115,11 +115,11 @@ class ProximalCallback(_Callback):
         library_of(self.model)
         optimizers = optimizers_of(self.model)
         named = reductions.named_arrays(self.model)
-        regularizers = penalised(self._penalty, named)
+        regularizers = penalised(self._penalty, self.model)
         for each in {id(each): each for each in regularizers.values()}.values():
             if not hasattr(each, "prox"):
                 raise TypeError(f"rules: expected regularizers with a proximal operator; got {each!r}, which has none.")
-        self._penalty.bind(named).prox_(0.0)  # changes nothing; raises if one has no proximal operator after all
+        self._penalty.bind(self.model).prox_(0.0)  # changes nothing; raises if one has no proximal operator after all
         self._groups = [_Group(optimizer) for optimizer in optimizers]
         self._forget()
         self._look(named, regularizers)
@@ -133,7 +133,7 @@ class ProximalCallback(_Callback):
         """
         named = reductions.named_arrays(self.model)
         if {id(variable) for variable in named.values()} != self._trained:
-            self._look(named, chosen(self._penalty, named))
+            self._look(named, chosen(self._penalty, self.model))
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Take the proximal step, if one is due.

@@ -63,7 +63,7 @@ def regularize(model: Any, rules: Any) -> int:
     library = library_of(model)
     register_with(library)
     named = reductions.named_arrays(model)
-    chosen = penalised(completed(rules), named)
+    chosen = penalised(completed(rules), model)
     by_variable = {id(named[name]): regularizer for name, regularizer in chosen.items()}
     _track(library, model, by_variable.values())
     for layer in model._flatten_layers():
