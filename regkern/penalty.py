@@ -28,9 +28,9 @@ class Penalty:
         rules: globs over names and their regularizers, in the order in which they are tried: the first glob that
             matches a name counts. None means no penalty. Globs are those of `fnmatch.fnmatchcase`: ``*`` matches dots
             and slashes too. A regularizer is whatever `regkern.get` takes. Beside globs, ``@rank>=2`` (or ``<``,
-            ``<=``, ``=``, ``>``) means tensors of such a number of dimensions, ``@layer=Conv*`` those that a layer or module of
-            such a class holds, and ``@no_decay`` what weight decay is left off by custom: biases, whatever a class of
-            "norm" in its name holds, and all of rank 0 and 1. What is not trained is no part of a model anyway.
+            ``<=``, ``=``, ``>``) means tensors of such a number of dimensions, ``@layer=Conv*`` those that a layer or
+            module of such a class holds, and ``@no_decay`` what weight decay is left off by custom: biases, whatever a
+            class of "norm" in its name holds, and all of rank 0 and 1. What is not trained is no part of it anyway.
         count_tied: count memory that appears under several names once for each; by default it counts once, under its
             first name, as in a framework's list of parameters.
 

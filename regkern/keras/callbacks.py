@@ -238,7 +238,8 @@ class FactorSchedule(_Callback):
         1
         >>> model.compile(keras.optimizers.SGD(0.0), "mse")
         >>> warm_up = FactorSchedule(factor, lambda epoch: 0.25 * epoch)
-        >>> model.fit(np.zeros((8, 4)), np.zeros((8, 1)), epochs=3, callbacks=[warm_up], verbose=0).history["loss"]
+        >>> history = model.fit(np.zeros((8, 4)), np.zeros((8, 1)), epochs=3, callbacks=[warm_up], verbose=0)
+        >>> [float(loss) for loss in history.history["loss"]]
         [0.0, 1.0, 2.0]
     """
 

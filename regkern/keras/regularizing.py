@@ -55,7 +55,7 @@ def regularize(model: Any, rules: Any) -> int:
         >>> import keras
         >>> import regkern as rk
         >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, kernel_initializer="ones")])
-        >>> regularize(model, {"*bias*": None, "*kernel": rk.L2(0.5)}), float(model.losses[0])
+        >>> regularize(model, {"*bias*": None, "*kernel": rk.L2(0.5)}), model.losses[0].item()
         (1, 4.0)
         >>> restore(model), model.losses
         (1, [])
