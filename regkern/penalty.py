@@ -11,6 +11,7 @@ from regkern.evaluation import Tensors
 from regkern.names import matches_any, nearest
 from regkern.numbers import Number
 from regkern.rules import RuleError, Rules
+from regkern.selectors import is_selector, select
 from regkern.serialization import deserialize, get, serialize
 from regkern.text import html_table, number
 
@@ -26,7 +27,10 @@ class Penalty:
     Args:
         rules: globs over names and their regularizers, in the order in which they are tried: the first glob that
             matches a name counts. None means no penalty. Globs are those of `fnmatch.fnmatchcase`: ``*`` matches dots
-            and slashes too. A regularizer is whatever `regkern.get` takes.
+            and slashes too. A regularizer is whatever `regkern.get` takes. Beside globs, ``@rank>=2`` (or ``<``,
+            ``<=``, ``=``, ``>``) means tensors of such a number of dimensions, ``@layer=Conv*`` those that a layer or
+            module of such a class holds, and ``@no_decay`` what weight decay is left off by custom: biases, whatever a
+            class of "norm" in its name holds, and all of rank 0 and 1. What is not trained is no part of it anyway.
         count_tied: count memory that appears under several names once for each; by default it counts once, under its
             first name, as in a framework's list of parameters.
 
@@ -79,11 +83,12 @@ class Penalty:
         tensors, arrays = self._tensors(named)
         return tensors.value(arrays)
 
-    def per_tensor(self, named: Any) -> dict[str, Any]:
+    def per_tensor(self, named: Any, floats: bool = False) -> dict[str, Any]:
         """Return each penalised tensor's penalty by name.
 
         Args:
             named: tensors, as for a call.
+            floats: give Python floats, which logs and JSON take; devices are waited for.
 
         Returns:
             A dict of 0-d scalars, each of its tensor's library, in the order of the tensors.
@@ -97,9 +102,11 @@ class Penalty:
             {'kernel': np.float64(0.05)}
         """
         if reductions.compiling():
-            return self._traced(named)
-        tensors, arrays = self._tensors(named)
-        return tensors.values(arrays)
+            values = self._traced(named)
+        else:
+            tensors, arrays = self._tensors(named)
+            values = tensors.values(arrays)
+        return _as_floats(values) if floats else values
 
     def bind(self, named: Any) -> BoundPenalty:
         """Look up names, memory and layouts once, for tensors that stay where they are: as in a training loop.
@@ -132,7 +139,7 @@ class Penalty:
             >>> Penalty({"*bias": None, "*kernle": "l2", "*": "l1"}).unused({"kernel": np.ones(5)})
             ['*bias', '*kernle']
         """
-        return self._unused(list(reductions.named_arrays(named)))
+        return self._unused(named, reductions.named_arrays(named))
 
     def get_config(self) -> dict[str, Any]:
         """Return ``{"rules": {glob: config or None}, "count_tied": bool}``, which JSON can hold."""
@@ -180,7 +187,7 @@ class Penalty:
     def _traced(self, tree: Any) -> dict[str, Any]:
         """Return each penalised tensor's penalty, where `torch.compile` traces: one by one, and nothing is kept."""
         named = reductions.named_arrays(tree)
-        rules = self.rules.among(named)
+        rules = self._rules(tree, named)
         values: dict[str, Any] = {}
         seen: list[Any] = []
         for name, x in named.items():
@@ -204,17 +211,21 @@ class Penalty:
         named = reductions.named_arrays(tree)
         arrays = list(named.values())
         if last is None or not last.fit(list(named), arrays):
-            last = Tensors(named, self._find(named), count_tied=self.count_tied, recorded=True)
+            last = Tensors(named, self._find(tree, named), count_tied=self.count_tied, recorded=True)
             self._last = last if last.reusable else None
         return last, arrays
 
-    def _find(self, named: Mapping[str, Any], *, tell: bool = True) -> list[Any]:
+    def _rules(self, tree: Any, named: Mapping[str, Any]) -> Rules:
+        """Return the rules for what is in a tree."""
+        return self.rules.among(named, select(self.rules.regularizers, tree, named))
+
+    def _find(self, tree: Any, named: Mapping[str, Any], *, tell: bool = True) -> list[Any]:
         """Return the regularizer of each name, or None.
 
         Warn, once for each, of names that no rule matches, and of rules with a regularizer that match no name.
         """
         names = list(named)
-        rules = self.rules.among(names)
+        rules = self._rules(tree, named)
         found = [rules.find(name) for name in names]
         globs = [glob for glob, _ in found]
         if tell:
@@ -224,14 +235,15 @@ class Penalty:
                     f"no rule matches {', '.join(new)}: no penalty is given; '*': None at the end says so.",
                     stacklevel=4,
                 )
-            for glob in self._unused(names, globs):
+            for glob in self._unused(tree, named, globs):
                 if self.rules.regularizers[glob] is not None and self._is_new(glob, "rule"):
                     warnings.warn(_unused_text(glob, names), stacklevel=4)
         return [regularizer for _, regularizer in found]
 
-    def _unused(self, names: Sequence[str], used: Collection[str | None] = ()) -> list[str]:
-        used = set(used)
-        return [glob for glob in self.rules.regularizers if glob not in used and not matches_any(glob, names)]
+    def _unused(self, tree: Any, named: Mapping[str, Any], used: Collection[str | None] = ()) -> list[str]:
+        unused = [glob for glob in self.rules.regularizers if glob not in set(used)]
+        selected = select(unused, tree, named)
+        return [glob for glob in unused if not selected.get(glob, ()) and not matches_any(glob, named)]
 
     def _is_new(self, what: str, kind: str = "name") -> bool:
         """Whether something is to be told for the first time."""
@@ -266,7 +278,7 @@ class BoundPenalty:
     def __init__(self, penalty: Penalty, named: Any) -> None:
         self._penalty, self._named = penalty, named
         tree = reductions.Tree(named)
-        self._bind(tree, penalty._find(tree.arrays))
+        self._bind(tree, penalty._find(named, tree.arrays))
 
     def _bind(self, tree: reductions.Tree, regularizers: Sequence[Any]) -> Tensors:
         self._arrays, self._names, self._watch = list(tree.arrays.values()), list(tree.arrays), tree.watch()
@@ -295,8 +307,11 @@ class BoundPenalty:
         """
         return self._checked().value(self._arrays)
 
-    def per_tensor(self) -> dict[str, Any]:
+    def per_tensor(self, floats: bool = False) -> dict[str, Any]:
         """Return each penalised tensor's penalty by name.
+
+        Args:
+            floats: give Python floats, which logs and JSON take; devices are waited for.
 
         Returns:
             A dict of 0-d scalars, as of `Penalty.per_tensor`.
@@ -304,12 +319,13 @@ class BoundPenalty:
         Raises:
             RuntimeError: as for `value`.
         """
-        return self._checked().values(self._arrays)
+        values = self._checked().values(self._arrays)
+        return _as_floats(values) if floats else values
 
     def _repr_html_(self) -> str:
         """Return a table of the tensors' penalties as they are now: what a notebook shows."""
         tensors = self._checked()
-        values = {name: float(value) for name, value in tensors.values(self._arrays).items()}
+        values = _as_floats(tensors.values(self._arrays))
         rows = [(name, repr(tensors.regularizer(name)), number(value)) for name, value in values.items()]
         return html_table(("tensor", "regularizer", "penalty"), [*rows, ("total", "", number(sum(values.values())))])
 
@@ -363,7 +379,7 @@ class BoundPenalty:
         tensors = self._tensors
         if tensors is None:
             tree = reductions.Tree(self._named)
-            return self._bind(tree, self._penalty._find(tree.arrays, tell=False))
+            return self._bind(tree, self._penalty._find(self._named, tree.arrays, tell=False))
         if self._watch.changed():
             tree = reductions.Tree(self._named)
             before = dict(zip(self._names, self._arrays, strict=True))
@@ -374,6 +390,10 @@ class BoundPenalty:
             self._watch = tree.watch()  # something that is no tensor was replaced
         tensors.check(self._arrays)
         return tensors
+
+
+def _as_floats(values: Mapping[str, Any]) -> dict[str, float]:
+    return {name: reductions.as_float(name, value) for name, value in values.items()}
 
 
 def _change(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -391,6 +411,10 @@ def _unused_text(glob: str, names: Sequence[str]) -> str:
 def _glob(glob: Any) -> str:
     if not isinstance(glob, str) or not glob:
         raise RuleError(f"rules: expected globs; got {glob!r}; write one, as in '*kernel*'.")
+    try:
+        is_selector(glob)
+    except ValueError as error:
+        raise RuleError(str(error)) from error
     return glob
 
 

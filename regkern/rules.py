@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -32,6 +32,7 @@ class Rules:
     Args:
         regularizers: globs and their regularizers, in the order in which they are tried.
         exact: globs that are names: they match these alone.
+        selected: the names that selectors mean, which match these alone.
 
     Examples:
         >>> import regkern as rk
@@ -40,24 +41,37 @@ class Rules:
         (('*bias*', None), ('*', L2(l2=0.0001)))
     """
 
-    def __init__(self, regularizers: Mapping[str, Any], exact: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        regularizers: Mapping[str, Any],
+        exact: Iterable[str] = (),
+        selected: Mapping[str, Collection[str]] | None = None,
+    ) -> None:
         self.regularizers = dict(regularizers)
         self._exact = frozenset(exact)
+        self._selected = selected or {}
 
-    def among(self, names: Iterable[str]) -> Rules:
+    def among(self, names: Iterable[str], selected: Mapping[str, Collection[str]] | None = None) -> Rules:
         """Return the rules for tensors of these names: a glob that is one of them is that tensor's, and no glob.
+
+        Args:
+            names: the tensors' names.
+            selected: for each rule that is a selector, the names that it means.
 
         Examples:
             >>> rules = Rules({"x[0]": None, "*": "l2"}).among(["x[0]", "x0"])
             >>> rules.find("x[0]"), rules.find("x0")
             (('x[0]', None), ('*', 'l2'))
         """
-        return Rules(self.regularizers, self.regularizers.keys() & set(names))
+        return Rules(self.regularizers, self.regularizers.keys() & set(names), selected)
 
     def find(self, name: str) -> tuple[str | None, Any]:
         """Return the first glob that matches the name, and its regularizer; (None, None) where none does."""
         for glob, regularizer in self.regularizers.items():
-            if name == glob or (glob not in self._exact and _matches(name, glob)):
+            if glob in self._selected:
+                if name in self._selected[glob]:
+                    return glob, regularizer
+            elif name == glob or (glob not in self._exact and _matches(name, glob)):
                 return glob, regularizer
         return None, None
 

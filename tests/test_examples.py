@@ -1,0 +1,36 @@
+"""The scripts of the documentation's gallery run, and what they promise holds."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = {
+    "sparse_mlp": (["--epochs", "1"], "| no penalty | 0.0 % |", "zeros.svg"),
+    "removed_filters": (["--epochs", "4"], " of 32 filters are left", None),
+    "data_parallel": ([], "2 processes have the weights of one; ", None),
+    "lasso_path": ([], "30 alphas, 10 features: the largest difference is", "lasso_path.svg"),
+}
+
+
+def test_every_example_is_here():
+    assert {path.stem for path in (ROOT / "docs" / "examples").glob("*.py")} == EXAMPLES.keys()
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples(name, tmp_path):
+    arguments, text, picture = EXAMPLES[name]
+    for needed in ("sklearn", "matplotlib", "keras", "torch"):
+        pytest.importorskip(needed)
+    command = [sys.executable, str(ROOT / "docs" / "examples" / f"{name}.py"), *arguments]
+    if picture:
+        command += ["--out", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "KERAS_BACKEND": "torch"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert text in result.stdout
+    if picture:
+        assert "</svg>" in (tmp_path / picture).read_text()
