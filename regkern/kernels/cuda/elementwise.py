@@ -40,14 +40,14 @@ from regkern.kernels.cuda.compile import (
     to_float64,
 )
 from regkern.kernels.formulas import Formula
-from regkern.kernels.operations import ADD_GRADIENT, SUMS_AND_GRADIENT, Operation
+from regkern.kernels.operations import ADD_GRADIENT, SUMS_AND_ADD_GRADIENT, SUMS_AND_GRADIENT, Operation
 
 # Threads of a block, and loads that a thread has under way at once, each with sums of its own. Neither was measured.
 THREADS = 256
 UNROLL = 4
 # What has half as many under way, two and then two, in the same order of additions: all four at once would take the
 # registers of a fourth block of a multiprocessor, and on some devices more than that.
-_IN_HALVES = (SUMS_AND_GRADIENT, ADD_GRADIENT)
+_IN_HALVES = (SUMS_AND_GRADIENT, SUMS_AND_ADD_GRADIENT, ADD_GRADIENT)
 # Blocks at most, whatever the device, so that devices agree on the bits: 8 for each multiprocessor of an H100 or H200.
 # Not measured.
 MAX_BLOCKS = 8 * 132
