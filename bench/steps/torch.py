@@ -24,6 +24,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(model, CLASSES)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return scores of each sequence."""
         return self.head(self.encoder(x).mean(1))
 
 
@@ -35,6 +36,7 @@ class Embedding(nn.Module):
         self.table, self.head = nn.Embedding(rows, 64), nn.Linear(64, CLASSES)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return scores of each set of rows."""
         return self.head(self.table(x).mean(1))
 
 
