@@ -14,7 +14,7 @@ from bench.steps import __main__ as steps
 def test_every_program(program, model, tmp_path):
     pytest.importorskip({"torch": "torch", "tf_keras": "tf_keras"}.get(program, "keras"))
     pytest.importorskip(program.split()[-1])
-    found = json.loads(json.dumps(steps.measure(program, model, 32, 0.0, small=True)))
+    found = json.loads(json.dumps(steps.measure(program, model, 2, 0.0, small=True)))
     assert found["none"]["median"] > 0
     for penalty in PENALTIES:
         assert {"own", "regkern", "floor"} <= found[penalty].keys() <= {*WAYS, "floor"}

@@ -131,7 +131,21 @@ class _Side:
 
 
 class Handle:
-    """Penalties that are attached to an optimizer, as `attach` returns them."""
+    """Penalties that are attached to an optimizer, as `attach` makes and returns them.
+
+    Args:
+        optimizer: whose steps count them in.
+        model: whose parameters they are of.
+        rules: those whose gradients are added.
+        prox: those whose proximal operators are applied.
+
+    Examples:
+        >>> x = torch.nn.Parameter(torch.ones(2))
+        >>> handle = attach(torch.optim.SGD([x], lr=0.1), {"x": x}, {"*": "l2"})
+        >>> handle.value(), handle.per_tensor()
+        (tensor(0.0200), {'x': tensor(0.0200)})
+        >>> handle.remove()
+    """
 
     def __init__(self, optimizer: Optimizer, model: Any, rules: Penalty | None, prox: Penalty | None) -> None:
         self._optimizer, self._model, self._rules, self._prox = optimizer, model, rules, prox

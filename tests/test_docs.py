@@ -10,6 +10,7 @@ import pytest
 
 import regkern
 import regkern.keras
+import regkern.torch
 from regkern.regularizers import ElementwiseRegularizer
 
 ROOT = Path(__file__).parent.parent
@@ -29,7 +30,11 @@ def test_docstring_examples(name):
 def public():
     """Yield the names and objects that users call: functions, classes, and the classes' methods."""
     tops = [getattr(regkern, name) for name in regkern.__all__ if name != "reductions"]
-    tops += [getattr(module, name) for module in (regkern.reductions, regkern.keras) for name in module.__all__]
+    tops += [
+        getattr(module, name)
+        for module in (regkern.reductions, regkern.keras, regkern.torch)
+        for name in module.__all__
+    ]
     for top in dict.fromkeys([*tops, ElementwiseRegularizer]):
         yield top.__name__, top
         for name, member in vars(top).items() if inspect.isclass(top) else ():

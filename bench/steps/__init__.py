@@ -43,6 +43,6 @@ PENALTIES = {"l1l2": "L1L2", "l2": "L2"}
 WAYS = ("own", "best", "regkern", "attached")
 
 
-def steps(model: str, batch: int) -> int:
+def steps(model: str, batch: int, sizes: Sizes) -> int:
     """Return how many steps are timed together."""
-    return max(1, STEPS[model] * min(BATCHES) // batch)
+    return max(1, STEPS[model] * min(BATCHES) // batch) if sizes is FULL else 1

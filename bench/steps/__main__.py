@@ -29,6 +29,7 @@ HEADER = (
     "own / regkern",
     "floor / regkern",
 )
+PICTURE = "![What each program's step takes, without a penalty and with it](docs/steps.svg)"
 # At least: own tax over regkern's, floor over regkern's tax; of L1L2 on the layers, batch 32.
 TARGETS = {
     "torch": (6.0, 0.6),
@@ -47,6 +48,7 @@ def measure(program: str, model: str, batch: int, seconds: float, *, small: bool
     size = "small" if small else "full"
     command = [sys.executable, "-m", "bench.steps.measure", program, model, str(batch), str(seconds), size]
     environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": str(tables.ROOT)}
+    environment |= {"OMP_NUM_THREADS": "1"} if small else {}
     found: dict[str, Any] = json.loads(
         subprocess.check_output(command, cwd=tables.ROOT, env=environment).splitlines()[-1]
     )
@@ -137,7 +139,7 @@ def write(results: dict[str, Any]) -> None:
     """Write the tables and the picture."""
     line = tables.machine_line(results)
     own = table(results, headlines(results), "l1l2")
-    tables.put_between_markers(tables.ROOT / "README.md", "bench-steps", f"{own}\n\n{line}")
+    tables.put_between_markers(tables.ROOT / "README.md", "bench-steps", f"{own}\n\n{PICTURE}\n\n{line}")
     parts = [f"{label}:\n\n{table(results, results['steps'], penalty)}" for penalty, label in PENALTIES.items()]
     tables.put_between_markers(tables.ROOT / "bench/README.md", "bench-steps", "\n\n".join([line, *parts]))
     plot(results, tables.ROOT / "docs/steps.svg")

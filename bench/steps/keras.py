@@ -81,7 +81,7 @@ def _fit(keras: Any, model: str, batch: int, sizes: Sizes, regularizer: Any, dec
     net = _model(keras, model, sizes, regularizer)
     optimizer = keras.optimizers.SGD(RATE, weight_decay=decay) if decay else keras.optimizers.SGD(RATE)
     net.compile(optimizer, "mse")
-    x, y = _data(model, batch * steps(model, batch), sizes)
+    x, y = _data(model, batch * steps(model, batch, sizes), sizes)
     return lambda: net.fit(x, y, batch_size=batch, epochs=1, verbose=0, shuffle=False)
 
 
@@ -113,7 +113,7 @@ def _of_tensorflow(keras: Any, model: str, batch: int, sizes: Sizes) -> dict[str
                 v.assign_sub(RATE * tf.convert_to_tensor(gradient))
             return loss
 
-        return lambda: [step() for _ in range(steps(model, batch))][-1].numpy()
+        return lambda: [step() for _ in range(steps(model, batch, sizes))][-1].numpy()
 
     return _ways(
         block,
@@ -147,7 +147,7 @@ def _of_jax(keras: Any, model: str, batch: int, sizes: Sizes) -> dict[str, Calla
 
         def run() -> None:
             nonlocal state
-            for _ in range(steps(model, batch)):
+            for _ in range(steps(model, batch, sizes)):
                 value, state = step(state)
                 float(value)
 

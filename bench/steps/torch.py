@@ -96,7 +96,7 @@ def _block(model: str, batch: int, sizes: Sizes, way: str, l1: float) -> Callabl
         losses["best"] = lambda: _foreach(weights, l1)
     if way == "attached":
         attach(optimizer, named, {"*": regularizer})
-    extra, count = losses.get(way), steps(model, batch)
+    extra, count = losses.get(way), steps(model, batch, sizes)
 
     def run() -> None:
         for _ in range(count):
