@@ -17,6 +17,7 @@ from bench.gpu_cases import GPU_CASES, GPU_CHECKS, GpuCase
 ROOT = Path(__file__).parent.parent
 CPU, GPU = "bench", "bench-gpu"  # names of markers
 NOT_YET = "Not yet measured."
+OTHERS = ("programs-", "steps-")  # results that have tables of their own
 Results = dict[str, Any]
 
 # The README's rows and columns. A cell is empty where a peer was not asked for.
@@ -316,7 +317,8 @@ def write(path: Path) -> None:
 def main() -> None:
     """Take the results named on the command line, or the latest of a CPU and of a GPU."""
     named = [Path(name) for name in sys.argv[1:]]
-    files = named or sorted(Path(__file__).parent.glob("results/[!p]*.json"), key=lambda file: file.stat().st_mtime)
+    there = (file for file in Path(__file__).parent.glob("results/*.json") if not file.name.startswith(OTHERS))
+    files = named or sorted(there, key=lambda file: file.stat().st_mtime)
     latest = {is_of_gpu(json.loads(file.read_text())): file for file in files}
     if False not in latest and not named:
         raise SystemExit("No results yet: run `python -m bench` first.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -38,6 +38,7 @@ class Tensors:
 
     Attributes:
         reusable: whether the same arrays, where they are now, can be evaluated again without another look.
+        tied: whether memory was found under several names, of which only one is looked at again.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class Tensors:
         self._distinct: list[Any] = []
         self._plans: list[_Planned] = []
         self._others: list[int] = []
-        self.reusable = True
+        self.reusable, self.tied = True, False
         self._recorded = recorded
         groups: dict[Any, list[tuple[int, reductions.Reading]]] = {}
         for i in self._counted(arrays, count_tied):
@@ -80,7 +81,7 @@ class Tensors:
                 seen.add(place)
                 yield i
             else:
-                self.reusable = False  # in the next call, it may be elsewhere
+                self.reusable, self.tied = False, True  # in the next call, it may be elsewhere
 
     def _plan(self, group: Sequence[tuple[int, reductions.Reading]]) -> Plan:
         members = []
@@ -170,11 +171,43 @@ class Tensors:
         for i in self._others:
             self._call(i, "grad", arrays[i], out=grads[self._names[i]], scale=scale, accumulate=True)
 
+    def value_and_add_grad(
+        self, arrays: Sequence[Any], grads: list[Any], scale: float
+    ) -> tuple[Any, Callable[[], dict[str, Any]]]:
+        """Add each gradient, times a scale, to the array in its place, and return the sum of all penalties.
+
+        And what returns them by name, as they were. All is found to be right before anything is written.
+        """
+        others = [(i, *self._value_and_grad(i, arrays[i])) for i in self._others]
+        targets = [plan.targets(_taken(arrays, indices), _taken(grads, indices)) for indices, plan, _ in self._plans]
+        values, penalties, named = [], self._penalties(), []
+        for (indices, plan, _), target in zip(self._plans, targets, strict=True):
+            value, each = plan.value_and_add_grad(penalties, target, scale)
+            values.append((arrays[indices[0]], value))
+            named.append((indices, each))
+        for i, value, gradient in others:
+            grads[i] += gradient if scale == 1.0 else scale * gradient
+            values.append((arrays[i], value))
+
+        def each_value() -> dict[str, Any]:
+            found = {i: value for i, value, _ in others}
+            for indices, each in named:
+                found |= zip(indices, each(), strict=True)
+            return {self._names[i]: found[i] for i in sorted(found)}
+
+        return _total(values), each_value
+
+    def _value_and_grad(self, i: int, x: Any) -> tuple[Any, Any]:
+        if hasattr(self._regularizers[i], "value_and_grad"):
+            value, gradient = self._call(i, "value_and_grad", x)
+            return value, gradient
+        return self._call(i, "__call__", x), self._call(i, "grad", x)
+
     def prox(self, arrays: Sequence[Any], step: float) -> None:
         """Replace each array by its proximal operator's result, once all are found to be right."""
         self._need("prox")
         for i in self._evaluated():
-            if not summands.has_prox(getattr(self._regularizers[i], "_summands", ())):
+            if not has_prox(self._regularizers[i]):
                 raise TypeError(
                     f"{self._names[i]}: expected a regularizer with a proximal operator; "
                     f"got {self._regularizers[i]!r}; give this name None by a rule, and use its gradient."
@@ -210,6 +243,11 @@ class Tensors:
     def _call(self, i: int, method: str, *arguments: Any, **keywords: Any) -> Any:
         with _naming(self._names[i]):
             return getattr(self._regularizers[i], method)(*arguments, **keywords)
+
+
+def has_prox(regularizer: Any) -> bool:
+    """Whether a regularizer that has `prox` has it in closed form; of others than regkern's own, it is believed."""
+    return summands.has_prox(getattr(regularizer, "_summands", ()))
 
 
 def _planned(regularizer: Any) -> Any:

@@ -26,7 +26,7 @@ def warmup(
         dtypes: names among float16, bfloat16, float32 and float64.
 
     Returns:
-        How many kernels are ready: 16 for each element-wise penalty and dtype, some 20 for the orthogonal one and for
+        How many kernels are ready: 18 for each element-wise penalty and dtype, some 20 for the orthogonal one and for
         the group lasso, and what all share. One that is not in the cache takes some tenths of a second, a few of the
         orthogonal penalty's up to three.
 

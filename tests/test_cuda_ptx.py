@@ -5,7 +5,15 @@ import re
 
 import pytest
 from regkern.kernels.formulas import ABS_SQUARE
-from regkern.kernels.operations import ADD_GRADIENT, GRADIENT, OPERATIONS, PROX, SUMS, SUMS_AND_GRADIENT
+from regkern.kernels.operations import (
+    ADD_GRADIENT,
+    GRADIENT,
+    OPERATIONS,
+    PROX,
+    SUMS,
+    SUMS_AND_ADD_GRADIENT,
+    SUMS_AND_GRADIENT,
+)
 
 from regkern.dtypes import DTYPES
 
@@ -33,7 +41,14 @@ EVERY_CAPABILITY = pytest.mark.parametrize("capability", CAPABILITIES, ids=lambd
 
 
 # Of one element: how often a main loop adds, products with a sum included, and how often it compares.
-ADDS_AND_COMPARES = {SUMS: (2, 0), GRADIENT: (1, 2), ADD_GRADIENT: (2, 2), SUMS_AND_GRADIENT: (3, 2), PROX: (1, 2)}
+ADDS_AND_COMPARES = {
+    SUMS: (2, 0),
+    GRADIENT: (1, 2),
+    ADD_GRADIENT: (2, 2),
+    SUMS_AND_GRADIENT: (3, 2),
+    SUMS_AND_ADD_GRADIENT: (4, 2),
+    PROX: (1, 2),
+}
 # A compensated sum takes four additions of a term, which the formula has two of.
 COMPENSATION = 6
 # Instructions of an element at most, loop and addresses included: with sums in float64, and with compensated ones.
@@ -43,7 +58,7 @@ MULTIPROCESSOR = 1 << 16  # registers
 
 def elements_of(operation, dtype, loads):
     """Return how many elements the 16-byte loads of a loop take."""
-    return loads * lanes_of(DTYPES[dtype]) // (2 if operation is ADD_GRADIENT else 1)
+    return loads * lanes_of(DTYPES[dtype]) // (2 if operation in (ADD_GRADIENT, SUMS_AND_ADD_GRADIENT) else 1)
 
 
 @EVERY_CAPABILITY

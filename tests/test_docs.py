@@ -11,6 +11,7 @@ import pytest
 import regkern
 import regkern.keras
 import regkern.optax
+import regkern.torch
 from regkern.regularizers import PenaltyRegularizer
 
 ROOT = Path(__file__).parent.parent
@@ -32,7 +33,7 @@ def public():
     tops = [getattr(regkern, name) for name in regkern.__all__ if name != "reductions"]
     tops += [
         getattr(module, name)
-        for module in (regkern.reductions, regkern.keras, regkern.optax)
+        for module in (regkern.reductions, regkern.keras, regkern.optax, regkern.torch)
         for name in module.__all__
     ]
     for top in dict.fromkeys([*tops, PenaltyRegularizer]):

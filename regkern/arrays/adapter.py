@@ -151,6 +151,13 @@ class KernelAdapter(Adapter):
 
         return first_moved
 
+    def finder(self, arrays: Sequence[Any]) -> Callable[[Sequence[Any]], list[int] | None] | None:
+        """Return a function of other arrays: their addresses, or None where they differ in more than these.
+
+        None where the library has no way to tell that is faster than a look at each.
+        """
+        return None
+
     @abstractmethod
     def empty_like(self, x: Any) -> Any:
         """Return a new array with x's shape, dtype and order of axes."""

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from regkern.arrays.layout import View, walk
-from regkern.arrays.plan import Member, Plan, Weighted
+from regkern.arrays.plan import Member, Plan, Targets, Weighted
 from regkern.dtypes import DType
 from regkern.kernels.cuda.elementwise import NULL, last_stage
 from regkern.kernels.cuda.launch import Place, check_not_capturing, launch
 from regkern.kernels.cuda.many import CHUNK, chunks_kernel, count_chunks, penalty_of_all, penalty_of_each
-from regkern.terms import GRADIENT, SUMS, VALUE_AND_GRADIENT, Formula, Operation
+from regkern.terms import GRADIENT, SUMS, VALUE_AND_ADD_GRADIENT, VALUE_AND_GRADIENT, Formula, Operation
 
 if TYPE_CHECKING:
     from regkern.arrays.device import DeviceAdapter
@@ -36,9 +37,11 @@ class DevicePlan(Plan):
         return self._total(self._run(SUMS, penalties), penalties)
 
     def values(self, penalties: Sequence[Weighted]) -> list[Any]:
+        return self._each(penalties, self._run(SUMS, penalties), self._upload_factors(penalties))
+
+    def _each(self, penalties: Sequence[Weighted], sums: Sequence[tuple[_Group, Any]], factors: Any) -> list[Any]:
         found: list[Any] = [None] * len(self._penalties)
-        factors = self._upload_factors(penalties)
-        for group, partial in self._run(SUMS, penalties):
+        for group, partial in sums:
             each = self._adapter.empty(self._home, (len(group.indices),), group.dtype.result)
             arguments = self._addresses(group.arrays, factors, partial, each)
             launch(self._place(), penalty_of_each(group.dtype.result), len(group.indices), arguments)
@@ -54,6 +57,17 @@ class DevicePlan(Plan):
         outs, views = self._make(arrays)
         self._run(GRADIENT, penalties, views, self._adapter.address(scale))
         return outs
+
+    def value_and_add_grad(
+        self, penalties: Sequence[Weighted], targets: Targets, scale: float
+    ) -> tuple[Any, Callable[[], list[Any]]]:
+        sums = self._run(VALUE_AND_ADD_GRADIENT if scale == 1.0 else SUMS, penalties, targets.views)
+        if scale == 1.0:
+            self._wrote(targets.arrays)
+        else:
+            self.add_grad(penalties, targets, scale)
+        factors = self._upload_factors(penalties)
+        return self._total(sums, penalties), functools.partial(self._each, penalties, sums, factors)
 
     def _make(self, arrays: Sequence[Any]) -> tuple[list[Any], list[View]]:
         """Return new arrays like those, and where they are."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
 
 import numpy as np
@@ -12,7 +13,17 @@ from regkern.arrays.layout import View, loops
 from regkern.dtypes import FLOAT32, FLOAT64
 from regkern.kernels.cpu.elementwise import kernels
 from regkern.kernels.cpu.many import Entry, Table
-from regkern.terms import ADD_GRADIENT, PROX, SUMS, VALUE_AND_GRADIENT, Formula, Operation, Parameters, Term
+from regkern.terms import (
+    ADD_GRADIENT,
+    PROX,
+    SUMS,
+    VALUE_AND_ADD_GRADIENT,
+    VALUE_AND_GRADIENT,
+    Formula,
+    Operation,
+    Parameters,
+    Term,
+)
 from regkern.terms import scaled as scaled_parameters
 
 if TYPE_CHECKING:
@@ -38,9 +49,13 @@ class Known:
         self.views = [adapter.view(x) for adapter, x in zip(adapters, arrays, strict=True)]
         self._identities = _identities(arrays)
         self._watches = []
+        self._finders = []
         for adapter in dict.fromkeys(adapters):
             indices = [i for i, each in enumerate(adapters) if each is adapter]
-            self._watches.append((indices, adapter.watch([arrays[i] for i in indices], written=written)))
+            own = [arrays[i] for i in indices]
+            self._watches.append((indices, adapter.watch(own, written=written)))
+            if written:
+                self._finders.append(adapter.finder(own))
 
     def first_moved(self, arrays: Sequence[Any]) -> int:
         """Return the index of the first of the same arrays that lies elsewhere or otherwise now, or -1."""
@@ -53,6 +68,20 @@ class Known:
     def are(self, arrays: Sequence[Any]) -> bool:
         """Whether these are the same arrays, where they were."""
         return _identities(arrays) == self._identities and self.first_moved(arrays) < 0
+
+    def take(self, arrays: Sequence[Any], others: Sequence[View]) -> bool:
+        """Whether these are right to be written to as well: the same arrays, or some that differ in their place alone.
+
+        The views are theirs then. No two have the same place, nor the place of one of the other views.
+        """
+        find = self._finders[0] if len(self._finders) == 1 else None
+        if find is None:
+            return self.are(arrays)
+        addresses = find(arrays)
+        if addresses is None or len({*addresses, *(view.address for view in others)}) < len(addresses) + len(others):
+            return False
+        self.views = [View(address, *view[1:]) for address, view in zip(addresses, self.views, strict=True)]
+        return True
 
 
 def _identities(arrays: Sequence[Any]) -> list[tuple[int, type]]:
@@ -128,6 +157,15 @@ class Plan(ABC):
     def scaled_grads(self, penalties: Sequence[Weighted], arrays: Sequence[Any], scale: Any) -> list[Any]:
         """Return a 0-d array of the library, of the result's type, times each array's gradient, new arrays."""
 
+    @abstractmethod
+    def value_and_add_grad(
+        self, penalties: Sequence[Weighted], targets: Targets, scale: float
+    ) -> tuple[Any, Callable[[], list[Any]]]:
+        """Add scale times each array's gradient to its target, and return the sum of all penalties.
+
+        And what returns each array's, a 0-d scalar of its library, as it was.
+        """
+
     def targets(self, arrays: Sequence[Any], outs: Sequence[Any]) -> Targets:
         """Check what is to be written to: arrays like the plan's own, or those themselves. The last ones are known.
 
@@ -135,7 +173,7 @@ class Plan(ABC):
             TypeError, ValueError: one cannot take a result of its array, or two are in one place.
         """
         known = self._targets.get(outs is arrays)
-        if known is None or not known.are(outs):
+        if known is None or not (known.are(outs) if outs is arrays else known.take(outs, self._arrays.views)):
             self._check_outs(arrays, outs)
             known = self._targets[outs is arrays] = Known(self._adapters, outs, written=True)
         return Targets(outs, known.views)
@@ -181,11 +219,13 @@ class HostPlan(Plan):
         return self._scalar(self._run(SUMS, penalties)[0])
 
     def values(self, penalties: Sequence[Weighted]) -> list[Any]:
-        sums = self._run(SUMS, penalties)[1].tolist()
+        return self._each(penalties, self._run(SUMS, penalties)[1])
+
+    def _each(self, penalties: Sequence[Weighted], sums: Any) -> list[Any]:
         return [
             adapter.scalar(p[0] * sum0 + p[1] * sum1, view.dtype)
             for adapter, view, (_, p), (sum0, sum1) in zip(
-                self._adapters, self._arrays.views, self.weighted(penalties), sums, strict=True
+                self._adapters, self._arrays.views, self.weighted(penalties), sums.tolist(), strict=True
             )
         ]
 
@@ -196,6 +236,17 @@ class HostPlan(Plan):
 
     def scaled_grads(self, penalties: Sequence[Weighted], arrays: Sequence[Any], scale: Any) -> list[Any]:
         return self.value_and_grad(scaled(penalties, scale.item()), arrays)[1]
+
+    def value_and_add_grad(
+        self, penalties: Sequence[Weighted], targets: Targets, scale: float
+    ) -> tuple[Any, Callable[[], list[Any]]]:
+        if scale == 1.0:
+            total, sums = self._run(VALUE_AND_ADD_GRADIENT, penalties, targets.views)
+            self._wrote(targets.arrays)
+        else:
+            total, sums = self._run(SUMS, penalties)
+            self.add_grad(penalties, targets, scale)
+        return self._scalar(total), partial(self._each, penalties, sums)
 
     def _scalar(self, value: float) -> Any:
         return self._adapters[0].scalar(value, self.dtype)

@@ -131,6 +131,14 @@ class Tensors(KernelAdapter):
 
         return first_moved
 
+    def finder(self, arrays: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], list[int] | None]:
+        sizes, guard = _sizes(arrays), _guard(arrays)
+
+        def find(arrays: Sequence[Tensor]) -> list[int] | None:
+            return list(map(Tensor.data_ptr, arrays)) if guard(*arrays) and _sizes(arrays) == sizes else None
+
+        return find
+
 
 def byte_strides(x: Tensor) -> Strides:
     """Return a tensor's strides in bytes."""
