@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from regkern.arrays import tensorflow_graph as graph
 from regkern.arrays.adapter import Adapter, ChoosingAdapter, require
 from regkern.arrays.layers import distinct, through_layers
-from regkern.arrays.numpy import NumpyAdapter
 from regkern.arrays.operations import OperationsAdapter
+from regkern.arrays.tensorflow_graph import VIEWS
 from regkern.dtypes import DTYPES, complex_advice
 from regkern.kernels.formulas import ABS, ABS_SQUARE, SQUARE, Formula
 from regkern.kernels.operations import Operation
@@ -24,7 +25,6 @@ require("tensorflow", tf.__version__, (2, 18))
 
 # Which of its two terms, the absolute values and the squares, a formula has: for these, faster operations are known.
 _TERMS = {ABS: (True, False), SQUARE: (False, True), ABS_SQUARE: (True, True)}
-_ALIGNMENT = 64  # bytes: TensorFlow's operations rely on it
 _EXCHANGED = (np.float16, np.float32, np.float64)  # by NumPy through DLPack, which has no bfloat16 there
 
 
@@ -158,16 +158,19 @@ class Operations(OperationsAdapter):
 OPERATIONS = Operations()
 
 
-class Views(NumpyAdapter):
-    """Reads tensors as views, and makes arrays whose memory a tensor can take over."""
+class InGraphs(Operations):
+    """Penalties in graphs that may have the kernels in them; all else by operations."""
 
-    def empty_like(self, x: Any) -> Any:
-        memory = np.empty(x.nbytes + _ALIGNMENT, np.uint8)
-        start = -memory.ctypes.data % _ALIGNMENT
-        return memory[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
+    def penalty(self, formula: Formula, a: Any, b: Any, x: Any) -> Any:
+        if formula is SQUARE:  # a sum of squares and its gradient are one fast operation each
+            return super().penalty(formula, a, b, x)
+        return graph.evaluate(graph.Call(graph.Elementwise(formula), (a, b), OPERATIONS), x, _results[x.dtype])
+
+    def orthogonal(self, factor: float, x: Any, **vectors: bool) -> Any:
+        return graph.evaluate(graph.Call(graph.Orthogonal(**vectors), (factor,), OPERATIONS), x, _results[x.dtype])
 
 
-VIEWS = Views()
+IN_GRAPHS = InGraphs()
 
 
 class Kernels(Adapter):
@@ -354,7 +357,9 @@ class TensorflowAdapter(ChoosingAdapter):
         if isinstance(x, tf.RaggedTensor):
             return RAGGED, x
         tensor = tf.convert_to_tensor(x)
-        return (KERNELS if _is_plain(tensor) else OPERATIONS), tensor
+        if _is_plain(tensor):
+            return KERNELS, tensor
+        return (IN_GRAPHS if graph.takes(tensor) else OPERATIONS), tensor
 
     def captures(self, x: Any) -> bool:
         return not tf.executing_eagerly()
