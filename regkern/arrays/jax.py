@@ -25,7 +25,7 @@ from regkern.arrays.adapter import Adapter, require
 from regkern.arrays.operations import OperationsAdapter
 from regkern.dtypes import DTYPES, complex_advice
 from regkern.kernels.cpu import xla
-from regkern.kernels.cpu.xla import GRADIENT, PARTIAL, PROX, VALUE, VALUE_AND_GRADIENT
+from regkern.kernels.cpu.xla import GRADIENT, PARTIAL, PROX, VALUE, VALUE_AND_GRADIENT, VALUE_AND_ONE
 from regkern.kernels.formulas import Formula
 from regkern.kernels.operations import ADD_GRADIENT, Operation
 
@@ -167,6 +167,8 @@ def _evaluate(kind: int, penalty: _Penalty, batch: int) -> Callable[..., list[An
 
         if kind == VALUE:
             return [value(x)]
+        if kind == VALUE_AND_ONE:
+            return [value(x), jnp.ones((), _result_type(x))]
         if kind == SLOPE:
             return [jax.jvp(value, (x,), rest)[1]]
         if kind == GRADIENT:
@@ -221,7 +223,7 @@ def _types(x: Any, factors: Any, *rest: Any, kind: int, penalty: _Penalty, batch
     if kind == PARTIAL:
         return [_smaller(x, batch, (2,), _widest())]
     value = _smaller(x, batch, (), _result_type(x))
-    return [value, gradient] if kind == VALUE_AND_GRADIENT else [value]
+    return {VALUE_AND_GRADIENT: [value, gradient], VALUE_AND_ONE: [value, value]}.get(kind, [value])
 
 
 def _smaller(x: Any, batch: int, shape: tuple[int, ...], dtype: Any) -> Any:
@@ -242,8 +244,13 @@ def _differentiate(
     parameters = {"penalty": penalty, "batch": batch}
     if kind == VALUE:
         if not penalty.fused or x.dtype.itemsize == 2:  # 16 bits would lose a gradient before it is scaled
-            value = _call(x, factors, kind=VALUE, **parameters)
-            return value, _primitive.bind(x, factors, dx, kind=SLOPE, **parameters)
+            if penalty.fused:
+                value = _call(x, factors, kind=VALUE, **parameters)
+                return value, _primitive.bind(x, factors, dx, kind=SLOPE, **parameters)
+            # Without an order between the call and the update of a donated x, XLA copies x for the call.
+            value, one = _call(x, factors, kind=VALUE_AND_ONE, **parameters)
+            (slope,) = _primitive.bind(x, factors, dx, kind=SLOPE, **parameters)
+            return [value], [lax.stop_gradient(one) * slope]
         value, gradient = _call(x, factors, kind=VALUE_AND_GRADIENT, **parameters)
         return [value], [jnp.sum(gradient * dx, axis=tuple(range(batch, x.ndim)))]
     function = _evaluate(kind, penalty, batch)

@@ -1,7 +1,7 @@
-"""TensorFlow tensors and variables: the CPU kernels for eager tensors, TensorFlow's own operations in graphs.
+"""TensorFlow tensors and variables: the CPU kernels, in graphs too, and TensorFlow's own operations.
 
-Eager tensors in the host's memory are read where they lie. Inside `tf.function`, in SavedModels, under XLA and on other
-devices, penalties are TensorFlow's operations, of which nothing leaves the graph.
+Eager tensors in the host's memory are read where they lie. Graphs on the CPU call the kernels for large tensors. In all
+other graphs, under XLA and on other devices, penalties are TensorFlow's operations, of which nothing leaves the graph.
 """
 
 import math

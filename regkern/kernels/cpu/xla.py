@@ -40,11 +40,13 @@ from regkern.kernels.formulas import Formula
 # The versions of the interface whose call frames are as read below, seen in the headers of jaxlib.
 API_VERSIONS = {(0, 3)}
 
-# What a call computes. Arguments are x, the two factors as float64 and, for a gradient, the cotangent.
-VALUE, PARTIAL, GRADIENT, VALUE_AND_GRADIENT, PROX = range(5)
+# What a call computes. Arguments are x, the two factors as float64 and, for a gradient, the cotangent. The one that
+# comes with a value is 1: what is multiplied by it comes after the call, and may be written over x.
+VALUE, VALUE_AND_ONE, PARTIAL, GRADIENT, VALUE_AND_GRADIENT, PROX = range(6)
 
 _OPERATIONS = {
     VALUE: operations.SUMS,
+    VALUE_AND_ONE: operations.SUMS,
     PARTIAL: operations.SUMS,
     GRADIENT: operations.GRADIENT,
     VALUE_AND_GRADIENT: operations.SUMS_AND_GRADIENT,
@@ -247,7 +249,7 @@ def _evaluate_elementwise(frame):
     factors = _data(_argument(frame, 1))
     a, b = load_double(factors), load_double(factors + 8)
     batch, out, step = 1, first, 0
-    if kind == VALUE:
+    if kind in (VALUE, VALUE_AND_ONE):
         batch = _elements(first)
     elif kind == PARTIAL:
         batch = _elements(first) // 2
@@ -269,8 +271,10 @@ def _evaluate_elementwise(frame):
         found, sum0, sum1 = elementwise.flat(run, itemsize, place, target, n, a * g, b * g, width)
         if not found:
             return _failed(frame)
-        if kind in (VALUE, VALUE_AND_GRADIENT):
+        if kind in (VALUE, VALUE_AND_ONE, VALUE_AND_GRADIENT):
             _write(first, i, a * sum0 + b * sum1)
+            if kind == VALUE_AND_ONE:
+                _write(_result(frame, 1), i, 1.0)
         elif kind == PARTIAL:
             _write(first, 2 * i, sum0)
             _write(first, 2 * i + 1, sum1)
