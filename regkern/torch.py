@@ -152,8 +152,10 @@ class Handle:
         self._last: tuple[Any, Callable[[], dict[str, Any]]] | None = None
         self._depth = 0
         tree = reductions.Tree(model)
-        found = rules._find(tree.arrays) if rules else []  # here, so that a warning has the place of `attach`'s caller
-        proximal = prox._find(tree.arrays) if prox else []
+        found = (
+            rules._find(model, tree.arrays) if rules else []
+        )  # here, so that a warning has the place of `attach`'s caller
+        proximal = prox._find(model, tree.arrays) if prox else []
         self._bind(tree, found, proximal)
         # What a compiled step meets: kernels are called, and not traced.
         before, after = torch.compiler.disable(self._before), torch.compiler.disable(self._after)
@@ -221,7 +223,9 @@ class Handle:
         )
         if not same or self._watch.changed():
             tree = reductions.Tree(self._model)
-            found, proximal = (each._find(tree.arrays) if each else [] for each in (self._rules, self._prox))
+            found, proximal = (
+                each._find(self._model, tree.arrays) if each else [] for each in (self._rules, self._prox)
+            )
             self._bind(tree, found, proximal)
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

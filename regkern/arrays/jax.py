@@ -24,6 +24,7 @@ from regkern.arrays.adapter import Adapter, no_partial, require
 from regkern.arrays.expressions import ExpressionsAdapter
 from regkern.dtypes import DTYPES, complex_advice
 from regkern.kernels.cpu import xla
+from regkern.kernels.cpu.xla import VALUE_AND_ONE
 from regkern.terms import (
     ELEMENTS,
     GRADIENT,
@@ -154,6 +155,8 @@ def _evaluate(kind: Operation, term: Term, batch: int) -> Callable[..., list[Any
         def value(x: Any) -> Any:
             return _operations.value(term, p, x)
 
+        if kind is VALUE_AND_ONE:
+            return [value(x), jnp.ones((), _result_type(x))]
         if kind is SLOPE:
             return [jax.jvp(value, (x,), rest)[1]]
         if kind is GRADIENT:
@@ -207,7 +210,7 @@ def _types(x: Any, words: Any, *rest: Any, kind: Operation, term: Term, batch: i
     if kind is PARTIAL:
         return [_smaller(x, batch, (2,), _widest())]
     value = _smaller(x, batch, (), _result_type(x))
-    return [value, gradient] if kind is VALUE_AND_GRADIENT else [value]
+    return {VALUE_AND_GRADIENT: [value, gradient], VALUE_AND_ONE: [value, value]}.get(kind, [value])
 
 
 def _smaller(x: Any, batch: int, shape: tuple[int, ...], dtype: Any) -> Any:
@@ -227,6 +230,11 @@ def _differentiate(
     dx, _, *rest_dots = tangents
     parameters = {"term": term, "batch": batch}
     if kind is VALUE:
+        if term.view is ELEMENTS:
+            # Without an order between the call and the update of a donated x, XLA copies x for the call.
+            value, one = _call(x, factors, kind=VALUE_AND_ONE, **parameters)
+            (slope,) = _primitive.bind(x, factors, dx, kind=SLOPE, **parameters)
+            return [value], [lax.stop_gradient(one) * slope]
         if not _fused(term) or x.dtype.itemsize == 2:  # 16 bits would lose a gradient before it is scaled
             value = _call(x, factors, kind=VALUE, **parameters)
             return value, _primitive.bind(x, factors, dx, kind=SLOPE, **parameters)

@@ -1,7 +1,7 @@
-"""TensorFlow tensors and variables: the CPU kernels for eager tensors, TensorFlow's own operations in graphs.
+"""TensorFlow tensors and variables: the CPU kernels, in graphs too, and TensorFlow's own operations.
 
-Eager tensors in the host's memory are read where they lie. Inside `tf.function`, in SavedModels, under XLA and on other
-devices, penalties are TensorFlow's operations, of which nothing leaves the graph.
+Eager tensors in the host's memory are read where they lie. Graphs on the CPU call the kernels for large tensors. In all
+other graphs, under XLA and on other devices, penalties are TensorFlow's operations, of which nothing leaves the graph.
 """
 
 import math
@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from regkern.arrays import tensorflow_graph as graph
 from regkern.arrays.adapter import Adapter, ChoosingAdapter, require
 from regkern.arrays.expressions import ExpressionsAdapter
 from regkern.arrays.layers import distinct, through_layers
-from regkern.arrays.numpy import NumpyAdapter
+from regkern.arrays.tensorflow_graph import VIEWS
 from regkern.dtypes import DTYPES, complex_advice
-from regkern.formulas import ABS, ABS_SQUARE, SQUARE
+from regkern.formulas import ABS, ABS_SQUARE, SQUARE, SQUARE_SUM
 from regkern.terms import (
     ADD_GRADIENT,
     ELEMENTS,
@@ -37,7 +38,6 @@ require("tensorflow", tf.__version__, (2, 18))
 
 # Which of its two terms, the absolute values and the squares, a formula has: for these, faster operations are known.
 _TERMS = {ABS: (True, False), SQUARE: (False, True), ABS_SQUARE: (True, True)}
-_ALIGNMENT = 64  # bytes: TensorFlow's operations rely on it
 _EXCHANGED = (np.float16, np.float32, np.float64)  # by NumPy through DLPack, which has no bfloat16 there
 
 
@@ -196,16 +196,17 @@ def _check_count(view: Products, x: Any) -> None:
 OPERATIONS = Operations()
 
 
-class Views(NumpyAdapter):
-    """Reads tensors as views, and makes arrays whose memory a tensor can take over."""
+class InGraphs(Operations):
+    """Penalties in graphs that may have the kernels in them; all else by operations."""
 
-    def empty_like(self, x: Any) -> Any:
-        memory = np.empty(x.nbytes + _ALIGNMENT, np.uint8)
-        start = -memory.ctypes.data % _ALIGNMENT
-        return memory[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
+    def value(self, term: Term, p: Parameters, x: Any) -> Any:
+        # Of L2, the sum of squares and its gradient are one fast operation each.
+        if term == SQUARE_SUM or not all(type(each) is float for each in p):
+            return super().value(term, p, x)
+        return graph.evaluate(graph.Call(term, p, OPERATIONS), x, _results[x.dtype])
 
 
-VIEWS = Views()
+IN_GRAPHS = InGraphs()
 
 
 class Kernels(Adapter):
@@ -364,7 +365,9 @@ class TensorflowAdapter(ChoosingAdapter):
         if isinstance(x, tf.RaggedTensor):
             return RAGGED, x
         tensor = tf.convert_to_tensor(x)
-        return (KERNELS if _is_plain(tensor) else OPERATIONS), tensor
+        if _is_plain(tensor):
+            return KERNELS, tensor
+        return (IN_GRAPHS if graph.takes(tensor) else OPERATIONS), tensor
 
     def captures(self, x: Any) -> bool:
         return not tf.executing_eagerly()

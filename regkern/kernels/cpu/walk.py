@@ -23,7 +23,7 @@ from regkern.kernels.cpu.words import (
 )
 
 _INT, PARAMETERS = types.intp, types.UniTuple(types.float64, 4)
-# A run over n elements: addresses of x and of out, n, the parameters, the lane of the first element, the lanes' address.
+# A run over n elements: addresses of x and of out, n, the parameters, the first element's lane, the lanes' address.
 RUN = _INT(_INT, _INT, _INT, *PARAMETERS, _INT, _INT)
 # A run over n elements of an array: what describes the run; x, out, the layout and its dimensions; which of its
 # elements is the first, and n; the parameters; the lanes' address, of which the first element takes the first.

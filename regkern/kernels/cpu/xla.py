@@ -40,9 +40,18 @@ from regkern.terms import GRADIENT, PARTIAL, PROX, SUMS, VALUE, VALUE_AND_GRADIE
 # The versions of the interface whose call frames are as read below, seen in the headers of jaxlib.
 API_VERSIONS = {(0, 3)}
 
-# What a call computes. Arguments are x, the four parameters as float64 and, for a gradient, the cotangent.
-_VALUE, _PARTIAL, _GRADIENT, _VALUE_AND_GRADIENT, _PROX = range(5)
-_KINDS = {VALUE: _VALUE, PARTIAL: _PARTIAL, GRADIENT: _GRADIENT, VALUE_AND_GRADIENT: _VALUE_AND_GRADIENT, PROX: _PROX}
+# What a call computes. Arguments are x, the four parameters as float64 and, for a gradient, the cotangent. The one that
+# comes with a value is 1: what is multiplied by it comes after the call, and may be written over x.
+VALUE_AND_ONE = Operation("value_and_one", True)
+_VALUE, _VALUE_AND_ONE, _PARTIAL, _GRADIENT, _VALUE_AND_GRADIENT, _PROX = range(6)
+_KINDS = {
+    VALUE: _VALUE,
+    VALUE_AND_ONE: _VALUE_AND_ONE,
+    PARTIAL: _PARTIAL,
+    GRADIENT: _GRADIENT,
+    VALUE_AND_GRADIENT: _VALUE_AND_GRADIENT,
+    PROX: _PROX,
+}
 
 # Rows of (key, address), the last of them empty: the run of an element-wise kernel, or the record of a Gram kernel.
 _TABLE = np.zeros((1025, 2), np.int64)
@@ -242,7 +251,7 @@ def _evaluate_elementwise(frame):
     kind, x, first = _attribute(frame, 1), _argument(frame, 0), _result(frame, 0)
     a, b, c, d = elementwise.load_parameters(_data(_argument(frame, 1)))
     batch, out, step = 1, first, 0
-    if kind == _VALUE:
+    if kind in (_VALUE, _VALUE_AND_ONE):
         batch = _elements(first)
     elif kind == _PARTIAL:
         batch = _elements(first) // 2
@@ -264,8 +273,10 @@ def _evaluate_elementwise(frame):
         found, sum0, sum1 = elementwise.flat(run, itemsize, place, target, n, (a * g, b * g, c, d), width)
         if not found:
             return _failed(frame)
-        if kind in (_VALUE, _VALUE_AND_GRADIENT):
+        if kind in (_VALUE, _VALUE_AND_ONE, _VALUE_AND_GRADIENT):
             _write(first, i, a * sum0 + b * sum1)
+            if kind == _VALUE_AND_ONE:
+                _write(_result(frame, 1), i, 1.0)
         elif kind == _PARTIAL:
             _write(first, 2 * i, sum0)
             _write(first, 2 * i + 1, sum1)

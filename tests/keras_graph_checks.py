@@ -1,0 +1,175 @@
+"""Models whose training steps have the kernels in their graphs; `test_tensorflow_graph.py` runs it for each Keras."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import regkern as rk
+import regkern.keras
+from tests.keras_checks import LIBRARY, assert_same_training, inputs, keras, layers, numbers, pytestmark  # noqa: F401
+
+WIDTH = 192  # of kernels that are large enough
+X, Y = (np.random.default_rng(seed).standard_normal((64, WIDTH)).astype("float32") for seed in (0, 1))
+
+
+def network(library, activity=False):
+    keras.utils.set_random_seed(7)
+    return keras.Sequential(
+        [
+            inputs((WIDTH,)),
+            layers.Dense(WIDTH, "tanh", kernel_regularizer=library.L1L2(1e-4, 1e-3), bias_regularizer=library.L1(1e-3)),
+            layers.Dense(
+                WIDTH,
+                "tanh",
+                kernel_regularizer=library.OrthogonalRegularizer(0.1),
+                activity_regularizer=library.L1(1e-3) if activity else None,
+            ),
+            layers.Dense(WIDTH, kernel_regularizer=library.L1(1e-4)),
+            layers.Dense(WIDTH, kernel_regularizer=library.L2(1e-3)),
+        ]
+    )
+
+
+def train(model, **options):
+    model.compile(keras.optimizers.SGD(0.05, momentum=0.9), "mse", **options)
+    history = model.fit(X, Y, batch_size=16, epochs=2, shuffle=False, verbose=0)
+    return history.history["loss"], [np.asarray(weight, np.float64) for weight in model.get_weights()]
+
+
+def calls(model):
+    """How many calls of kernels are in the graphs of a model's training step."""
+    definitions = [each.graph.as_graph_def() for each in concrete_functions(model.train_function)]
+    functions = {f.signature.name: f for definition in definitions for f in definition.library.function}
+    return sum(node.op.startswith("PyFunc") for f in functions.values() for node in f.node_def)
+
+
+def concrete_functions(function):
+    if hasattr(function, "_list_all_concrete_functions"):
+        return function._list_all_concrete_functions()
+    inside = [
+        cell.cell_contents for cell in function.__closure__ if hasattr(cell.cell_contents, "get_concrete_function")
+    ]
+    return [each for one in inside for each in one._list_all_concrete_functions()]
+
+
+MODES = {
+    "plain": {},
+    "several steps": {"steps_per_execution": 4},
+    "XLA": {"jit_compile": True},
+    "eager": {"run_eagerly": True},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_training_is_that_of_keras(mode):
+    ours, theirs = network(rk, activity=True), network(keras.regularizers, activity=True)
+    assert_same_training(train(ours, **MODES[mode]), train(theirs, **MODES[mode]), 1e-5)
+    if mode in ("plain", "several steps"):
+        assert calls(ours) >= 6  # values and gradients of three kernels
+    if mode == "XLA":
+        assert calls(ours) == 0
+
+
+def test_training_in_half_precision():
+    set_policy = keras.mixed_precision.set_global_policy if LIBRARY == "tf_keras" else keras.config.set_dtype_policy
+    set_policy("mixed_bfloat16")
+    try:
+        ours, theirs = (train(network(library)) for library in (rk, keras.regularizers))
+    finally:
+        set_policy("float32")
+    assert_same_training(ours, theirs, 1e-2)
+
+
+def test_training_on_two_replicas():
+    """In one process there is one CPU; two are in `test_tensorflow_graph.py`."""
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+    results = []
+    for library in (rk, keras.regularizers):
+        with strategy.scope():
+            model = network(library)
+            results.append(train(model))
+    assert_same_training(*results, 1e-5)
+
+
+LOAD = """
+import importlib, sys
+library, form, path = sys.argv[1:]
+sys.modules["regkern"] = None  # as if it were not installed
+import numpy as np, tensorflow as tf
+keras = importlib.import_module(library)
+x, y = np.load(path + ".x.npy"), np.load(path + ".y.npy")
+if form in ("keras", "h5", "saved"):
+    model = keras.models.load_model(path)
+    found = model.predict(x, verbose=0)
+    model.compile("sgd", "mse")
+    print(model.evaluate(x, y, verbose=0), model.fit(x, y, verbose=0).history["loss"][0])
+elif form in ("export", "module"):
+    found = tf.saved_model.load(path).signatures["serving_default"](tf.constant(x))
+    found = list(found.values())[0].numpy()
+else:
+    interpreter = tf.lite.Interpreter(path)
+    (place,), (result,) = interpreter.get_input_details(), interpreter.get_output_details()
+    interpreter.resize_tensor_input(place["index"], x.shape)
+    interpreter.allocate_tensors()
+    interpreter.set_tensor(place["index"], x)
+    interpreter.invoke()
+    found = interpreter.get_tensor(result["index"])
+np.save(path + ".found.npy", found)
+"""
+FORMS = ["keras", "export", "module", "tflite"] + (["h5"] if LIBRARY == "keras" else ["saved"])
+
+
+def save(model, form, path):
+    if form == "export":
+        model.export(path)
+    elif form == "module":
+        tf.saved_model.save(model, path)
+    elif form == "tflite":
+        with open(path, "wb") as file:
+            file.write(tf.lite.TFLiteConverter.from_keras_model(model).convert())
+    elif form == "saved":
+        model.save(path, save_format="tf")
+    else:
+        model.save(path)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the formats' own
+@pytest.mark.parametrize("form", FORMS)
+def test_a_model_that_was_trained_is_saved_and_loaded_without_regkern(form, tmp_path):
+    model = network(rk)
+    train(model)
+    assert calls(model) >= 6
+    path = str(tmp_path / (f"model.{form}" if form in ("keras", "h5", "tflite") else form))
+    expected, loss = model.predict(X, verbose=0), model.evaluate(X, Y, verbose=0)
+    save(model, form, path)
+    np.save(path + ".x.npy", X), np.save(path + ".y.npy", Y)
+    command = [sys.executable, "-c", LOAD, LIBRARY, form, path]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    np.testing.assert_allclose(np.load(path + ".found.npy"), expected, rtol=1e-3, atol=1e-5)
+    if form in ("keras", "h5", "saved"):
+        np.testing.assert_allclose([float(each) for each in result.stdout.split()[-2:]], loss, rtol=1e-2)
+    again = train(model)[0]  # and it goes on here
+    assert numbers(again[-1]) < loss
+
+
+@pytest.mark.filterwarnings("ignore")  # of the formats' own
+def test_a_penalty_of_a_fixed_batch_in_an_export(tmp_path):
+    """Whose size is known, so that the kernels are in the graph that is exported."""
+    batch = {"batch_input_shape": (256, WIDTH)} if LIBRARY == "tf_keras" else {"batch_shape": (256, WIDTH)}
+    model = keras.Sequential(
+        [layers.InputLayer(**batch), layers.Dense(WIDTH, activity_regularizer=rk.L1(1e-3), kernel_regularizer="l2")]
+    )
+    x = np.concatenate([X] * 4)
+    expected = model.predict(x, batch_size=256, verbose=0)
+    for form in ("export", "module", "tflite"):
+        path = str(tmp_path / form)
+        save(model, form, path)
+        np.save(path + ".x.npy", x), np.save(path + ".y.npy", x)
+        command = [sys.executable, "-c", LOAD, LIBRARY, form, path]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        np.testing.assert_allclose(np.load(path + ".found.npy"), expected, rtol=1e-3, atol=1e-5)
