@@ -1,4 +1,4 @@
-"""Digests of results, bit by bit: printed as JSON by `python -m tests.digests`; `--write` keeps them in digests.json."""
+"""Digests of results, bit by bit. `python -m tests.digests` prints them; `--write` keeps them in digests.json."""
 
 import hashlib
 import itertools
@@ -47,7 +47,8 @@ def arrays(dtype: str) -> Iterator[np.ndarray]:
     x = values(SIZES[-1], dtype)
     for view in LAYOUTS.values():
         yield view(x)
-    assert ROW < 300 and PACK < 3 * CHUNK  # "rows" lie where they are, and more is copied than fits at once
+    assert ROW < 300  # "rows" are visited where they lie,
+    assert PACK < 3 * CHUNK  # and of others, more is copied than fits at once
 
 
 def operations(regularizer: rk.Regularizer, x: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:

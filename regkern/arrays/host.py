@@ -77,7 +77,7 @@ class HostAdapter(KernelAdapter):
     def penalty(self, formula: Formula, a: float, b: float, x: Any) -> Any:
         address, size, dtype, contiguous = self.memory(x)
         if contiguous:  # the shortest way: for a small array, the calls in between are the cost
-            kernel = kernels(SUMS, formula, dtype)
+            kernel = kernels(SUMS, formula, dtype, False)
             run = kernel.contiguous_run
             if size <= CHUNK:
                 sum0, sum1 = kernel.small(run, kernel.itemsize, address, address, size, 0.0, 0.0, 1)

@@ -66,7 +66,7 @@ class Call(NamedTuple):
 
 def elementwise_call(kind: int, formula: Formula, dtype: DType, size: int) -> Call:
     """Load the kernel for arrays of so many elements and say how it is called."""
-    kernel = elementwise.kernels(_OPERATIONS[kind], formula, dtype)
+    kernel = elementwise.kernels(_OPERATIONS[kind], formula, dtype, False)
     elementwise.load_flat_task()
     elementwise.width_for(size)  # starts threads where they are needed
     return Call("regkern_elementwise", {"kernel": _load(kernel.name, kernel.contiguous_run), "kind": np.int64(kind)})
