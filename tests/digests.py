@@ -1,4 +1,4 @@
-"""Digests of results, bit by bit, as JSON: `python -m tests.digests` prints them, `--write` keeps them in a file."""
+"""Digests of results, bit by bit. `python -m tests.digests` prints them; `--write` keeps them in digests.json."""
 
 import hashlib
 import itertools
@@ -47,8 +47,8 @@ def arrays(dtype: str) -> Iterator[np.ndarray]:
     x = values(SIZES[-1], dtype)
     for view in LAYOUTS.values():
         yield view(x)
-    assert PACK < 3 * CHUNK
-    assert ROW < 300  # "rows" lie where they are, and more is copied than fits at once
+    assert ROW < 300  # "rows" are visited where they lie,
+    assert PACK < 3 * CHUNK  # and of others, more is copied than fits at once
 
 
 def operations(regularizer: rk.Regularizer, x: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:

@@ -73,7 +73,7 @@ class HostAdapter(KernelAdapter):
         if operation is VALUE and term.view is ELEMENTS:
             address, size, dtype, contiguous = self.memory(x)
             if contiguous and size <= CHUNK:  # the shortest way: for a small array, the calls in between are the cost
-                kernel = kernels(SUMS, term.formula, dtype)
+                kernel = kernels(SUMS, term.formula, dtype, False)
                 sum0, sum1 = kernel.small(kernel.contiguous_run, kernel.itemsize, address, address, size, *p, 1)
                 return self.scalar(p[0] * sum0 + p[1] * sum1, dtype), None
         target = self._target(operation, term, x, out)

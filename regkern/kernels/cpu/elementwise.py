@@ -101,7 +101,7 @@ class Kernels:
 
 
 @functools.cache
-def kernels(operation: Operation, formula: Formula, dtype: DType, in_place: bool = False) -> Kernels:
+def kernels(operation: Operation, formula: Formula, dtype: DType, in_place: bool) -> Kernels:
     """Return what is compiled for one operation, formula and dtype; in place, it writes to x and not to out.
 
     That is compiled by itself because LLVM's overlap check would send an out that is x to a scalar loop, which takes 27

@@ -104,7 +104,7 @@ def evaluate(
     kind = _kind(operation)
     squares_run = scale_run = 0
     if not across:
-        squares_run = kernels(SUMS, SQUARE, dtype).run
+        squares_run = kernels(SUMS, SQUARE, dtype, False).run
         if kind != NOTHING:  # the gradient of a sum of squares is the elements times a number
             write = ADD_GRADIENT if kind == ADDED_DERIVATIVE else GRADIENT
             scale_run = kernels(write, SQUARE, dtype, x == out and kind != ADDED_DERIVATIVE).run

@@ -68,7 +68,7 @@ class Call(NamedTuple):
 
 def elementwise_call(operation: Operation, formula: Formula, dtype: DType, size: int) -> Call:
     """Load the kernel for arrays of so many elements and say how it is called."""
-    kernel = elementwise.kernels(operation if operation.writes else SUMS, formula, dtype)
+    kernel = elementwise.kernels(operation if operation.writes else SUMS, formula, dtype, False)
     elementwise.load_flat_task()
     elementwise.width_for(size)  # starts threads where they are needed
     kind = np.int64(_KINDS[operation])
