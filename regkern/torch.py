@@ -152,9 +152,8 @@ class Handle:
         self._last: tuple[Any, Callable[[], dict[str, Any]]] | None = None
         self._depth = 0
         tree = reductions.Tree(model)
-        found = (
-            rules._find(model, tree.arrays) if rules else []
-        )  # here, so that a warning has the place of `attach`'s caller
+        # Here, so that a warning has the place of `attach`'s caller.
+        found = rules._find(model, tree.arrays) if rules else []
         proximal = prox._find(model, tree.arrays) if prox else []
         self._bind(tree, found, proximal)
         # What a compiled step meets: kernels are called, and not traced.
