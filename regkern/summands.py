@@ -190,7 +190,8 @@ def _partial(summand: Summand, x: Any, other: Any) -> Any:
         )
     n = vector_count(x.shape, term.view)
     if other is None:
-        return np.array([adapter.run(PARTIAL, term, p, x)[0][0], n * (n - 1) // 2])
+        first, second = adapter.run(PARTIAL, term, p, x)[0]
+        return np.array([first + second, n * (n - 1) // 2])
     if ADAPTERS[type(other)] is not adapter:
         raise TypeError(f"other: expected an array of x's library; got {type(other).__name__}; convert one of them.")
     check_rank(other.shape, term.view)
@@ -230,12 +231,17 @@ def finish(summands: Summands, partial: Any, dtype: Any) -> Any:
         first, second = partial[2 * i], partial[2 * i + 1]
         a, b, _, _ = summand.values()
         if isinstance(summand.term.view, Products):
-            mean = min(float(first) / float(second), 1.0) if second else 0.0  # beyond 1 by rounding alone; NaN stays
-            value = np.float64(a + b) * mean
+            value = np.float64(a + b) * _finished(summand.term.view, float(first), float(second))
         else:
             value = a * first + b * second
         total = value if total is None else total + value
     return total.astype(result)
+
+
+def _finished(view: Products, total: float, pairs: float) -> float:
+    if not view.unit:
+        return total
+    return min(total / pairs, 1.0) if pairs else 0.0  # beyond 1 by rounding alone; NaN stays
 
 
 def _supported(dtype: Any) -> DType:
@@ -257,7 +263,8 @@ def check_rank(shape: Sequence[int], view: Products) -> None:
     more = view.flatten or view.batch
     if len(shape) < 2 or (len(shape) > 2 and not more):
         raise ValueError(
-            f"Inputs to OrthogonalRegularizer must have rank {'2 or more' if more else '2'}. "
+            f"Inputs to {'OrthogonalRegularizer' if view.unit else 'SoftOrthogonal'} must have rank "
+            f"{'2 or more' if more else '2'}. "
             f"Received: inputs.shape={tuple(shape)}"
         )
 

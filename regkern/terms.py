@@ -119,15 +119,20 @@ class Norms:
 class Products:
     """The magnitudes of products of pairs i < j of unit rows, which are cosines: their mean, and not their sum.
 
+    The formulas are ABS and SQUARE, and SQUARE alone where rows are no unit rows.
+
     Attributes:
         columns: whether columns are meant instead of rows.
         flatten: whether the axes before the last are merged into one, where there are more than two.
         batch: whether the axes before the last two count matrices, whose penalties are added.
+        unit: whether rows are divided by their norms. Else all entries of the Gram matrix less the unit matrix count,
+            and their sum.
     """
 
     columns: bool = False
     flatten: bool = False
     batch: bool = False
+    unit: bool = True
 
 
 View = Elements | Norms | Products

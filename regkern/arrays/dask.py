@@ -18,7 +18,7 @@ from regkern.arrays import ADAPTERS
 from regkern.arrays.adapter import Adapter, no_partial, require
 from regkern.arrays.numpy import dtype_of
 from regkern.formulas import ABS
-from regkern.terms import GRADIENT, NONE, PARTIAL, PROX, SUMS, Norms, Operation, Parameters, Products, Term
+from regkern.terms import GRADIENT, NONE, PARTIAL, PROX, SUMS, VALUE, Norms, Operation, Parameters, Products, Term
 
 require("dask", dask.__version__, (2025, 1))
 
@@ -73,6 +73,8 @@ class DaskAdapter(Adapter):
         if operation is PARTIAL:
             raise no_partial(x)
         matrices = _matrices(x, view.flatten)
+        if term.formula is not ABS or not view.unit:
+            return self._products_of_whole(operation, term, p, matrices, x)
         value = written = None
         if operation is SUMS:
             value = tuple(self._mean(term, (*factors, *p[2:]), matrices) for factors in ((1.0, 0.0), (0.0, 1.0)))
@@ -87,6 +89,22 @@ class DaskAdapter(Adapter):
                 gradient = _gradient_of_rows(p[0], matrices)
             written = gradient.reshape(x.shape).rechunk(x.chunks)
         return value, written
+
+    def _products_of_whole(
+        self, operation: Operation, term: Term, p: Parameters, matrices: Any, x: Any
+    ) -> tuple[Any, Any]:
+        """Evaluate matrices each of which is brought together: of cosines alone, gradients of blocks are known."""
+        whole, values = _whole(matrices), functools.partial(_values, term, p)
+        value = _reduce(whole, values, operator.itemgetter(0)) if operation.sums else None
+        if operation is SUMS:
+            value = tuple(
+                _reduce(whole, functools.partial(_values, term, (*each, *p[2:])), operator.itemgetter(0))
+                for each in ((1.0, 0.0), (0.0, 1.0))
+            )
+        if operation.writes is None:
+            return value, None
+        gradient = _map(whole, functools.partial(_written, GRADIENT, term, p))
+        return value, gradient.reshape(x.shape).rechunk(x.chunks)
 
     def _mean(self, term: Term, p: Parameters, x: Any) -> Any:
         view = term.view
@@ -213,6 +231,10 @@ def _bands(x: Any) -> Any:
 
 def _sums(term: Term, p: Parameters, chunk: Any) -> Any:
     return ADAPTERS[type(chunk)].run(PARTIAL, term, p, chunk)[0]
+
+
+def _values(term: Term, p: Parameters, chunk: Any) -> Any:
+    return np.array([np.float64(ADAPTERS[type(chunk)].run(VALUE, term, p, chunk)[0])])
 
 
 def _written(operation: Operation, term: Term, p: Parameters, chunk: Any) -> Any:

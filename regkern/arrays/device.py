@@ -108,7 +108,7 @@ class DeviceAdapter(KernelAdapter):
 
     def serves(self, term: Term) -> bool:
         """Whether there are kernels for a penalty; else the library's own operations serve."""
-        return term.view is ELEMENTS or (isinstance(term.view, Products) and term.formula is ABS)
+        return term.view is ELEMENTS or (isinstance(term.view, Products) and term.view.unit and term.formula is ABS)
 
     def run(
         self, operation: Operation, term: Term, p: Parameters, x: Any, out: Any = None, *, scale: int = NULL

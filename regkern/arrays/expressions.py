@@ -120,6 +120,10 @@ class ExpressionsAdapter(Adapter):
     def off_diagonal(self, x: Any) -> Any:
         """Return square matrices, the last two axes, with zeros on their diagonals."""
 
+    def less_identity(self, x: Any) -> Any:
+        """Return square matrices, the last two axes, less the unit matrix."""
+        return x - (self.off_diagonal(x * 0 + 1) * -1 + 1)
+
     @abstractmethod
     def norms(self, x: Any, axes: tuple[int, ...]) -> Any:
         """Return Euclidean norms over axes, which stay with length 1. The derivative of that of zeros is zero."""
@@ -226,7 +230,9 @@ class ExpressionsAdapter(Adapter):
         if view.columns:
             v = self.transpose(v)
         rows, depth = v.shape[-2:]
-        if rows < 2 or depth == 0:
+        if (rows < 2 or depth == 0) and view.unit:
             return self.zero(v), 1
+        if not view.unit:
+            return self.less_identity(v @ self.transpose(v)), 1
         u = self.unit(v)
         return self.magnitude(self.off_diagonal(u @ self.transpose(u))), rows * (rows - 1)

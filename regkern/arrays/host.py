@@ -120,7 +120,7 @@ class HostAdapter(KernelAdapter):
             raise ValueError(
                 f"other: expected {vectors} as long as x's, {d} elements; got {other_d}; pass parts of one matrix."
             )
-        return gram.sum_between(dtype, d, matrices[0], n, *strides, other_matrix, m, *other_strides)
+        return gram.sum_between(_fold(term), dtype, d, matrices[0], n, *strides, other_matrix, m, *other_strides)
 
     def located(self, view: Products, x: Any) -> tuple[DType, list[int], tuple[int, int], tuple[int, int]]:
         """Return x's dtype, the addresses of its matrices, and their lengths and strides: of rows, then of depth."""
@@ -169,24 +169,32 @@ def _norms(
     return weight * total, 0.0
 
 
+def _fold(term: Term) -> str:
+    """Return what becomes of the products of rows: of those of rows as they are, squares alone are known."""
+    assert isinstance(term.view, Products)
+    return term.formula.name if term.view.unit else gram.RAW
+
+
 def _products(
     adapter: HostAdapter, operation: Operation, term: Term, p: Parameters, x: Any, out: Any
 ) -> tuple[float, float]:
     """Run over pairs of rows and return the mean of their products, or for partial sums their sum, over matrices."""
-    view = term.view
+    view, fold = term.view, _fold(term)
     assert isinstance(view, Products)
     flat = adapter.matrices(view, x)  # may be a copy, which must live as long as its address is used
     dtype, matrices, lengths, strides = adapter.located(view, flat)
-    if operation is PARTIAL:
-        return sum((gram.sum_within(dtype, matrix, *lengths, *strides) for matrix in matrices), 0.0), 0.0
-    if not operation.writes:
-        return sum((gram.mean(dtype, matrix, *lengths, *strides) for matrix in matrices), 0.0), 0.0
-    target = adapter.matrices(view, out, copy=False)
-    _, outs, _, out_strides = adapter.located(view, target)
-    mean = 0.0
-    for matrix, place in zip(matrices, outs, strict=True):
-        mean += gram.mean_and_gradient(dtype, matrix, *lengths, *strides, place, *out_strides, p[0], operation.adds)
-    return mean, 0.0
+    if operation.writes:
+        target = adapter.matrices(view, out, copy=False)
+        _, outs, _, out_strides = adapter.located(view, target)
+        factor, total = p[0] if fold == gram.ABS else p[1], 0.0
+        for matrix, place in zip(matrices, outs, strict=True):
+            total += gram.value_and_gradient(
+                fold, dtype, matrix, *lengths, *strides, place, *out_strides, factor, operation.adds
+            )
+    else:
+        evaluate = gram.sum_within if operation is PARTIAL else gram.value
+        total = sum((evaluate(fold, dtype, matrix, *lengths, *strides) for matrix in matrices), 0.0)
+    return (total, 0.0) if fold == gram.ABS else (0.0, total)
 
 
 _ENGINES: dict[type, Any] = {Elements: _elements, Norms: _norms, Products: _products}

@@ -125,10 +125,12 @@ def _kernel(operation: Operation, term: Term, shape: Sequence[int], dtype: str) 
     """Return the call of a kernel for arrays, of a batch, with one shape; None where there is none."""
     if term.view is ELEMENTS:
         return xla.elementwise_call(operation, term.formula, DTYPES[dtype], math.prod(shape))
-    if not isinstance(term.view, Products) or operation is PARTIAL:
+    if not isinstance(term.view, Products) or not term.view.unit or operation is PARTIAL:
         return None
     n, d = reversed(shape) if term.view.columns else shape
-    return xla.gram_call(operation, DTYPES[dtype], n, d, columns=term.view.columns) if n > 1 else None
+    return (
+        xla.gram_call(operation, term.formula.name, DTYPES[dtype], n, d, columns=term.view.columns) if n > 1 else None
+    )
 
 
 def _fused(term: Term) -> bool:

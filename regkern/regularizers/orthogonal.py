@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from regkern import summands
 from regkern.factors import Choice, Factor
-from regkern.formulas import ABS
+from regkern.formulas import ABS, SQUARE
 from regkern.numbers import Number
 from regkern.regularizers.base import PenaltyRegularizer
 from regkern.terms import Parameters, Products, Term
+
+
+def _check_power(power: Any) -> None:
+    if isinstance(power, bool) or power not in (1, 2):
+        raise ValueError(f"power: expected 1 or 2; got {power!r}.")
+
+
+def _products(mode: str, leading_axes: str | None, *, unit: bool) -> Products:
+    return Products(mode == "columns", leading_axes == "flatten", leading_axes == "batch", unit)
 
 
 class OrthogonalRegularizer(PenaltyRegularizer):
@@ -24,9 +35,10 @@ class OrthogonalRegularizer(PenaltyRegularizer):
             merges them into the rows: a convolution kernel (h, w, in, out) is regularised as (h * w * in, out), its
             filters by mode "columns". "batch" takes each matrix by itself and sums the penalties; `activity_penalty`
             and Keras's layers then divide by the batch's size.
+        power: 1 takes the mean of |cos|, 2 that of cos**2, which is smooth.
 
     Raises:
-        ValueError: the factor is not a non-negative finite real number, or the mode or leading_axes is another.
+        ValueError: the factor is not a non-negative finite real number, or the mode, leading_axes or power is another.
 
     Examples:
         >>> import numpy as np
@@ -46,6 +58,60 @@ class OrthogonalRegularizer(PenaltyRegularizer):
     factor = Factor(0.01)
     mode = Choice(summands.check_mode)
     leading_axes = Choice(summands.check_leading_axes)
+    power = Choice(_check_power)
+
+    def __init__(
+        self, factor: Number | None = 0.01, mode: str = "rows", leading_axes: str | None = None, power: int = 1
+    ) -> None:
+        self.factor = factor
+        self.mode = mode
+        self.leading_axes = leading_axes
+        self.power = power
+
+    @property
+    def _terms(self) -> list[tuple[Term, Parameters]]:
+        view = _products(self.mode, self.leading_axes, unit=True)
+        if self.power == 1:
+            return [(Term(ABS, view), (self.factor, 0.0, 0.0, 0.0))]
+        return [(Term(SQUARE, view), (0.0, self.factor, 0.0, 0.0))]
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the constructor's arguments, of those that Keras does not have what is used."""
+        config = super().get_config()
+        if config["power"] == 1:  # as Keras has it
+            del config["power"]
+        return config
+
+
+class SoftOrthogonal(PenaltyRegularizer):
+    """``P(x) = factor * ||X X^T - I||_F^2``, over the rows of a matrix; of its columns, ``X^T X``.
+
+    Rows are drawn to be orthogonal and of length 1. Of the two Gram matrices the smaller is enough, for they differ in
+    zeros alone: the work is min(n, d)**2 * max(n, d), and neither is stored. The gradient is
+    ``4 * factor * (X X^T - I) X``. There is no proximal operator in closed form.
+
+    Args:
+        factor: the factor, a number or a 0-d array, tensor or variable; None means 0.01.
+        mode: "rows" or "columns".
+        leading_axes: what becomes of the axes before the last two, as for `OrthogonalRegularizer`.
+
+    Raises:
+        ValueError: the factor is not a non-negative finite real number, or the mode or leading_axes is another.
+
+    Examples:
+        >>> import numpy as np
+        >>> float(SoftOrthogonal(1.0)(np.zeros((4, 3))))
+        4.0
+        >>> float(SoftOrthogonal(1.0)(np.eye(3, 5)))
+        0.0
+
+    Reference: Bansal, Chen and Wang, Can we gain more from orthogonality regularizations in training deep networks?,
+    2018, https://arxiv.org/abs/1810.09102
+    """
+
+    factor = Factor(0.01)
+    mode = Choice(summands.check_mode)
+    leading_axes = Choice(summands.check_leading_axes)
 
     def __init__(self, factor: Number | None = 0.01, mode: str = "rows", leading_axes: str | None = None) -> None:
         self.factor = factor
@@ -54,5 +120,4 @@ class OrthogonalRegularizer(PenaltyRegularizer):
 
     @property
     def _terms(self) -> list[tuple[Term, Parameters]]:
-        view = Products(self.mode == "columns", self.leading_axes == "flatten", self.leading_axes == "batch")
-        return [(Term(ABS, view), (self.factor, 0.0, 0.0, 0.0))]
+        return [(Term(SQUARE, _products(self.mode, self.leading_axes, unit=False)), (0.0, self.factor, 0.0, 0.0))]

@@ -16,10 +16,13 @@ _MAX_ROWS = 128
 
 def compile_terms(terms: Iterable[Term], dtype: DType) -> int:
     """Compile all kernels of some terms, or load them from the cache; return how many there are."""
-    kinds = {(type(term.view), term.formula) for term in terms}
-    count = sum(_compile_elementwise(formula, dtype) for view, formula in kinds if view is Elements)
-    for view in {view for view, _ in kinds}:
-        count += _compile_gram(dtype) if view is Products else _compile_groups(dtype) if view is Norms else 0
+    kinds = {(type(term.view), term.formula, getattr(term.view, "unit", True)) for term in terms}
+    count = _compile_groups(dtype) if any(view is Norms for view, _, _ in kinds) else 0
+    for view, formula, unit in kinds:
+        if view is Elements:
+            count += _compile_elementwise(formula, dtype)
+        elif view is Products:
+            count += _compile_gram(dtype, formula.name if unit else gram.RAW)
     return count
 
 
@@ -36,11 +39,11 @@ def _compile_elementwise(formula: Formula, dtype: DType) -> int:
     return len(addresses)
 
 
-def _compile_gram(dtype: DType) -> int:
+def _compile_gram(dtype: DType, fold: str) -> int:
     """Compile all kernels of the orthogonal penalty likewise."""
     itemsize = 8 if dtype is FLOAT64 else 4
     rows = {tile_for(target_features(), itemsize, n): n for n in range(2, _MAX_ROWS)}
-    tiles = [gram.products(dtype, n) for n in rows.values()]
+    tiles = [gram.products(dtype, n, fold) for n in rows.values()]
     return sum(each.load() for each in tiles)
 
 

@@ -77,9 +77,9 @@ def elementwise_call(operation: Operation, formula: Formula, dtype: DType, size:
     )
 
 
-def gram_call(operation: Operation, dtype: DType, n: int, d: int, *, columns: bool) -> Call:
+def gram_call(operation: Operation, fold: str, dtype: DType, n: int, d: int, *, columns: bool) -> Call:
     """Load the kernel for matrices of n vectors of d elements, and say how it is called."""
-    products = gram.products(dtype, n)
+    products = gram.products(dtype, n, fold)
     gram.width_for((3 if operation.writes else 1) * n * n * d // 2)
     if operation is VALUE:
         key = _load(products.name, products.for_value)
@@ -287,7 +287,8 @@ def _evaluate_gram(frame):
     if _answers_metadata(frame):
         return 0
     columns, kind, x = _attribute(frame, 0) != 0, _attribute(frame, 2), _argument(frame, 0)
-    factor = load_double(_data(_argument(frame, 1)))
+    a, b, _, _ = elementwise.load_parameters(_data(_argument(frame, 1)))
+    factor = a + b  # of which one is 0
     rank, dims, itemsize = load_word(x + 32), load_word(x + 40), _itemsize(x)
     n, d = load_word(dims + 8 * (rank - 2)), load_word(dims + 8 * (rank - 1))
     size, row_stride, depth_stride = n * d * itemsize, d * itemsize, itemsize

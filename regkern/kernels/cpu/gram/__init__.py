@@ -34,9 +34,12 @@ from regkern.attributes import CachedAttribute
 from regkern.dtypes import FLOAT64, DType
 from regkern.kernels.cpu import threads
 from regkern.kernels.cpu.compile import compile_entry, compile_function, target_features
-from regkern.kernels.cpu.gram import gradient, interpreted, panels, value, workspace
+from regkern.kernels.cpu.gram import gradient, interpreted, panels, workspace
+from regkern.kernels.cpu.gram import value as sums
 from regkern.kernels.cpu.gram.tiles import Tile, tile_for
-from regkern.kernels.cpu.gram.vectors import Vectors
+from regkern.kernels.cpu.gram.vectors import ABS as ABS
+from regkern.kernels.cpu.gram.vectors import RAW as RAW
+from regkern.kernels.cpu.gram.vectors import SQUARE, Vectors
 from regkern.kernels.cpu.memory import converts_float16
 from regkern.kernels.cpu.team import TASK
 
@@ -50,21 +53,33 @@ _VALUE = types.float64(*[_INT] * 11)
 _GRADIENT = types.float64(*[_INT] * 9, types.float64, _INT, _INT)
 
 
-def mean(dtype: DType, x: int, n: int, d: int, row_stride: int, depth_stride: int) -> float:
-    """Return the mean |cosine| over pairs of n rows of d elements, at an address and with strides in bytes."""
+def value(fold: str, dtype: DType, x: int, n: int, d: int, row_stride: int, depth_stride: int) -> float:
+    """Return the mean of folded products over pairs of n rows of d elements, at an address, with strides in bytes.
+
+    Of rows as they are, RAW, the sum over all entries of the Gram matrix, by the smaller one: ``||X X^T - I||_F^2`` is
+    ``||X^T X - I||_F^2 + n - d``.
+    """
+    if fold == RAW:
+        if n > d > 0:
+            return sum_within(fold, dtype, x, d, n, depth_stride, row_stride) + (n - d)
+        return sum_within(fold, dtype, x, n, d, row_stride, depth_stride)
     if n < 2 or d < 1:
         return 0.0
-    return _at_most_one(sum_within(dtype, x, n, d, row_stride, depth_stride) / (n * (n - 1) / 2))
+    return _at_most_one(sum_within(fold, dtype, x, n, d, row_stride, depth_stride) / (n * (n - 1) / 2))
 
 
-def sum_within(dtype: DType, x: int, n: int, d: int, row_stride: int, depth_stride: int) -> float:
-    """Return the sum of |cosine| over pairs of n rows of d elements, at an address and with strides in bytes."""
-    if n < 2 or d < 1:
+def sum_within(fold: str, dtype: DType, x: int, n: int, d: int, row_stride: int, depth_stride: int) -> float:
+    """Return the sum of folded products over pairs of rows; of rows as they are over all entries of the Gram matrix."""
+    if d < 1:
+        return float(n) if fold == RAW else 0.0
+    if n < (1 if fold == RAW else 2):
         return 0.0
-    return products(dtype, n).value(n * n * d // 2, d, x, n, row_stride, depth_stride, 0, 0, 0, 0)
+    total = products(dtype, n, fold).value(n * n * d // 2, d, x, n, row_stride, depth_stride, 0, 0, 0, 0)
+    return 2.0 * total if fold == RAW else total
 
 
 def sum_between(
+    fold: str,
     dtype: DType,
     d: int,
     x: int,
@@ -76,14 +91,16 @@ def sum_between(
     y_row_stride: int,
     y_depth_stride: int,
 ) -> float:
-    """Return the sum of |cosine| over all pairs of one of the n rows at x and one of the m rows at y."""
+    """Return the sum of folded products of one of the n rows at x and one of the m rows at y; of RAW, twice."""
     if n < 1 or m < 1 or d < 1:
         return 0.0
-    kernel = products(dtype, max(n, m))
-    return kernel.value(n * m * d, d, x, n, row_stride, depth_stride, y, m, y_row_stride, y_depth_stride)
+    kernel = products(dtype, max(n, m), fold)
+    total = kernel.value(n * m * d, d, x, n, row_stride, depth_stride, y, m, y_row_stride, y_depth_stride)
+    return 2.0 * total if fold == RAW else total
 
 
-def mean_and_gradient(
+def value_and_gradient(
+    fold: str,
     dtype: DType,
     x: int,
     n: int,
@@ -96,12 +113,15 @@ def mean_and_gradient(
     factor: float,
     accumulate: bool,
 ) -> float:
-    """Return the mean |cosine|, and write factor times its gradient to out, or add it."""
+    """Return what `value` does, and write factor times its gradient to out, or add it."""
     if n < 1 or d < 1:
-        return 0.0
-    strides, out_strides = (row_stride, depth_stride), (out_row_stride, out_depth_stride)
-    run = products(dtype, n).mean_and_gradient
-    return _at_most_one(run(3 * n * n * d // 2, x, n, d, *strides, out, *out_strides, factor, accumulate))
+        return float(n) if fold == RAW else 0.0
+    strides, out_strides, extra = (row_stride, depth_stride), (out_row_stride, out_depth_stride), 0
+    if fold == RAW and n > d:
+        n, d, strides, out_strides, extra = d, n, strides[::-1], out_strides[::-1], n - d
+    run = products(dtype, n, fold).mean_and_gradient
+    found = run(3 * n * n * d // 2, x, n, d, *strides, out, *out_strides, factor, accumulate)
+    return found + extra if fold == RAW else _at_most_one(found)
 
 
 def _at_most_one(mean: float) -> float:
@@ -111,30 +131,32 @@ def _at_most_one(mean: float) -> float:
 class Products:
     """What is compiled for a dtype and a register tile, when it is first needed, for a CPU with some LLVM features."""
 
-    def __init__(self, dtype: DType, tile: Tile, features: Any) -> None:
-        self._dtype, self._tile = dtype, tile
-        self._vectors = vectors = Vectors(dtype, tile, converts_float16(features))
+    def __init__(self, dtype: DType, tile: Tile, features: Any, fold: str) -> None:
+        self._dtype, self._tile, self._fold = dtype, tile, fold
+        self._vectors = vectors = Vectors(dtype, tile, converts_float16(features), fold)
         self.name = f"gram-{vectors.tag}"
         self._words = np.zeros(workspace.RECORD // 8, np.int64)
         self._words[[workspace.ENTRIES // 8, workspace.ENTRY_BYTES // 8]] = tile.vectors * vectors.lanes, vectors.size
+        self._words[workspace.RAW // 8] = fold == RAW
+        self._words.view(np.float64)[workspace.SLOPE // 8] = 2.0 if fold == SQUARE else 1.0
 
     def value(self, work: int, *arguments: Any) -> float:
         """Return `value.sum_pairs` of the arguments; the work is in multiply-adds."""
         if config.DISABLE_JIT:
-            return float(interpreted.make_value(self._dtype)(*arguments))
+            return float(interpreted.make_value(self._dtype, self._fold)(*arguments))
         return _value_kernel()(self.for_value, *arguments, width_for(work))  # type: ignore[no-any-return]
 
     def mean_and_gradient(self, work: int, *arguments: Any) -> float:
         """Return what `gradient.mean_and_gradient` returns of the arguments; the work is in multiply-adds."""
         if config.DISABLE_JIT:
-            return float(interpreted.make_value_and_gradient(self._dtype)(*arguments))
+            return float(interpreted.make_value_and_gradient(self._dtype, self._fold)(*arguments))
         return _gradient_kernel()(self.for_gradient, *arguments, width_for(work))  # type: ignore[no-any-return]
 
     @CachedAttribute
     def for_value(self) -> int:
         """The address of the record, with what the value needs."""
         self._load(workspace.PACK, panels.make_pack, "pack")
-        self._load(workspace.SUM_TILES, value.make_sum_tiles, "tiles")
+        self._load(workspace.SUM_TILES, sums.make_sum_tiles, "tiles")
         return self._words.ctypes.data
 
     @CachedAttribute
@@ -156,14 +178,14 @@ class Products:
             self._words[place // 8] = compile_function(task, TASK, f"{self.name}-{name}")
 
 
-def products(dtype: DType, n: int) -> Products:
+def products(dtype: DType, n: int, fold: str) -> Products:
     """Return what is compiled for matrices of n rows."""
-    return _products(dtype, _tile(dtype, n))
+    return _products(dtype, _tile(dtype, n), fold)
 
 
 @functools.cache
-def _products(dtype: DType, tile: Tile) -> Products:
-    return Products(dtype, tile, target_features())
+def _products(dtype: DType, tile: Tile, fold: str) -> Products:
+    return Products(dtype, tile, target_features(), fold)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -179,7 +201,7 @@ def width_for(work: int) -> int:
 @functools.cache
 def _value_kernel() -> Any:
     def run(record, d, x, n, row_stride, depth_stride, y, m, y_row_stride, y_depth_stride, width):
-        found, total = value.sum_pairs(
+        found, total = sums.sum_pairs(
             record, d, x, n, row_stride, depth_stride, y, m, y_row_stride, y_depth_stride, width
         )
         if not found:

@@ -15,6 +15,7 @@ from regkern.kernels.cpu.gram.panels import make_unpack_panel, project_ir
 from regkern.kernels.cpu.gram.product import micro_kernel_ir, signs_ir
 from regkern.kernels.cpu.gram.tiles import KC, group_size
 from regkern.kernels.cpu.gram.value import MULTIPLIED, PACKED
+from regkern.kernels.cpu.gram.vectors import RAW
 from regkern.kernels.cpu.gram.workspace import aligned, buffer_of, zero
 from regkern.kernels.cpu.team import launch, rest
 from regkern.kernels.cpu.words import (
@@ -34,7 +35,7 @@ from regkern.kernels.cpu.words import (
 def mean_and_gradient(
     record, x, n, d, row_stride, depth_stride, out, out_row_stride, out_depth_stride, factor, add, width
 ):
-    """Return whether there was memory, and the mean of |cosine| over the pairs of n rows.
+    """Return whether there was memory, and the mean over the pairs of n rows; of raw rows the sum over all entries.
 
     Factor times its gradient is written to out, or added.
     """
@@ -54,7 +55,8 @@ def mean_and_gradient(
     pairs = max(1.0, n * (n - 1) / 2)
     store_words(job + ws.MATRIX, (x, n, d, row_stride, depth_stride, panels, sums + 16 * blocks, products))
     store_words(job + ws.PAIRS, (group, sums, sums + 8 * blocks, out, out_row_stride, out_depth_stride, add))
-    store_double(job + ws.FACTOR, factor / pairs)
+    raw = load_word(record + ws.RAW) != 0
+    store_double(job + ws.FACTOR, 4.0 * factor if raw else factor * load_double(record + ws.SLOPE) / pairs)
     store_words(job + ws.BUFFERS, (buffers, buffer))
     launch(load_word(record + ws.PACK), job, count, 4, 2 * n * d // PACKED, width)
     work = 3 * n * n * d // 2 // MULTIPLIED
@@ -64,6 +66,8 @@ def mean_and_gradient(
     for i in range(blocks):
         total += load_double(sums + 8 * i)
     free(job)
+    if raw:  # rows that fill the last panel are zero, and each is 1 beyond on the diagonal
+        return True, 2.0 * total - (count * nr - n)
     return True, total / pairs
 
 
@@ -114,7 +118,7 @@ def make_sum_pairs(vec: Any, tile: Any) -> Any:
 def make_unpack(vec: Any, tile: Any) -> Any:
     """Make the task that turns panels of products into the gradient."""
     nr, size = tile.vectors * vec.lanes, vec.size
-    unpack_panel, project = make_unpack_panel(vec, nr), project_ir(vec, tile.vectors)
+    unpack_panel, project, raw = make_unpack_panel(vec, nr), project_ir(vec, tile.vectors), vec.fold == RAW
 
     def unpack(job, worker, first, last):
         _, n, d, _, _, panels, scales, products = load_words(job + ws.MATRIX, 8)
@@ -122,7 +126,7 @@ def make_unpack(vec: Any, tile: Any) -> Any:
         factor = load_double(job + ws.FACTOR)
         for p in range(first, last):
             offset = p * nr * d * size
-            if n > 1:  # one row has no pair, and its products are the zeros that they started from
+            if n > 1 or raw:  # one row has no pair, and its products are the zeros that they started from
                 project(products + offset, panels + offset, d, scales + p * 2 * nr * size, factor)
             rows, target = min(nr, n - p * nr), out + p * nr * row_stride
             unpack_panel(products + offset, rows, d, target, row_stride, depth_stride, add)

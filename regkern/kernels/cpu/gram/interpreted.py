@@ -6,41 +6,45 @@ The kernels proper are LLVM's instructions, which Python cannot run. These have 
 import numpy as np
 
 from regkern.dtypes import DType
+from regkern.kernels.cpu.gram.vectors import ABS, RAW
 from regkern.kernels.cpu.memory import make_narrow, make_view, make_widen
 
 
-def make_value(dtype: DType):
+def make_value(dtype: DType, fold: str):
     """Make what `value.make_value` makes."""
-    read = _make_read(dtype)
+    read, folded = _make_read(dtype), abs if fold == ABS else np.square
 
     def value(d, x, n, row_stride, depth_stride, y, m, y_row_stride, y_depth_stride):
-        u, _ = _unit(read(x, n, d, row_stride, depth_stride))
+        u, _ = _rows(read(x, n, d, row_stride, depth_stride), fold)
         if m == 0:
-            return sum(abs(u[i + 1 :] @ u[i]).sum() for i in range(n))
-        w, _ = _unit(read(y, m, d, y_row_stride, y_depth_stride))
-        return sum(abs(w @ row).sum() for row in u)
+            diagonal = 0.5 * ((np.square(u).sum(axis=1) - 1.0) ** 2).sum() if fold == RAW else 0.0
+            return diagonal + sum(folded(u[i + 1 :] @ u[i]).sum() for i in range(n))
+        w, _ = _rows(read(y, m, d, y_row_stride, y_depth_stride), fold)
+        return sum(folded(w @ row).sum() for row in u)
 
     return value
 
 
-def make_value_and_gradient(dtype: DType):
+def make_value_and_gradient(dtype: DType, fold: str):
     """Make what `gradient.make_value_and_gradient` makes."""
     read, view = _make_read(dtype), make_view(dtype.carrier, strided=True)
     narrow = np.vectorize(make_narrow(dtype), otypes=[dtype.carrier])
+    folded, slope = (abs, np.sign) if fold == ABS else (np.square, lambda c: 2.0 * c)
 
     def value_and_gradient(x, n, d, row_stride, depth_stride, out, out_row_stride, out_depth_stride, factor, add):
-        u, scale = _unit(read(x, n, d, row_stride, depth_stride))
+        u, scale = _rows(read(x, n, d, row_stride, depth_stride), fold)
         old = read(out, n, d, out_row_stride, out_depth_stride) if add else np.zeros((n, d))
         pairs = max(1, n * (n - 1) // 2)
         total = 0.0
         for i in range(n):
             cosines = u @ u[i]
-            cosines[i] = 0.0
-            total += abs(cosines).sum() / 2
-            v = np.sign(cosines) @ u
-            gradient = factor / pairs * scale[i] * (v - (v @ u[i]) * u[i])
+            cosines[i] = cosines[i] - 1.0 if fold == RAW else 0.0
+            total += folded(cosines).sum() / 2
+            v = slope(cosines) @ u
+            along = 0.0 if fold == RAW else (v @ u[i]) * u[i]
+            gradient = factor * (2.0 if fold == RAW else scale[i] / pairs) * (v - along)
             view(out + i * out_row_stride, d, out_depth_stride)[:] = narrow(old[i] + gradient)
-        return total / pairs
+        return 2.0 * total if fold == RAW else total / pairs
 
     return value_and_gradient
 
@@ -52,6 +56,10 @@ def _make_read(dtype: DType):
         return np.stack([widen(view(address + i * row_stride, d, depth_stride)) for i in range(n)])
 
     return read
+
+
+def _rows(x, fold):
+    return (x, np.ones(len(x))) if fold == RAW else _unit(x)
 
 
 def _unit(x):

@@ -5,7 +5,7 @@ from numba.core import cgutils
 
 from regkern.kernels.cpu.compile import inlined, inner
 from regkern.kernels.cpu.gram import workspace as ws
-from regkern.kernels.cpu.gram.vectors import I64, emitter
+from regkern.kernels.cpu.gram.vectors import I64, RAW, emitter
 from regkern.kernels.cpu.words import load_words
 
 
@@ -159,6 +159,7 @@ def _normalise(vec, nr):
             largest = b.load(largest)
             before = b.select(b.fcmp_ordered("<", largest, vec.constant(1 / edge)), vec.constant(shift), one)
             before = b.select(b.fcmp_ordered(">", largest, vec.constant(edge)), vec.constant(1 / shift), before)
+            before = one if vec.fold == RAW else before
             with steps() as k:
                 v = vec.widest(b, b.fmul(vec.load(b, at(k)), before))
                 b.store(vec.call(b, "fmuladd", v, v, b.load(squares)), squares)
@@ -166,8 +167,11 @@ def _normalise(vec, nr):
             after = b.fdiv(vec.constant(1.0, vec.wide), vec.call(b, "sqrt", squares))
             after = b.select(b.fcmp_ordered("==", squares, wide_zero), wide_zero, after)
             after = after if vec.size == 8 else b.fptrunc(after, vec.type)
-            with steps() as k:
-                vec.store(b, b.fmul(b.fmul(vec.load(b, at(k)), before), after), at(k))
+            if vec.fold == RAW:  # rows stay, and their squares are found in the place of the second part
+                after = squares if vec.size == 8 else b.fptrunc(squares, vec.type)
+            else:
+                with steps() as k:
+                    vec.store(b, b.fmul(b.fmul(vec.load(b, at(k)), before), after), at(k))
             place = b.add(scales, b.mul(vector.index, I64(width)))
             vec.store(b, before, place)
             vec.store(b, after, place, row)
@@ -178,7 +182,7 @@ def _normalise(vec, nr):
 def project_ir(vec, vectors):
     """Turn a panel of v into the gradient, in place: ``(v, u, depth, scales, factor)``.
 
-    factor * (v - (v . u) u) / |x|, with 1 / |x| in the two parts that `_normalise` left in scales.
+    factor * (v - (v . u) u) / |x|, with 1 / |x| in the two parts that `_normalise` left in scales; raw: factor * v.
     """
     width = vec.size * vec.lanes
 
@@ -194,9 +198,11 @@ def project_ir(vec, vectors):
         factor = vec.splat(b, factor)
         with cgutils.for_range(b, depth) as k:
             for j, cell in enumerate(dots):
-                rest = b.fsub(load(k, j, v), b.fmul(b.load(cell), load(k, j, u)))
-                for part in (j + vectors, j):
-                    rest = b.fmul(rest, vec.widest(b, vec.load(b, scales, part * width)))
+                rest = load(k, j, v)
+                if vec.fold != RAW:
+                    rest = b.fsub(rest, b.fmul(b.load(cell), load(k, j, u)))
+                    for part in (j + vectors, j):
+                        rest = b.fmul(rest, vec.widest(b, vec.load(b, scales, part * width)))
                 rest = b.fmul(rest, factor)
                 rest = rest if vec.size == 8 else b.fptrunc(rest, vec.type)
                 vec.store(b, rest, b.add(v, b.mul(k.index, I64(vectors * width))), j * width)

@@ -3,7 +3,7 @@
 from llvmlite import ir
 from numba.core import cgutils
 
-from regkern.kernels.cpu.gram.vectors import DOUBLE, I64, emitter
+from regkern.kernels.cpu.gram.vectors import ABS, DOUBLE, I64, RAW, emitter
 
 
 def micro_kernel_ir(vec, rows, vectors, nr, a_row, a_step):
@@ -43,7 +43,7 @@ def micro_kernel_ir(vec, rows, vectors, nr, a_row, a_step):
                 for cell, place in zip(acc, places, strict=True):
                     vec.store(b, b.load(cell), c, place)
             with otherwise:
-                b.store(vec.total(b, [vec.call(b, "fabs", b.load(cell)) for cell in acc]), result)
+                b.store(vec.total(b, [vec.folded(b, b.load(cell)) for cell in acc]), result)
         return b.load(result)
 
     return emitter(f"gram_micro_{vec.tag}_{rows}x{vectors}_{a_row}", DOUBLE, 8, body)
@@ -60,7 +60,7 @@ def triangle_sum_ir(vec, rows, nr):
             v = vec.load(b, b.add(c, b.mul(place, I64(vec.size))))
             bound = b.sub(b.add(row.index, offset), b.mul(column.index, I64(vec.lanes)))
             above = b.icmp_signed(">", lane, vec.splat(b, bound))
-            v = b.select(above, vec.call(b, "fabs", v), vec.constant(0.0))
+            v = b.select(above, vec.folded(b, v), vec.constant(0.0))
             b.store(b.fadd(b.load(acc), v), acc)
         return vec.total(b, [b.load(acc)])
 
@@ -68,9 +68,10 @@ def triangle_sum_ir(vec, rows, nr):
 
 
 def signs_ir(vec, nr):
-    """Replace the NR x NR tile at c by its signs, write their transpose to t, and return the tile's absolute sum.
+    """Replace the NR x NR tile at c by half of what is summed's derivatives (all of it for ABS: the signs).
 
-    ``(c, t, diagonal) -> float64``. With diagonal set, entries with equal indices count as zero.
+    Their transpose is written to t: ``(c, t, diagonal) -> float64``, the sum over the tile. With diagonal set, entries
+    with equal indices count as zero, or of raw rows as what they are beyond 1.
     """
     lane = ir.Constant(ir.VectorType(I64, vec.lanes), list(range(vec.lanes)))
     one, zero, minus = (vec.constant(v) for v in (1.0, 0.0, -1.0))
@@ -88,10 +89,10 @@ def signs_ir(vec, nr):
             for r in range(vec.lanes):
                 v = vec.load(b, source, r * nr * vec.size)
                 self_pair = b.and_(on_diagonal, b.icmp_signed("==", lane, vec.constant(r, lane.type)))
-                v = b.select(self_pair, zero, v)
-                magnitudes.append(vec.call(b, "fabs", v))
+                v = b.select(self_pair, b.fsub(v, one) if vec.fold == RAW else zero, v)
+                magnitudes.append(vec.folded(b, v))
                 negative = b.select(b.fcmp_ordered("<", v, zero), minus, v)  # 0 and NaN stay as they are
-                signs.append(b.select(b.fcmp_ordered(">", v, zero), one, negative))
+                signs.append(b.select(b.fcmp_ordered(">", v, zero), one, negative) if vec.fold == ABS else v)
                 vec.store(b, signs[-1], source, r * nr * vec.size)
             for r, v in enumerate(vec.transpose(b, signs)):
                 vec.store(b, v, target, r * nr * vec.size)

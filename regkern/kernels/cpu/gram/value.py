@@ -10,7 +10,16 @@ from regkern.kernels.cpu.gram.product import micro_kernel_ir, triangle_sum_ir
 from regkern.kernels.cpu.gram.tiles import GROUP, KC, group_size
 from regkern.kernels.cpu.gram.workspace import aligned, buffer_of
 from regkern.kernels.cpu.team import launch
-from regkern.kernels.cpu.words import allocate, free, load_double, load_word, load_words, store_double, store_words
+from regkern.kernels.cpu.words import (
+    allocate,
+    free,
+    load_double,
+    load_float,
+    load_word,
+    load_words,
+    store_double,
+    store_words,
+)
 
 # Parts of the triangle that are summed alone: many to a thread, and their sums take no space to speak of.
 MAX_TASKS = 4096
@@ -20,9 +29,10 @@ PACKED, MULTIPLIED = 1, 32
 
 @inlined
 def sum_pairs(record, d, x, n, row_stride, depth_stride, y, m, y_row_stride, y_depth_stride, width):
-    """Return whether there was memory, and a sum of |cosine|.
+    """Return whether there was memory, and a sum of what products are folded to.
 
-    Over all pairs of one of the n rows of x and one of the m rows of y; where m is 0, over the pairs within x.
+    Over all pairs of one of the n rows of x and one of the m rows of y; where m is 0, over the pairs within x, and
+    half of it over the diagonal where rows stay as they are.
     """
     nr, size = load_word(record + ws.ENTRIES), load_word(record + ws.ENTRY_BYTES)
     count, y_count = (n + nr - 1) // nr, (m + nr - 1) // nr
@@ -53,6 +63,11 @@ def sum_pairs(record, d, x, n, row_stride, depth_stride, y, m, y_row_stride, y_d
     total = 0.0
     for t in range(tasks):
         total += load_double(sums + 8 * t)
+    if m == 0 and load_word(record + ws.RAW) != 0:
+        for i in range(n):  # half of what the diagonal adds, as of pairs one half is looked at
+            place = norms + i // nr * scales + (nr + i % nr) * size
+            beyond = (load_double(place) if size == 8 else np.float64(load_float(place))) - 1.0
+            total += 0.5 * beyond * beyond
     free(job)
     return True, total
 

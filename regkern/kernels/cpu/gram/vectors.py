@@ -9,6 +9,7 @@ from numba.extending import intrinsic
 
 from regkern.dtypes import FLOAT64
 
+ABS, SQUARE, RAW = "abs", "square", "raw"
 I32, I64, DOUBLE = ir.IntType(32), ir.IntType(64), ir.DoubleType()
 
 
@@ -44,9 +45,14 @@ def emitter(name, restype, arity, body, floats=0):
 
 
 class Vectors:
-    """IR for vectors of a register's width, which hold a dtype's elements in the type of the products."""
+    """IR for vectors of a register's width, which hold a dtype's elements in the type of the products.
 
-    def __init__(self, dtype, tile, native_half):
+    What becomes of a product is the fold: of unit rows its magnitude (ABS) or its square (SQUARE), of rows as they are
+    the square of its distance from the unit matrix's entry (RAW).
+    """
+
+    def __init__(self, dtype, tile, native_half, fold=ABS):
+        self.fold = fold
         self.storage, self.native_half = dtype.name, native_half
         self.scalar = DOUBLE if dtype is FLOAT64 else ir.FloatType()
         self.size = 8 if dtype is FLOAT64 else 4
@@ -55,7 +61,13 @@ class Vectors:
         self.stored = ir.IntType(16) if dtype.itemsize == 2 else self.scalar
         self.type = ir.VectorType(self.scalar, lanes)
         self.wide = ir.VectorType(DOUBLE, lanes)
-        self.tag = f"{dtype.name}_{tile.name}_{'native' if native_half else 'bits'}"
+        self.tag = f"{dtype.name}_{tile.name}_{'native' if native_half else 'bits'}" + (
+            "" if fold == ABS else f"_{fold}"
+        )
+
+    def folded(self, b, v):
+        """What is summed of products off the diagonal."""
+        return self.call(b, "fabs", v) if self.fold == ABS else b.fmul(v, v)
 
     def call(self, b, name, *args, suffix=None, **flags):
         """Call an LLVM intrinsic, whose name ends in the type of its last argument."""

@@ -5,8 +5,9 @@ from regkern.kernels.cpu.words import load_words, store_word
 
 CACHE_LINE = 64
 
-# What is compiled for a dtype and a register tile: the addresses of four tasks, the entries and bytes of a panel's row.
-PACK, SUM_TILES, SUM_PAIRS, UNPACK, ENTRIES, ENTRY_BYTES, RECORD = range(0, 56, 8)
+# What is compiled for a dtype and a register tile: the addresses of four tasks, the entries and bytes of a panel's row,
+# whether rows stay as they are, and by what the sums of the gradient's products are multiplied.
+PACK, SUM_TILES, SUM_PAIRS, UNPACK, ENTRIES, ENTRY_BYTES, RAW, SLOPE, RECORD = range(0, 72, 8)
 
 # What tasks are given. The matrix: its address, rows, depth, the strides of both; panels, what scaled their rows, and
 # products in the layout of panels, or 0.
