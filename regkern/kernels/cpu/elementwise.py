@@ -17,7 +17,7 @@ from regkern.attributes import CachedAttribute
 from regkern.dtypes import DType
 from regkern.kernels.cpu import team, threads
 from regkern.kernels.cpu.compile import compile_entry, compile_function, inlined, inner
-from regkern.kernels.cpu.lanes import BYTES, LANES, clear, fold, make_add_square, make_visit, stack
+from regkern.kernels.cpu.lanes import BYTES, LANES, clear, fold, make_add_square, make_prefer_vectors, make_visit, stack
 from regkern.kernels.cpu.memory import make_magnitude, make_narrow, make_view, make_widen
 from regkern.kernels.cpu.walk import ADDS, IN_PLACE, READS, RUN, WRITES, call_run, count_rows, load_walk, walk
 from regkern.kernels.cpu.words import allocate, free, load_double, load_word, load_words, store_double, store_words
@@ -121,10 +121,11 @@ def _make_run(name: str, operation: Operation, formula: Formula, dtype: DType, i
 
 def _make_sum_run(name: str, operation: Operation, formula: Formula, dtype: DType, in_place: bool):
     """Make a run that adds an element at index i to lane i % LANES, the first of them to any lane."""
-    writes, itemsize = operation.writes, dtype.itemsize
+    writes, itemsize, prefer_vectors = operation.writes, dtype.itemsize, make_prefer_vectors(dtype)
     visit = make_visit(_make_element(name, operation, formula, dtype), dtype, writes=writes, in_place=in_place)
 
     def run(x, out, n, a, b, lane, lanes):
+        prefer_vectors()
         if lane != 0:
             count = LANES - lane if LANES - lane < n else n
             visit(x, out, lanes + 8 * lane, count, a, b)
