@@ -18,7 +18,7 @@ from regkern.dtypes import DType
 from regkern.formulas import ABS_SQUARE, SQUARE
 from regkern.kernels.cpu import scalars, team, threads
 from regkern.kernels.cpu.compile import compile_entry, compile_function, inlined, inner
-from regkern.kernels.cpu.lanes import BYTES, LANES, clear, fold, make_add_square, make_visit, stack
+from regkern.kernels.cpu.lanes import BYTES, LANES, clear, fold, make_add_square, make_prefer_vectors, make_visit, stack
 from regkern.kernels.cpu.memory import make_magnitude, make_narrow, make_view, make_widen
 from regkern.kernels.cpu.walk import (
     ADDS,
@@ -139,11 +139,12 @@ def _change(operation: Operation, functions: Functions) -> Any:
 
 def _make_sum_run(name: str, operation: Operation, formula: Formula, dtype: DType, in_place: bool):
     """Make a run that adds an element at index i to lane i % LANES, the first of them to any lane."""
-    writes, itemsize = operation.writes, dtype.itemsize
+    writes, itemsize, prefer_vectors = operation.writes, dtype.itemsize, make_prefer_vectors(dtype)
     element = _make_element(name, operation, formula, dtype)
     visit = make_visit(element, dtype, writes=bool(writes), adds=operation.adds, in_place=in_place)
 
     def run(x, out, n, p0, p1, p2, p3, lane, lanes):
+        prefer_vectors()
         if lane != 0:
             count = LANES - lane if LANES - lane < n else n
             visit(x, out, lanes + 8 * lane, count, p0, p1, p2, p3)

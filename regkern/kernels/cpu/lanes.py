@@ -142,7 +142,6 @@ def make_visit(element, dtype: DType, *, writes, adds, in_place):
     if config.DISABLE_JIT:
         return _interpreted_visit(element, dtype, writes, adds)
     value, double = getattr(types, dtype.carrier), types.float64
-    wide = dtype is not FLOAT64  # loads of 64 bytes from the L2 cache take longer than those of 32
 
     @intrinsic(prefer_literal=True)
     def visit(typing_context, x, out, lanes, count, p0, p1, p2, p3):
@@ -150,8 +149,6 @@ def make_visit(element, dtype: DType, *, writes, adds, in_place):
         called = function.get_call_type(typing_context, (value, value, *[double] * 6), {})
 
         def codegen(context, builder, signature, operands):
-            if wide:
-                _prefer_widest_vectors(builder.function)
             call, data = context.get_function(function, called), context.get_data_type(value)
             x, out, lanes, count, *p = operands
             x, out = (builder.inttoptr(each, data.as_pointer()) for each in (x, out))
@@ -194,9 +191,25 @@ def _interpreted_visit(element, dtype, writes, adds):
     return visit
 
 
-def _prefer_widest_vectors(function):
-    """Let LLVM use registers of 64 bytes: for some processors it prefers half, which takes 1.5 times as long."""
-    set.add(function.attributes, '"prefer-vector-width"="512"')  # llvmlite knows names alone, without values
+def make_prefer_vectors(dtype):
+    """Make ``prefer_vectors()``, which has LLVM use registers of 64 bytes in the kernel that calls it, where they pay.
+
+    For some processors that have them, it prefers those of 32 bytes, and takes 1.5 times as long. Where a register is
+    filled by a load of 64 bytes from the L2 cache, though, that takes longer than two of 32.
+    """
+    if config.DISABLE_JIT:
+        return lambda: None
+
+    @intrinsic
+    def prefer_vectors(typing_context):
+        def codegen(context, builder, signature, arguments):
+            if dtype is not FLOAT64:
+                set.add(builder.function.attributes, '"prefer-vector-width"="512"')  # llvmlite knows names alone
+            return context.get_dummy_value()
+
+        return types.void(), codegen
+
+    return prefer_vectors
 
 
 def _vectors_before_unrolling(module):

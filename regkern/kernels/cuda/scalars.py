@@ -4,7 +4,7 @@ import math
 
 from regkern.kernels.cuda.compile import device
 
-sqrt, log1p = math.sqrt, math.log1p
+copysign, sqrt, log1p = math.copysign, math.sqrt, math.log1p
 
 
 @device
