@@ -1,19 +1,19 @@
 """Element-wise kernels for CUDA devices: sums, gradients and proximal operators, each in one pass over memory.
 
 A kernel is an operation on every element of an array, by blocks of threads that take elements in turn. Sums have two
-stages, both in an order that the array's size and alignment fix: each block writes its own, and a last kernel of one
-block adds those. No atomics: the same bits from run to run. An array of one block needs the first stage alone.
+stages, both in an order that the array's size and alignment fix: each block writes its own, and the block that comes
+last, by a counter from which each takes a ticket, adds those: the same bits from run to run, whichever it is. An array
+of one block needs the first stage alone. Where no counter can be had, a last kernel of one block adds, as that block.
 
 All kernels of one layout have the same parameters: ``x, out``, pointers to the first elements; ``n``, how many there
 are; the layout, of those that are strided; the factors ``a, b``; ``scale``, by which the factors of what is written are
 multiplied, a number on the device so that nothing waits for it, or null for 1; ``partial``, two float64 for each block;
-``penalty`` and ``sums``, one and two numbers of the result's type for the penalty and the formula's two sums, or null
-where they are not wanted. What an operation has no use for is not touched and may be any pointer.
+``counter``, a number that is 0 before and after, of which no two kernels make use at once, or null; ``penalty`` and
+``sums``, one and two numbers of the result's type for the penalty and the formula's two sums, or null where they are
+not wanted. What an operation has no use for is not touched and may be any pointer.
 """
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from regkern.dtypes import DType
@@ -22,7 +22,6 @@ from regkern.kernels.cuda.arithmetic import (
     Capability,
     accumulator_of,
     make_narrow,
-    make_narrow_result,
     make_widen,
 )
 from regkern.kernels.cuda.compile import (
@@ -36,42 +35,17 @@ from regkern.kernels.cuda.compile import (
     make_store,
     numbers,
     pointer,
-    shuffle_down,
     to_float64,
 )
+from regkern.kernels.cuda.sums import MAX_BLOCKS, THREADS, WARP, Body, last_stage, make_finish
 from regkern.kernels.formulas import Formula
 from regkern.kernels.operations import ADD_GRADIENT, SUMS_AND_GRADIENT, Operation
 
-# Threads of a block, and loads that a thread has under way at once, each with sums of its own. Neither was measured.
-THREADS = 256
+# Loads that a thread has under way at once, each with sums of its own. Not measured.
 UNROLL = 4
 # What has half as many under way, two and then two, in the same order of additions: all four at once would take the
 # registers of a fourth block of a multiprocessor, and on some devices more than that.
 _IN_HALVES = (SUMS_AND_GRADIENT, ADD_GRADIENT)
-# Blocks at most, whatever the device, so that devices agree on the bits: 8 for each multiprocessor of an H100 or H200.
-# Not measured.
-MAX_BLOCKS = 8 * 132
-
-WARP = 32
-NULL = 0  # the address that points nowhere
-_SLOTS = 2 * WARP  # two sums of each warp, of which a block has at most 32
-
-
-@dataclass(frozen=True, eq=False)
-class Body:
-    """A kernel before it is compiled.
-
-    Attributes:
-        name: unique among all.
-        make: makes its code for devices of a compute capability.
-        arguments: its parameters' types.
-        threads: of a block.
-    """
-
-    name: str
-    make: Callable[[Capability], Callable[..., Any]]
-    arguments: tuple[Any, ...]
-    threads: int = THREADS
 
 
 def count_blocks(n: int, lanes: int, threads: int = THREADS) -> int:
@@ -86,22 +60,23 @@ def lanes_of(dtype: DType) -> int:
 
 @functools.cache
 def flat_kernel(operation: Operation, formula: Formula, dtype: DType, result_type: str | None = None) -> Body:
-    """Make the kernel of contiguous arrays: ``(x, out, n, a, b, scale, partial, penalty, sums)``."""
+    """Make the kernel of contiguous arrays: ``(x, out, n, a, b, scale, partial, counter, penalty, sums)``."""
     result_type = result_type or dtype.result
-    finish, adds = _make_finish(result_type), operation.sums
+    finish, adds = make_finish(result_type), operation.sums
 
     def make(capability: Capability) -> Any:
         loop = make_flat_loop(operation, formula, dtype, capability)
 
-        def kernel(x, out, n, a, b, scale, partial, penalty, sums):
+        def kernel(x, out, n, a, b, scale, partial, counter, penalty, sums):
             scaled_a, scaled_b = scaled(a, b, scale)
             sum0, sum1 = loop(x, out, n, cuda.grid(1), cuda.gridsize(1), scaled_a, scaled_b)
             if adds:
-                finish(sum0, sum1, a, b, partial, penalty, sums)
+                finish(sum0, sum1, a, b, partial, counter, penalty, sums)
 
         return kernel
 
-    return Body(_name("flat", operation, formula, dtype, result_type), make, _arguments(dtype, result_type, INT64))
+    name = _name("flat", operation, formula, dtype, result_type)
+    return Body(name, make, _arguments(dtype, result_type, INT64), companions=_companions(operation, result_type))
 
 
 def make_flat_loop(operation: Operation, formula: Formula, dtype: DType, capability: Capability):
@@ -186,13 +161,13 @@ def make_flat_loop(operation: Operation, formula: Formula, dtype: DType, capabil
 def strided_kernel(
     operation: Operation, formula: Formula, dtype: DType, dims: int, result_type: str | None = None
 ) -> Body:
-    """Make the kernel of strided arrays: ``(x, out, n, layout, a, b, scale, partial, penalty, sums)``.
+    """Make the kernel of strided arrays: ``(x, out, n, layout, a, b, scale, partial, counter, penalty, sums)``.
 
     The layout is a tuple of 3 * dims numbers: lengths, strides of x, strides of out, the strides counted in elements;
     the last dimension is the one whose elements neighbouring threads take.
     """
     result_type = result_type or dtype.result
-    finish, offsets = _make_finish(result_type), _make_offsets(dims - 1, dims)
+    finish, offsets = make_finish(result_type), make_offsets(dims - 1, dims)
     adds, writes = operation.sums, operation.writes
 
     def make(capability: Capability) -> Any:
@@ -200,7 +175,7 @@ def strided_kernel(
         add_element, update_element, total = _make_element(operation, formula, dtype, accumulator)
         start, add_up = _make_start(accumulator), _make_add_up(total)
 
-        def kernel(x, out, n, layout, a, b, scale, partial, penalty, sums):
+        def kernel(x, out, n, layout, a, b, scale, partial, counter, penalty, sums):
             i, step = cuda.grid(1), cuda.gridsize(1)
             scaled_a, scaled_b = scaled(a, b, scale)
             sums0, sums1, sums2, sums3 = start(), start(), start(), start()
@@ -228,32 +203,85 @@ def strided_kernel(
                 i += step
             if adds:
                 sum0, sum1 = add_up(sums0, sums1, sums2, sums3)
-                finish(sum0, sum1, a, b, partial, penalty, sums)
+                finish(sum0, sum1, a, b, partial, counter, penalty, sums)
 
         return kernel
 
     name = _name(f"strided{dims}", operation, formula, dtype, result_type)
-    return Body(name, make, _arguments(dtype, result_type, INT64, numbers("int64", 3 * dims)))
+    arguments = _arguments(dtype, result_type, INT64, numbers("int64", 3 * dims))
+    return Body(name, make, arguments, companions=_companions(operation, result_type))
+
+
+# Elements of a row that a warp takes at once.
+SEGMENT = WARP * UNROLL
 
 
 @functools.cache
-def last_stage(result_type: str) -> Body:
-    """Make the kernel of one block that adds the blocks' sums: ``(partial, blocks, a, b, penalty, sums)``."""
-    write = _make_write(result_type)
+def rows_kernel(
+    operation: Operation, formula: Formula, dtype: DType, dims: int, result_type: str | None = None
+) -> Body:
+    """Make the kernel of strided arrays of at least two dimensions whose last one is long.
 
-    def kernel(partial, blocks, a, b, penalty, sums):
-        sum0 = sum1 = 0.0
-        block = cuda.threadIdx.x
-        while block < blocks:
-            sum0 += partial[2 * block]
-            sum1 += partial[2 * block + 1]
-            block += cuda.blockDim.x
-        sum0, sum1 = block_sums(sum0, sum1)
-        if cuda.threadIdx.x == 0:
-            write(sum0, sum1, a, b, penalty, sums)
+    Its parameters are those of `strided_kernel`. A warp takes a segment of a row, so that where an element is, which
+    takes divisions, is asked once for four of them.
+    """
+    result_type = result_type or dtype.result
+    finish, outer_offsets = make_finish(result_type), make_offsets(dims - 2, dims)
+    adds, writes = operation.sums, operation.writes
+    length_at, x_stride_at, out_stride_at = dims - 1, 2 * dims - 1, 3 * dims - 1
 
-    factors, results = (FLOAT64, FLOAT64), (pointer(result_type), pointer(result_type))
-    return Body(f"last_stage-{result_type}", lambda capability: kernel, (pointer("float64"), INT64, *factors, *results))
+    def make(capability: Capability) -> Any:
+        accumulator = accumulator_of(dtype, capability)
+        add_element, update_element, total = _make_element(operation, formula, dtype, accumulator)
+        start, add_up = _make_start(accumulator), _make_add_up(total)
+
+        def kernel(x, out, n, layout, a, b, scale, partial, counter, penalty, sums):
+            length, x_stride, out_stride = layout[length_at], layout[x_stride_at], layout[out_stride_at]
+            segments = (length + SEGMENT - 1) // SEGMENT
+            count = n // length * segments
+            scaled_a, scaled_b = scaled(a, b, scale)
+            sums0, sums1, sums2, sums3 = start(), start(), start(), start()
+            lane = cuda.threadIdx.x % WARP
+            i, step = cuda.grid(1) // WARP, cuda.gridsize(1) // WARP
+            while i < count:
+                row = i // segments
+                first = (i - row * segments) * SEGMENT + lane
+                at, to = outer_offsets(row, layout)
+                at, to = at + first * x_stride, to + first * out_stride
+                x_step, out_step = WARP * x_stride, WARP * out_stride
+                if first + 3 * WARP < length:
+                    x0, x1, x2, x3 = x[at], x[at + x_step], x[at + 2 * x_step], x[at + 3 * x_step]
+                    if adds:
+                        sums0, sums1 = add_element(sums0, x0), add_element(sums1, x1)
+                        sums2, sums3 = add_element(sums2, x2), add_element(sums3, x3)
+                    if writes:
+                        to1, to2, to3 = to + out_step, to + 2 * out_step, to + 3 * out_step
+                        out[to] = update_element(x0, out[to], scaled_a, scaled_b)
+                        out[to1] = update_element(x1, out[to1], scaled_a, scaled_b)
+                        out[to2] = update_element(x2, out[to2], scaled_a, scaled_b)
+                        out[to3] = update_element(x3, out[to3], scaled_a, scaled_b)
+                else:
+                    while first < length:
+                        if adds:
+                            sums0 = add_element(sums0, x[at])
+                        if writes:
+                            out[to] = update_element(x[at], out[to], scaled_a, scaled_b)
+                        first, at, to = first + WARP, at + x_step, to + out_step
+                i += step
+            if adds:
+                sum0, sum1 = add_up(sums0, sums1, sums2, sums3)
+                finish(sum0, sum1, a, b, partial, counter, penalty, sums)
+
+        return kernel
+
+    name = _name(f"rows{dims}", operation, formula, dtype, result_type)
+    arguments = _arguments(dtype, result_type, INT64, numbers("int64", 3 * dims))
+    return Body(name, make, arguments, companions=_companions(operation, result_type))
+
+
+def _companions(operation: Operation, result_type: str) -> tuple[Body, ...]:
+    """Return what adds the blocks' sums in a graph."""
+    return (last_stage(result_type),) if operation.sums else ()
 
 
 def _name(layout: str, operation: Operation, formula: Formula, dtype: DType, result_type: str) -> str:
@@ -263,7 +291,7 @@ def _name(layout: str, operation: Operation, formula: Formula, dtype: DType, res
 def _arguments(dtype: DType, result_type: str, *layout: Any) -> tuple[Any, ...]:
     elements, factors = pointer(dtype.carrier), (FLOAT64, FLOAT64, pointer(dtype.result))
     results = pointer(result_type), pointer(result_type)
-    return elements, elements, *layout, *factors, pointer("float64"), *results
+    return elements, elements, *layout, *factors, pointer("float64"), pointer("int64"), *results
 
 
 def _make_element(operation: Operation, formula: Formula, dtype: DType, accumulator: Accumulator):
@@ -351,7 +379,7 @@ def _make_start(accumulator: Accumulator):
     return start
 
 
-def _make_offsets(axis: int, dims: int):
+def make_offsets(axis: int, dims: int):
     """Make ``offsets(i, layout) -> (of x, of out)``: element i of dimensions 0 to `axis` in C order."""
     x_stride, out_stride = dims + axis, 2 * dims + axis
     if axis == 0:
@@ -361,7 +389,7 @@ def _make_offsets(axis: int, dims: int):
             return i * layout[x_stride], i * layout[out_stride]
 
         return first
-    outer_offsets = _make_offsets(axis - 1, dims)
+    outer_offsets = make_offsets(axis - 1, dims)
 
     @device
     def offsets(i, layout):
@@ -371,32 +399,6 @@ def _make_offsets(axis: int, dims: int):
         return x_offset + index * layout[x_stride], out_offset + index * layout[out_stride]
 
     return offsets
-
-
-@device
-def block_sums(sum0, sum1):
-    """Return the sums over a block's threads, in its first warp; all of them call it."""
-    shared = cuda.shared.array(_SLOTS, FLOAT64)
-    lane, warp = cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
-    sum0, sum1 = warp_sums(sum0, sum1)
-    if lane == 0:
-        shared[2 * warp], shared[2 * warp + 1] = sum0, sum1
-    cuda.syncthreads()
-    warps = cuda.blockDim.x // WARP
-    sum0 = shared[2 * lane] if lane < warps else 0.0  # every warp does what the first needs
-    sum1 = shared[2 * lane + 1] if lane < warps else 0.0
-    return warp_sums(sum0, sum1)
-
-
-@device
-def warp_sums(sum0, sum1):
-    """Return the sums over a warp's lanes, in its first; all of them call it."""
-    offset = WARP // 2
-    while offset > 0:
-        sum0 += shuffle_down(sum0, offset)
-        sum1 += shuffle_down(sum1, offset)
-        offset //= 2
-    return sum0, sum1
 
 
 @device
@@ -417,33 +419,3 @@ def _make_add_up(total):
         return (first[0] + second[0]) + (third[0] + fourth[0]), (first[1] + second[1]) + (third[1] + fourth[1])
 
     return add_up
-
-
-def _make_finish(result_type: str):
-    """Make what ends a kernel that sums: a block's sums to `partial`, of a single block to where they are wanted."""
-    write = _make_write(result_type)
-
-    @device
-    def finish(sum0, sum1, a, b, partial, penalty, sums):
-        sum0, sum1 = block_sums(sum0, sum1)
-        if cuda.threadIdx.x == 0:
-            if cuda.gridDim.x == 1:
-                write(sum0, sum1, a, b, penalty, sums)
-            else:
-                partial[2 * cuda.blockIdx.x], partial[2 * cuda.blockIdx.x + 1] = sum0, sum1
-
-    return finish
-
-
-def _make_write(result_type: str):
-    """Make what writes the results that are wanted."""
-    narrow = make_narrow_result(result_type)
-
-    @device
-    def write(sum0, sum1, a, b, penalty, sums):
-        if address_of(penalty) != 0:
-            penalty[0] = narrow(a * sum0 + b * sum1)
-        if address_of(sums) != 0:
-            sums[0], sums[1] = narrow(sum0), narrow(sum1)
-
-    return write

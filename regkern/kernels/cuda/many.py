@@ -11,7 +11,8 @@ from typing import Any
 from regkern.dtypes import DType
 from regkern.kernels.cuda.arithmetic import Capability, make_narrow_result
 from regkern.kernels.cuda.compile import INT64, cuda, make_pointer, pointer
-from regkern.kernels.cuda.elementwise import Body, block_sums, make_flat_loop, scaled
+from regkern.kernels.cuda.elementwise import make_flat_loop, scaled
+from regkern.kernels.cuda.sums import Body, block_sums
 from regkern.kernels.formulas import Formula
 from regkern.kernels.operations import Operation
 
