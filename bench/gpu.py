@@ -1,7 +1,9 @@
 """Measures regkern on a CUDA device and writes `<device>.json`: `python -m bench.gpu [-k PATTERN]`.
 
-Peers of a case take turns. A sample is the time of many calls, from a device that has nothing to do until it has
-finished them; of the kind "launch", until the host has queued them. A peer that fails is left out, and it is said.
+Rows with targets are first, and what takes minutes to compile is last, beside regkern anew: the time on a device may
+end before. Peers of a case take turns. A sample is the time of many calls, from a device that has nothing to do until
+it has finished them; of the kind "launch", until the host has queued them. A peer that fails is left out, and it is
+said.
 """
 
 import argparse
@@ -11,7 +13,7 @@ import re
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from bench.gpu_cases import GPU_CASES, GpuCase
 ROUNDS = 7
 SAMPLE = 0.03  # seconds that one sample takes, about
 QUEUE = 200  # calls that the host queues at most before it waits: launches block when a stream's queue is full
+SLOW_PEERS = ("torch.compile",)
 PACKAGES = ("numba", "numba-cuda", "cuda-bindings", "cupy-cuda13x", "cuda-cccl", "torch", "jax", "numpy")
 Results = dict[str, Any]
 
@@ -45,10 +48,20 @@ def sample(call: Callable[[], Any], number: int, *, queued_only: bool) -> float:
     return ((queued if queued_only else time.perf_counter()) - start) / number
 
 
-def measure_case(case: GpuCase, skipped: dict[str, str]) -> dict[str, Any] | None:
-    """Time regkern and its peers in turn; None where regkern fails."""
+def rounds() -> Iterator[tuple[GpuCase, tuple[str, ...]]]:
+    """Yield cases and those of their peers that are measured now, in the order in which they are wanted."""
+    for case in sorted(GPU_CASES, key=lambda case: not case.targets):
+        yield case, tuple(name for name in case.peers if name not in SLOW_PEERS)
+    for case in sorted(GPU_CASES, key=lambda case: not case.targets):
+        slow = tuple(name for name in case.peers if name in SLOW_PEERS)
+        if slow:
+            yield case, slow
+
+
+def measure_case(case: GpuCase, peers: Sequence[str], skipped: dict[str, str]) -> dict[str, Any] | None:
+    """Time regkern and some of the peers in turn; None where regkern fails."""
     calls, numbers, queued_only = {}, {}, case.kind == "launch"
-    for name in ("regkern", *case.peers):
+    for name in ("regkern", *peers):
         try:
             calls[name] = gpu_peers.prepare(name, case)
             for _ in range(3):  # compiles
@@ -135,13 +148,14 @@ def main() -> None:
         return
     results: Results = {"machine": about, "skipped": {}, "cases": {}, "checks": {}}
     path = options.output / f"{re.sub(r'[^a-z0-9]+', '-', about['gpu'].lower()).strip('-')}.json"
-    for case in GPU_CASES:
+    for case, peers in rounds():
         if options.pattern not in case.name:
             continue
-        row = measure_case(case, results["skipped"])
+        row = measure_case(case, peers, results["skipped"])
         free_memory()
         if row is not None:
-            results["cases"][case.name] = row
+            known = results["cases"].setdefault(case.name, row)
+            known["peers"] = row["peers"] | known["peers"]  # regkern's first figures stay
             print(case.name, *(f"{name} {peer['ratio']:.3g}" for name, peer in row["peers"].items()), sep="\n  ")
         save(path, results)
     for shape in ((8192, 1024), (32768, 256)):

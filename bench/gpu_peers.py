@@ -136,7 +136,7 @@ extern "C" __global__ void read(const uint4* x, unsigned long long n, unsigned* 
 def bare_read(case):
     import cupy
 
-    x = cupy.zeros(case.shape[0] * case.shape[1] * np.dtype(_itemtype(case)).itemsize, "u1")
+    x = _bytes(case)
     kernel, out = cupy.RawKernel(_READ, "read"), cupy.zeros(1, "u4")
     blocks = 8 * cupy.cuda.Device().attributes["MultiProcessorCount"]
     return functools.partial(kernel, (blocks,), (256,), (x, np.uint64(x.size // 16), out))
@@ -146,12 +146,16 @@ def bare_read(case):
 def bare_copy(case):
     import cupy
 
-    x = cupy.zeros(case.shape[0] * case.shape[1] * np.dtype(_itemtype(case)).itemsize, "u1")
+    x = _bytes(case)
     return functools.partial(cupy.copyto, cupy.empty_like(x), x)
 
 
-def _itemtype(case):
-    return "float16" if case.dtype == "bfloat16" else case.dtype
+def _bytes(case):
+    """Return the bytes of what regkern reads: memory and buses take less power, and clocks are higher, for zeros."""
+    import cupy
+    import torch
+
+    return cupy.from_dlpack(torch_array(case).ravel().view(torch.uint8))
 
 
 # CuPy

@@ -4,6 +4,7 @@ What is launched reads and writes the addresses that it is given, so that arrays
 memory can be passed for arrays on a device.
 """
 
+import ctypes
 import functools
 
 from regkern.kernels.cuda import launch
@@ -34,6 +35,12 @@ class Device:
 
     def is_capturing(self, device, stream):
         return self.capturing
+
+    def stream_id(self, device, stream):
+        return stream
+
+    def clear(self, device, stream, address, size):
+        ctypes.memset(address, 0, size)
 
     def load(self, device, body):
         return interpreted(body)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
+from tests.ptx_arithmetic import ARITHMETIC
+
 WARP = 32
 _FIRST = 1 << 12  # the lowest address; what lies below is never memory
 _SPACE = np.frombuffer((ctypes.c_uint8 * ((1 << 47) - _FIRST)).from_address(_FIRST), np.uint8)
@@ -101,6 +103,7 @@ class Kernel:
             self.shared_bytes = self.shared[name] + int(size)
         head, body = re.search(r"\.entry\s+\w+\((.*?)\)\s*(?:\.\w+[^{]*)?\{(.*)\}", ptx, re.DOTALL).groups()
         self.parameters = re.findall(r"(\w+_param_\d+)", head)
+        body = re.sub(r"\{\s*((?:\.reg\s+\.\w+\s+%\w+;\s*)+)([^}]*)\}", self._scope, body)
         for kind, prefix, count in re.findall(r"\.reg\s+\.(\w+)\s+(%\w+)<(\d+)>;", body):
             self.registers |= {f"{prefix}{i}": _TYPES[kind] for i in range(int(count))}
         for name, statement in re.findall(r"(\$\w+):|([^;{}\s](?:[^;{}]|\{[^;]*\})*;)", body):
@@ -108,6 +111,15 @@ class Kernel:
                 self.labels[name] = len(self.code)
             elif not statement.startswith("."):
                 self.code.append(_instruction(" ".join(statement.rstrip(";").split())))
+
+    def _scope(self, found):
+        """Give registers that are declared in a block of their own names that no others have."""
+        text = found[2]
+        for kind, name in re.findall(r"\.reg\s+\.(\w+)\s+%(\w+);", found[1]):
+            own = f"%scope{found.start()}_{name}"
+            self.registers[own] = _TYPES[kind]
+            text = re.sub(rf"%{name}\b", own, text)
+        return text
 
 
 def _instruction(text):
@@ -130,7 +142,10 @@ class Machine:
 
     Attributes:
         executed: how often each instruction ran, for all threads that were there together.
+        last_block_first: whether the last of the blocks takes the first ticket, where they count who has come.
     """
+
+    last_block_first = False
 
     def __init__(self, kernel, memory, blocks, threads, arguments):
         self.kernel, self.memory, self.blocks, self.threads = kernel, memory, blocks, threads
@@ -147,7 +162,7 @@ class Machine:
         }
         self.registers = {}
         self.at = np.zeros(count, np.int64)  # the next instruction; beyond the last, the thread has ended
-        self.waiting = np.zeros(count, bool)
+        self.waiting, self.vote = np.zeros((2, count), bool)
         self.shared = np.zeros((blocks, max(8, -(-kernel.shared_bytes // 8) * 8)), np.uint8)
         # Of each byte of shared memory: after how many barriers it was written and read last, and by which warp.
         self.barriers = np.ones(blocks, np.int64)
@@ -180,10 +195,10 @@ class Machine:
         elif instruction.operation in ("ret", "exit"):
             self.at[active] = len(self.kernel.code)
         elif instruction.operation in ("bar", "barrier"):
-            self._barrier(active)
+            self._barrier(instruction, active)
         elif instruction.operation in _SPECIAL:
             _SPECIAL[instruction.operation](self, instruction, active)
-        elif instruction.operation in _ARITHMETIC:
+        elif instruction.operation in ARITHMETIC:
             self._arithmetic(instruction, active)
         else:
             raise NotImplementedError(instruction.text)
@@ -192,10 +207,13 @@ class Machine:
         target, *operands = instruction.operands
         kind = instruction.type
         values = [self.value(each, kind, active) for each in operands]
-        self.set(target, active, _ARITHMETIC[instruction.operation](_TYPES[kind], instruction.modifiers, *values))
+        self.set(target, active, ARITHMETIC[instruction.operation](_TYPES[kind], instruction.modifiers, *values))
 
-    def _barrier(self, active):
+    def _barrier(self, instruction, active):
         self.waiting[active] = True
+        votes = instruction.modifiers == ("red", "or", "pred")
+        if votes:
+            self.vote[active] = self.value(instruction.operands[2], "pred", active)
         for block in np.unique(self.block[active]):
             threads = slice(block * self.threads, (block + 1) * self.threads)
             if self.waiting[threads].all():
@@ -203,6 +221,8 @@ class Machine:
                     raise DeviceError("threads at different barriers")
                 self.waiting[threads] = False
                 self.barriers[block] += 1
+                if votes:
+                    self.set(instruction.operands[0], threads, np.full(self.threads, self.vote[threads].any()))
             elif (self.at[threads] == len(self.kernel.code)).any():
                 raise DeviceError("a barrier without all threads")
 
@@ -394,55 +414,27 @@ def _insert_bits(machine, instruction, active):
     machine.set(target, active, whole & ~mask | bits << whole.dtype.type(int(start)) & mask)
 
 
-_SPECIAL = {"ld": _load, "st": _store, "mov": _move, "cvt": _convert, "setp": _compare, "selp": _select}
-_SPECIAL |= {"shfl": _shuffle, "shl": _shift, "shr": _shift, "bfi": _insert_bits}
+def _take_ticket(machine, instruction, active):
+    """Count up at one address, one thread after the other, and start again after a bound."""
+    assert instruction.modifiers == ("acq_rel", "gpu", "global", "inc", "u32"), instruction.text
+    target, source, bound = instruction.operands
+    address, dtype, before = machine.address(source, active), np.dtype(np.uint32), []
+    bounds = np.broadcast_to(machine.value(bound, "u32", active), address.shape)
+    order = slice(None, None, -1) if machine.last_block_first else slice(None)
+    for each, last in zip(address[order, None], bounds[order], strict=True):
+        found = machine.memory.load(each, dtype, 1)
+        machine.memory.store(each, np.where(found >= last, dtype.type(0), found + dtype.type(1)))
+        before.append(found[0, 0])
+    machine.set(target, active, np.array(before, dtype)[order])
 
 
-def _multiply(dtype, modifiers, x, y):
-    if "wide" in modifiers:
-        wide = f"{dtype.kind}{2 * dtype.itemsize}"
-        return np.asarray(x).astype(wide) * np.asarray(y).astype(wide)
-    assert "hi" not in modifiers
-    return x * y
-
-
-def _fused(dtype, modifiers, x, y, z):
-    """Round once, but where the sum is within half a unit of the wider type from a tie."""
-    wide = np.longdouble if dtype.itemsize == 8 else np.float64
-    return (np.asarray(x).astype(wide) * np.asarray(y).astype(wide) + np.asarray(z).astype(wide)).astype(dtype)
-
-
-def _divide(dtype, modifiers, x, y):
-    if dtype.kind == "f":
-        return x / y
-    quotient = np.abs(x) // np.abs(y)  # towards zero
-    return np.where((x < 0) != (y < 0), -quotient, quotient).astype(dtype) if dtype.kind == "i" else quotient
-
-
-def _plain(function, float_function=None):
-    def apply(dtype, modifiers, *values):
-        chosen = float_function if float_function and dtype.kind == "f" else function
-        return chosen(*values)
-
-    return apply
-
-
-_ARITHMETIC = {
-    "add": _plain(np.add),
-    "sub": _plain(np.subtract),
-    "and": _plain(np.bitwise_and),
-    "or": _plain(np.bitwise_or),
-    "xor": _plain(np.bitwise_xor),
-    "not": _plain(np.bitwise_not),
-    "neg": _plain(np.negative),
-    "abs": _plain(np.abs),
-    "min": _plain(np.minimum, np.fmin),
-    "max": _plain(np.maximum, np.fmax),
-    "sqrt": _plain(np.sqrt),
-    "rcp": _plain(np.reciprocal),
-    "rem": _plain(np.fmod),
-    "cvta": _plain(np.copy),
-    "mul": _multiply,
-    "fma": _fused,
-    "div": _divide,
+_SPECIAL = {
+    "atom": _take_ticket,
+    "ld": _load,
+    "st": _store,
+    "mov": _move,
+    "cvt": _convert,
+    "setp": _compare,
+    "selp": _select,
 }
+_SPECIAL |= {"shfl": _shuffle, "shl": _shift, "shr": _shift, "bfi": _insert_bits}

@@ -3,6 +3,7 @@
 The arrays are CuPy's own, over memory of the host: no device is needed to make them.
 """
 
+import gc
 import importlib.util
 import weakref
 
@@ -97,6 +98,30 @@ def test_out_that_does_not_fit_is_refused_before_a_launch(place):
         with pytest.raises(error, match="out"):
             REGULARIZER.grad(x, out=out)
     assert not place.driver.streams
+
+
+def test_temporary_memory_of_a_graph_is_kept_where_the_pool_gives_it_away(place):
+    """CuPy's pool gives what was freed after the capture to the next array; the graph still writes there."""
+    x, made = on_device(np.ones(9000, np.float32)), []
+    expected = read(REGULARIZER(x))
+
+    def noted(size):
+        pointer = allocate(size)
+        made.append(weakref.ref(pointer.mem))
+        return pointer
+
+    cupy.cuda.set_allocator(noted)
+    place.driver.capturing = True
+    value = REGULARIZER(x)
+    np.testing.assert_array_equal(read(value), expected)
+    del value
+    gc.collect()
+    assert [memory() is not None for memory in made] == [False, True]
+    large = on_device(np.ones((1100, 300), np.float32))
+    before = len(place.driver.streams)
+    with pytest.raises(RuntimeError, match=r"^regkern: expected at most 1048576 bytes of temporary memory in a graph"):
+        rk.OrthogonalRegularizer(0.1)(large)
+    assert len(place.driver.streams) == before
 
 
 class Foreign:

@@ -17,15 +17,9 @@ from tests.cases import LAYOUTS, NUMPY_DTYPES, READ_ONLY_LAYOUTS, REGULARIZERS, 
 if importlib.util.find_spec("numba_cuda") is None:
     pytest.skip("numba-cuda is not installed: pip install 'regkern[cuda13]'", allow_module_level=True)
 
-from regkern.kernels.cuda.elementwise import (
-    THREADS,
-    UNROLL,
-    flat_kernel,
-    lanes_of,
-    last_stage,
-    strided_kernel,
-)
+from regkern.kernels.cuda.elementwise import UNROLL, flat_kernel, lanes_of, rows_kernel, strided_kernel
 from regkern.kernels.cuda.gram import count_tiles, fold_cosines, inverse_norms, project, tile_sums, unit_rows
+from regkern.kernels.cuda.sums import THREADS, last_stage
 from tests.cuda_code import compiled
 from tests.cuda_device import CAPABILITY, interpreted
 from tests.ptx import DeviceError, Kernel, Machine, Memory
@@ -36,27 +30,31 @@ REGULARIZER = REGULARIZERS["L1L2"]
 STEP = 0.7
 
 
-def launch(body, blocks, arguments, read_only=(), capability=CAPABILITY):
+def launch(body, blocks, arguments, read_only=(), capability=CAPABILITY, last_block_first=False):
     """Run a kernel over arrays, where numbers and views are passed as they are; it may reach nothing else."""
     arrays = [each for each in arguments if isinstance(each, np.ndarray)]
     reached = [each for each in arrays if not any(each is other for other in read_only)]
     passed = [each.__array_interface__["data"][0] if isinstance(each, np.ndarray) else each for each in arguments]
-    Machine(interpreted(body, capability), Memory(reached, read_only), blocks, body.threads, passed).run()
+    machine = Machine(interpreted(body, capability), Memory(reached, read_only), blocks, body.threads, passed)
+    machine.last_block_first = last_block_first
+    machine.run()
 
 
-def run(body, dtype, blocks, x, out, *sizes, factors, read_only=(), capability=CAPABILITY):
-    """Run both stages and return the penalty and the two sums."""
-    partial, result = np.full(2 * blocks, np.nan), np.full(3, np.nan, DTYPES[dtype].result)
-    launch(body, blocks, (x, out, *sizes, *factors, 0, partial, result[:1], result[1:]), read_only, capability)
-    if blocks > 1:
+def run(body, dtype, blocks, x, out, *sizes, factors, read_only=(), tickets=True, **options):
+    """Return the penalty and the two sums, which the last block adds, or another launch."""
+    partial, result, counter = np.full(2 * blocks, np.nan), np.full(3, np.nan, DTYPES[dtype].result), np.zeros(1, "u4")
+    addresses = partial, counter if tickets else 0, result[:1], result[1:]
+    launch(body, blocks, (x, out, *sizes, *factors, 0, *addresses), read_only, **options)
+    assert counter[0] == 0
+    if blocks > 1 and not tickets:
         last = last_stage(DTYPES[dtype].result)
         launch(last, 1, (partial, blocks, *factors, result[:1], result[1:]), [partial])
     return result
 
 
-def flat(operation, dtype, x, out, blocks, factors, formula=ABS_SQUARE, capability=CAPABILITY):
+def flat(operation, dtype, x, out, blocks, factors, formula=ABS_SQUARE, **options):
     body, read_only = flat_kernel(operation, formula, DTYPES[dtype]), [] if out is x else [x]
-    return run(body, dtype, blocks, x, out, x.size, factors=factors, read_only=read_only, capability=capability)
+    return run(body, dtype, blocks, x, out, x.size, factors=factors, read_only=read_only, **options)
 
 
 def aligned(size, dtype, offset):
@@ -109,9 +107,10 @@ def test_sums_and_gradient_of_every_size(dtype, size):
 @pytest.mark.parametrize(("dtype", "blocks"), [("float16", 2), ("float64", 2), ("float32", 3)])
 def test_sums_of_several_blocks(dtype, blocks):
     x = values(THREADS * lanes_of(DTYPES[dtype]) * UNROLL * blocks + 5, dtype, offset=1)
-    first, second = (flat(SUMS, dtype, x, x, blocks, FACTORS) for _ in range(2))
+    first = flat(SUMS, dtype, x, x, blocks, FACTORS)
     assert_sums(first, x, dtype)
-    np.testing.assert_array_equal(first, second)
+    for options in ({}, {"last_block_first": True}, {"tickets": False}):
+        np.testing.assert_array_equal(flat(SUMS, dtype, x, x, blocks, FACTORS, **options), first)
 
 
 def test_more_blocks_than_threads_of_the_last_stage():
@@ -198,24 +197,43 @@ def walk(x, out):
 ALL_LAYOUTS = LAYOUTS | READ_ONLY_LAYOUTS
 STRIDED = [name for name, layout in ALL_LAYOUTS.items() if 0 < np.prod(layout.shape) <= 50_000]
 
+# Of several dimensions: rows that are shorter than a warp, and those of several segments and a part of one.
+ROWS = ["columns", "rows reversed", "inner of four", "transpose of three", "long rows"]
 
-@pytest.mark.parametrize("name", STRIDED)
-def test_strided(name):
+
+@pytest.mark.parametrize(
+    ("make_kernel", "name"),
+    [(strided_kernel, name) for name in STRIDED] + [(rows_kernel, name) for name in STRIDED if name in ROWS],
+)
+def test_strided(make_kernel, name):
     dtype = list(DTYPES)[len(name) % 4]
     x = make(ALL_LAYOUTS[name], dtype)
     out = np.empty(x.shape, x.dtype)
     start, out_start, sizes = walk(x, out)
-    body = strided_kernel(SUMS_AND_GRADIENT, ABS_SQUARE, DTYPES[dtype], len(sizes) // 3)
-    partial, result = np.full(4, np.nan), np.full(3, np.nan, DTYPES[dtype].result)
-    memory = Memory([out, partial, result], [x])
+    body = make_kernel(SUMS_AND_GRADIENT, ABS_SQUARE, DTYPES[dtype], len(sizes) // 3)
+    partial, result, counter = np.full(4, np.nan), np.full(3, np.nan, DTYPES[dtype].result), np.zeros(1, "u4")
+    memory = Memory([out, partial, result, counter], [x])
     addresses = x.__array_interface__["data"][0] + start, out.ctypes.data + out_start
-    results = result.ctypes.data, result[1:].ctypes.data
-    Machine(
-        interpreted(body), memory, 2, THREADS, (*addresses, x.size, *sizes, *FACTORS, 0, partial.ctypes.data, *results)
-    ).run()
-    launch(last_stage(DTYPES[dtype].result), 1, (partial, 2, *FACTORS, result[:1], result[1:]), [partial])
+    results = [each.ctypes.data for each in (partial, counter, result, result[1:])]
+    Machine(interpreted(body), memory, 2, THREADS, (*addresses, x.size, *sizes, *FACTORS, 0, *results)).run()
     assert_sums(result, x, dtype)
     assert_written(out, reference.gradient(REGULARIZER, x), dtype)
+
+
+def test_runs_of_a_row_divide_once_for_four_elements():
+    """A division of 64 bits is a loop of its own in machine code, as long as all else."""
+    x, room = np.ones((40, 600), np.float32)[:, :515], np.zeros(64)
+    _, _, sizes = walk(x, np.empty(x.shape, x.dtype))
+    divisions = {}
+    for make_kernel in (strided_kernel, rows_kernel):
+        kernel = interpreted(make_kernel(SUMS, ABS_SQUARE, DTYPES["float32"], 2))
+        arguments = x.__array_interface__["data"][0], 0, x.size, *sizes, *FACTORS, 0, *[room.ctypes.data] * 4
+        machine = Machine(kernel, Memory(), 2, THREADS, arguments)
+        machine.run()
+        divisions[make_kernel] = sum(
+            times for at, times in machine.executed.items() if kernel.code[at].operation in ("div", "rem")
+        )
+    assert divisions[rows_kernel] <= divisions[strided_kernel] / 2
 
 
 @pytest.mark.parametrize(
@@ -225,8 +243,8 @@ def test_gram_tiles(n, d, dtype):
     x = values(n * d, dtype).reshape(n, d)
     x[n // 2] = 0
     inverse, partial, result = np.full(n, np.nan), np.full(2 * count_tiles(n) ** 2, np.nan), np.full(1, np.nan)
-    launch(inverse_norms(DTYPES[dtype]), n, (x, d, d, 1, inverse), [x])
-    launch(tile_sums(DTYPES[dtype]), len(partial) // 2, (x, n, d, d, 1, inverse, partial), [x, inverse])
+    launch(inverse_norms(DTYPES[dtype], 1), n, (x, n, 1, 0, 0, d, d, 1, inverse), [x])
+    launch(tile_sums(DTYPES[dtype], 1), len(partial) // 2, (x, n, 1, 0, 0, d, d, 1, inverse, partial), [x, inverse])
     arguments = (partial, len(partial) // 2, 2 / (n * (n - 1)), 0.0, result, 0)
     launch(last_stage("float64"), 1, arguments, [partial])
     np.testing.assert_allclose(result[0], reference.mean_abs_cosine(x), rtol=1e-6)
@@ -285,14 +303,14 @@ def test_the_interpreter_finds_what_a_device_would_not_forgive():
     body, x = flat_kernel(SUMS, ABS_SQUARE, DTYPES["float32"]), values(5000, "float32")
     result, partial = np.zeros(3, "f4"), np.zeros(2)
     with pytest.raises(DeviceError, match="load of 4 bytes out of bounds"):
-        launch(body, 1, (x, x, x.size + 1, *FACTORS, 0, partial, result[:1], result[1:]))
+        launch(body, 1, (x, x, x.size + 1, *FACTORS, 0, partial, 0, result[:1], result[1:]))
     with pytest.raises(DeviceError, match="not a multiple"):
-        launch(body, 1, (x.view(np.uint8)[2:], x, x.size - 8, *FACTORS, 0, partial, result[:1], result[1:]))
+        launch(body, 1, (x.view(np.uint8)[2:], x, x.size - 8, *FACTORS, 0, partial, 0, result[:1], result[1:]))
     with pytest.raises(DeviceError, match="store of 4 bytes out of bounds"):
-        launch(body, 1, (x, x, x.size, *FACTORS, 0, partial, result, 0), [x, result])
+        launch(body, 1, (x, x, x.size, *FACTORS, 0, partial, 0, result, 0), [x, result])
     ptx = compiled(body, CAPABILITY).replace("bar.sync", "// bar.sync")
     machine = Machine(
-        Kernel(ptx), Memory(), 1, THREADS, (x.ctypes.data, 0, 5000, *FACTORS, 0, 0, result.ctypes.data, 0)
+        Kernel(ptx), Memory(), 1, THREADS, (x.ctypes.data, 0, 5000, *FACTORS, 0, 0, 0, result.ctypes.data, 0)
     )
     with pytest.raises(DeviceError, match="no barrier"):
         machine.run()

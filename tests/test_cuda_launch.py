@@ -1,12 +1,9 @@
 """What is launched for device arrays, by recording stand-ins for the driver: no device is needed."""
 
-import ctypes
 import importlib.util
 import os
-import struct
 import subprocess
 import sys
-from ctypes import POINTER, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
 
 import numpy as np
 import pytest
@@ -19,21 +16,21 @@ from regkern.dtypes import FLOAT32
 if importlib.util.find_spec("numba_cuda") is None:
     pytest.skip("numba-cuda is not installed: pip install 'regkern[cuda13]'", allow_module_level=True)
 
-from regkern.arrays.device import DeviceAdapter
-from regkern.arrays.layout import View
-from regkern.arrays.numpy import dtype_of
 from regkern.kernels.cuda import launch
 from regkern.kernels.cuda.compile import parameters
-from regkern.kernels.cuda.driver import Code, LibCuda
-from regkern.kernels.cuda.elementwise import MAX_BLOCKS, THREADS, UNROLL, flat_kernel, last_stage, strided_kernel
+from regkern.kernels.cuda.driver import Code, DeviceResetError, LibCuda
+from regkern.kernels.cuda.elementwise import UNROLL, flat_kernel, strided_kernel
 from regkern.kernels.cuda.launch import Place
+from regkern.kernels.cuda.sums import MAX_BLOCKS, THREADS, last_stage
+from tests.cuda_arrays import Arrays
+from tests.cuda_library import Library
 
 
 class Recorder:
     """A driver with two devices, of compute capabilities 8.0 and 9.0, that only notes what it is asked."""
 
     def __init__(self):
-        self.loaded, self.launched, self.capturing = [], [], False
+        self.loaded, self.launched, self.cleared, self.capturing = [], [], [], False
 
     def compute_capability(self, device):
         return [(8, 0), (9, 0)][device]
@@ -41,6 +38,12 @@ class Recorder:
     def is_capturing(self, device, stream):
         assert (device, stream) == (0, 7) or not self.capturing
         return self.capturing
+
+    def stream_id(self, device, stream):
+        return 10 * stream
+
+    def clear(self, device, stream, address, size):
+        self.cleared.append((device, stream, address, size))
 
     def load(self, device, code):
         assert code.cubin.startswith(b"\x7fELF")
@@ -55,46 +58,9 @@ class Recorder:
         self.launched.append((device, stream, blocks, arguments))
 
 
-class Arrays(DeviceAdapter):
-    """Takes NumPy's arrays for arrays on a device, of which nothing is read."""
-
-    def __init__(self, device=0):
-        self.recorder, self.device, self.made = Recorder(), device, []
-
-    def owns(self, array_type):
-        return array_type is np.ndarray
-
-    def view(self, x):
-        return View(x.__array_interface__["data"][0], dtype_of(x.dtype), x.shape, x.strides)
-
-    def place(self, x):
-        return Place(self.recorder, self.device, 7)
-
-    def empty(self, x, shape, type_name):
-        self.made.append(np.empty(shape, type_name))
-        return self.made[-1]
-
-    def upload(self, x, table):
-        return table.copy()
-
-    def address(self, array):
-        return array.ctypes.data
-
-    def empty_like(self, x):
-        return np.empty_like(x)
-
-    def flatten_leading(self, x, *, copy):
-        raise NotImplementedError
-
-    def product(self, left, right, out):
-        raise NotImplementedError
-
-    def check_out(self, x, out):
-        self.check_target(x, out, "numpy.empty_like(x)")
-
-    @property
-    def launched(self):
-        return self.recorder.launched
+def on_device(device=0):
+    """Return an adapter of NumPy's arrays for those on a device, by a recording driver."""
+    return Arrays(Recorder(), device)
 
 
 def address(x):
@@ -102,77 +68,122 @@ def address(x):
 
 
 def test_a_small_array_takes_one_launch_on_the_streams_device():
-    x, arrays = np.empty((10, 10), np.float32), Arrays(device=1)
+    x, arrays = np.empty((10, 10), np.float32), on_device(1)
     value = arrays.penalty(ABS_SQUARE, 0.5, 2.0, x)
     assert (value.shape, value.dtype) == ((), np.float32)
     (result,) = arrays.made
-    assert arrays.launched == [(1, 7, 1, (address(x), address(x), 100, 0.5, 2.0, 0, 0, address(result), 0))]
+    assert arrays.driver.launched == [(1, 7, 1, (address(x), address(x), 100, 0.5, 2.0, 0, 0, 0, address(result), 0))]
 
 
 @pytest.mark.parametrize("blocks", [2, MAX_BLOCKS])
-def test_blocks_are_added_by_a_second_launch(blocks):
-    arrays = Arrays()
-    arrays.penalty(ABS_SQUARE, 0.5, 2.0, np.empty(THREADS * UNROLL * 4 * (blocks + 3 * (blocks > 2)), "f4"))
-    first, second = arrays.launched
-    assert first[2] == blocks
-    partial, result = map(address, arrays.made)
-    assert first[3][-3:] == (partial, result, 0)
-    assert second == (0, 7, 1, (partial, blocks, 0.5, 2.0, result, 0))
+def test_blocks_are_added_by_the_last_of_them(blocks):
+    arrays = on_device()
+    x = np.empty(THREADS * UNROLL * 4 * (blocks + 3 * (blocks > 2)), "f4")
+    for _ in range(2):
+        arrays.penalty(ABS_SQUARE, 0.5, 2.0, x)
+    result, memory, second = map(address, arrays.made)
+    counter = memory + 16 * MAX_BLOCKS
+    assert [launched[2] for launched in arrays.driver.launched] == [blocks, blocks]
+    assert [launched[3][-4:] for launched in arrays.driver.launched] == [
+        (memory, counter, result, 0),
+        (memory, counter, second, 0),
+    ]
+    assert arrays.driver.cleared == [(0, 7, counter, 8)]
+
+
+def test_streams_count_their_blocks_apart(monkeypatch):
+    """Kernels on one stream run one after the other; those of others, and of graphs, whenever they like."""
+    arrays, x = on_device(), np.empty(10**5, "f4")
+    for stream in (0, 7, 1, 8, 7):
+        monkeypatch.setattr(Arrays, "place", lambda self, x, stream=stream: Place(self.driver, 0, stream))
+        arrays.penalty(ABS_SQUARE, 0.5, 2.0, x)
+    counters = [launched[3][-3] for launched in arrays.driver.launched]
+    assert counters[0] == counters[2]  # two addresses of one stream
+    assert counters[1] == counters[4]
+    assert len(set(counters)) == 3
+    # Another stream at the address of one that is gone.
+    monkeypatch.setattr(Recorder, "stream_id", lambda self, device, stream: 5)
+    arrays.penalty(ABS_SQUARE, 0.5, 2.0, x)
+    assert arrays.driver.launched[-1][3][-3] not in counters
+
+
+def test_blocks_of_a_graph_are_added_by_a_launch_of_its_own():
+    arrays, x = on_device(), np.empty(THREADS * UNROLL * 4 * 3, "f4")
+    arrays.driver.capturing = True
+    with pytest.raises(RuntimeError, match="before a graph is captured"):
+        arrays.penalty(ABS_SQUARE, 0.5, 2.0, x)
+    arrays.driver.capturing = False
+    arrays.penalty(ABS_SQUARE, 0.5, 2.0, x)  # loads what a graph needs as well
+    arrays.driver.launched.clear()
+    arrays.made.clear()
+    arrays.driver.capturing = True
+    arrays.penalty(ABS_SQUARE, 0.5, 2.0, x)
+    result, partial = map(address, arrays.made)
+    first, second = arrays.driver.launched
+    assert first[3][-4:] == (partial, 0, result, 0)
+    assert second == (0, 7, 1, (partial, 3, 0.5, 2.0, result, 0))
 
 
 def test_gradients_take_one_launch():
-    x, arrays = np.empty(100_000, np.float32), Arrays()
+    x, arrays = np.empty(100_000, np.float32), on_device()
     out = arrays.grad(ABS_SQUARE, 0.5, 2.0, x, None, False)
-    ((_, _, blocks, arguments),) = arrays.launched
+    ((_, _, blocks, arguments),) = arrays.driver.launched
     assert blocks > 1
-    assert arguments == (address(x), address(out), 100_000, 0.5, 2.0, 0, 0, 0, 0)
+    assert arguments == (address(x), address(out), 100_000, 0.5, 2.0, 0, 0, 0, 0, 0)
 
 
 def test_strides_are_counted_in_elements_from_the_first_in_memory():
-    base, arrays = np.empty((30, 80)), Arrays()
+    base, arrays = np.empty((30, 80)), on_device()
     out = np.empty((30, 40))
     arrays.grad(ABS_SQUARE, 0.5, 2.0, base[::-1, ::2], out, False)
-    ((_, _, _, arguments),) = arrays.launched
+    ((_, _, _, arguments),) = arrays.driver.launched
     assert arguments[:9] == (address(base), address(out[29:]), 1200, 30, 40, 80, 2, -40, 1)
 
 
+@pytest.mark.parametrize(("columns", "kernel"), [(63, "strided_kernel"), (64, "rows_kernel")])
+def test_long_rows_are_runs(columns, kernel):
+    arrays = on_device()
+    arrays.penalty(ABS_SQUARE, 0.5, 2.0, np.empty((30, 80), np.float32)[:, :columns])
+    assert [kernel in entry for _, entry in arrays.driver.loaded] == [True, False]
+
+
 def test_orders_of_memory_are_flat():
-    x, arrays = np.empty((30, 40), np.float32).T, Arrays()
+    x, arrays = np.empty((30, 40), np.float32).T, on_device()
     arrays.penalty(ABS_SQUARE, 0.5, 2.0, x)
-    assert arrays.launched[0][3][2:5] == (1200, 0.5, 2.0)
+    assert arrays.driver.launched[0][3][2:5] == (1200, 0.5, 2.0)
 
 
 def test_each_device_loads_a_kernel_once():
-    first, second = Arrays(0), Arrays(1)
-    second.recorder = first.recorder
+    first, second = on_device(0), on_device(1)
+    second.driver = first.driver
     for arrays in (first, second, first, second):
         arrays.penalty(ABS_SQUARE, 1.0, 1.0, np.empty(10, np.float32))
-    assert [device for device, _ in first.recorder.loaded] == [0, 1]
+    assert [device for device, _ in first.driver.loaded] == [0, 0, 1, 1]  # with the last stage, for graphs
 
 
 def test_kernels_are_loaded_before_a_graph_is_captured():
-    x, arrays = np.empty(10, np.float32), Arrays()
-    arrays.recorder.capturing = True
+    x, arrays = np.empty(10, np.float32), on_device()
+    arrays.driver.capturing = True
     with pytest.raises(RuntimeError, match=r"^regkern: expected kernels on the device before a graph is captured; got"):
         arrays.penalty(ABS_SQUARE, 1.0, 1.0, x)
-    assert not arrays.recorder.loaded
-    arrays.recorder.capturing = False
+    assert not arrays.driver.loaded
+    arrays.driver.capturing = False
     arrays.penalty(ABS_SQUARE, 1.0, 1.0, x)
-    arrays.recorder.capturing = True
+    arrays.driver.capturing = True
     arrays.penalty(ABS_SQUARE, 1.0, 1.0, x)
-    assert len(arrays.launched) == 2
+    assert len(arrays.driver.launched) == 2
 
 
 def test_strides_that_are_no_multiples_are_refused_before_a_launch():
-    x, arrays = np.empty(3, [("a", "f4"), ("b", "u1")])["a"], Arrays()
+    x, arrays = np.empty(3, [("a", "f4"), ("b", "u1")])["a"], on_device()
     with pytest.raises(ValueError, match="multiples of 4 bytes"):
         arrays.penalty(ABS_SQUARE, 1.0, 1.0, x)
-    assert not arrays.launched
+    assert not arrays.driver.launched
 
 
 def test_addresses_that_a_device_does_not_load_from_are_refused_before_a_launch():
     misaligned = np.zeros(49, np.uint8)[1:].view(np.float32).reshape(3, 4)
-    x, arrays = np.zeros((3, 4), np.float32), Arrays()
+    x, arrays = np.zeros((3, 4), np.float32), on_device()
     for name, call in [
         ("x", lambda: arrays.penalty(ABS_SQUARE, 1.0, 1.0, misaligned)),
         ("x", lambda: arrays.grad(ABS_SQUARE, 1.0, 1.0, misaligned, x, False)),
@@ -184,9 +195,9 @@ def test_addresses_that_a_device_does_not_load_from_are_refused_before_a_launch(
     ]:
         with pytest.raises(ValueError, match=f"^{name}: expected an address that is a multiple of 4 bytes.* got one"):
             call()
-    assert not arrays.launched
+    assert not arrays.driver.launched
     arrays.penalty(ABS_SQUARE, 1.0, 1.0, misaligned[:0])  # nothing is loaded
-    assert len(arrays.launched) == 1
+    assert len(arrays.driver.launched) == 1
 
 
 @pytest.mark.parametrize(
@@ -214,92 +225,6 @@ def test_cubins_are_kept_and_damaged_ones_replaced(tmp_path, monkeypatch):
     assert launch.machine_code(body, (9, 0)) == again
 
 
-class Library:
-    """A stand-in for the driver's library: functions of C that note how they are called."""
-
-    def __init__(self, devices=2):
-        self.calls, self.contexts, self.failing = [], [0], None
-        self.devices = devices
-        self._keep = []
-        for name, function, *types in [
-            ("cuInit", lambda flags: 0, c_uint),
-            ("cuDeviceGet", self.device_get, POINTER(c_int), c_int),
-            ("cuDeviceGetAttribute", self.attribute, POINTER(c_int), c_int, c_int),
-            ("cuDevicePrimaryCtxRetain", self.retain, POINTER(c_void_p), c_int),
-            ("cuCtxGetCurrent", self.current, POINTER(c_void_p)),
-            ("cuCtxPushCurrent_v2", self.push, c_void_p),
-            ("cuCtxPopCurrent_v2", self.pop, POINTER(c_void_p)),
-            ("cuStreamIsCapturing", self.is_capturing, c_void_p, POINTER(c_int)),
-            ("cuModuleLoadData", self.load, POINTER(c_void_p), c_char_p),
-            ("cuModuleGetFunction", self.find, POINTER(c_void_p), c_void_p, c_char_p),
-            ("cuPointerGetAttribute", self.pointer, POINTER(c_int), c_int, c_uint64),
-            ("cuGetErrorString", self.text, c_int, POINTER(c_char_p)),
-            ("cuLaunchKernelEx", self.launch, c_void_p, c_void_p, c_void_p, c_void_p),
-        ]:
-            function_of_c = ctypes.CFUNCTYPE(c_int, *types)(function)
-            pointer = ctypes.cast(function_of_c, c_void_p).value
-            self._keep.append(function_of_c)
-            setattr(self, name, ctypes.CFUNCTYPE(c_int)(pointer))  # as ctypes finds it: without types
-            getattr(self, name).argtypes = None
-
-    def device_get(self, handle, device):
-        if device >= self.devices:
-            return 101
-        handle[0] = 40 + device
-        return 0
-
-    def attribute(self, value, attribute, handle):
-        value[0] = {75: handle - 31, 76: attribute - 76}[attribute]
-        return 0
-
-    def retain(self, context, handle):
-        context[0] = 1000 + handle
-        return 0
-
-    def current(self, context):
-        context[0] = self.contexts[-1]
-        return 0
-
-    def push(self, context):
-        self.contexts.append(context)
-        return 0
-
-    def pop(self, context):
-        self.contexts.pop()
-        return 0
-
-    def is_capturing(self, stream, status):
-        assert self.contexts[-1] == 1041
-        status[0] = {8: 0, 9: 1}[stream]
-        return 0
-
-    def load(self, module, image):
-        self.calls.append(("load", self.contexts[-1], image))
-        module[0] = 5
-        return 0
-
-    def find(self, function, module, name):
-        function[0] = {b"a_kernel": 6}[name]
-        return 0
-
-    def pointer(self, device, attribute, address):
-        device[0] = {(9, 1 << 40): 1}[attribute, address]
-        return 0
-
-    def text(self, status, text):
-        text[0] = {101: b"invalid device ordinal", 700: b"an illegal memory access was encountered"}[status]
-        return 0
-
-    def launch(self, configuration, function, each, extra):
-        *sizes, _, stream, attributes, count, _ = struct.unpack("7IIQQII", ctypes.string_at(configuration, 56))
-        assert (attributes, count) == (0, 0)
-        words = ctypes.cast(extra, POINTER(c_void_p))
-        assert (words[0], words[2], words[4], each) == (1, 2, None, None)
-        size = ctypes.cast(words[3], POINTER(c_size_t))[0]
-        self.calls.append(("launch", self.contexts[-1], function, sizes, stream, ctypes.string_at(words[1], size)))
-        return self.failing or 0
-
-
 def test_the_drivers_library_is_called_with_packed_arguments_in_the_devices_context():
     library = Library()
     driver = LibCuda(library)
@@ -311,10 +236,42 @@ def test_the_drivers_library_is_called_with_packed_arguments_in_the_devices_cont
     driver.launch(1, 9, kernel, 3, 256, (1 << 40, -5, 0.5))
     packed = np.array([1 << 40, -5], np.int64).tobytes() + np.float64(0.5).tobytes()
     assert library.calls == [
-        ("load", 1041, b"code"),
+        ("load", 1041),
         ("launch", 1041, 6, [3, 1, 1, 256, 1, 1, 0], 9, packed),
     ]
     assert library.contexts == [0, 77]
+
+
+def test_a_device_that_was_reset_is_told_once_and_used_anew():
+    """Its kernels and memory are gone: no address of before may be used."""
+    library = Library()
+    driver = LibCuda(library)
+    kernel = driver.load(0, Code(b"code", "a_kernel", "q"))
+    driver.launch(0, 0, kernel, 1, 256, (1,))
+    library.resets = 1
+    launches = len(library.calls)
+    with pytest.raises(DeviceResetError, match=r"^regkern: expected CUDA device 0 as it was before; got one that was"):
+        driver.launch(0, 0, kernel, 1, 256, (1,))
+    assert len(library.calls) == launches
+    assert library.contexts == [0]
+    driver.launch(0, 0, driver.load(0, Code(b"code", "a_kernel", "q")), 1, 256, (1,))
+
+
+def test_kernels_and_memory_of_before_a_reset_are_forgotten(monkeypatch):
+    arrays, x = on_device(), np.empty(10**5, "f4")
+    arrays.penalty(ABS_SQUARE, 0.5, 2.0, x)
+    launch_of_driver = Recorder.launch
+
+    def reset(self, device, *_):
+        raise DeviceResetError(device)
+
+    monkeypatch.setattr(Recorder, "launch", reset)
+    with pytest.raises(DeviceResetError):
+        arrays.penalty(ABS_SQUARE, 0.5, 2.0, x)
+    monkeypatch.setattr(Recorder, "launch", launch_of_driver)
+    arrays.penalty(ABS_SQUARE, 0.5, 2.0, x)
+    assert len(arrays.driver.loaded) == 2 * 2
+    assert len(arrays.driver.cleared) == 2
 
 
 def test_errors_of_the_driver_are_told_and_leave_the_context_as_it_was():

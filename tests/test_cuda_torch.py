@@ -33,7 +33,17 @@ def place(monkeypatch):
     monkeypatch.setattr(type(KERNELS), "place", lambda self, x: place)
     monkeypatch.setattr(host.TorchAdapter, "on_host", lambda self, x: None)
     monkeypatch.setattr(host, "_kernels", lambda x: KERNELS if host._is_plain(x) else None)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pinned)
     return place
+
+
+def pinned(x):
+    """Return a copy in memory that the device reads itself, which the host's is not without a device."""
+    pinned.addresses.append(x.data_ptr())
+    return x.clone()
+
+
+pinned.addresses = []
 
 
 def tensor(dtype, shape=(7, 9), seed=0):
@@ -114,6 +124,7 @@ def small_panels(request, monkeypatch):
     """Let small matrices have several panels, of which the last is not full, or tiles."""
     monkeypatch.setattr(device_gram, "PANEL", 4)
     monkeypatch.setattr(device_gram, "PANELS_FROM", 2 if request.param == "panels" else 1000)
+    monkeypatch.setattr(device_gram, "PANELS_FROM_DEPTH", 1)
 
 
 @pytest.mark.usefixtures("small_panels")
@@ -121,6 +132,21 @@ def small_panels(request, monkeypatch):
 def test_orthogonal_value(dtype):
     regularizer, x = rk.OrthogonalRegularizer(0.3), tensor(dtype, (35, 3))
     assert_near(regularizer(x), reference.orthogonal(regularizer, wide(x)), x)
+
+
+@pytest.mark.parametrize(
+    ("rows", "depth", "products"),
+    [(60, 3, 36), (10, 3, 6), (60, 33, 120), (60, 2, 0)],
+    ids=["large panels", "few rows", "long rows", "short rows"],
+)
+def test_panels_depend_on_both_lengths(monkeypatch, rows, depth, products):
+    for name, value in (("PANELS_FROM", 8), ("PANELS_FROM_DEPTH", 3), ("PANEL", 4), ("LARGE_PANEL", 8)):
+        monkeypatch.setattr(device_gram, name, value)
+    made, product = [], type(KERNELS).product
+    monkeypatch.setattr(type(KERNELS), "product", lambda *arguments: made.append(1) or product(*arguments))
+    regularizer, x = rk.OrthogonalRegularizer(0.3), tensor("float64", (rows, depth))
+    assert_near(regularizer(x), reference.orthogonal(regularizer, wide(x)), x)
+    assert len(made) == products
 
 
 @pytest.mark.parametrize(("mode", "dtype"), [("rows", "bfloat16"), ("columns", "float64")])
@@ -156,6 +182,17 @@ def test_orthogonal_batches_and_degenerate_matrices():
         value, gradient = each.value_and_grad(torch.ones(shape))
         assert value.item() == 0
         assert not gradient.any()
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 33, 5), (6, 7, 3), (6, 1, 3)])
+def test_a_batch_of_matrices_is_as_many_launches_as_one(place, shape):
+    batch = tensor("float64", shape, seed=2).transpose(0, -3)[..., ::2]  # matrices that do not follow each other
+    regularizer = rk.OrthogonalRegularizer(0.3, leading_axes="batch")
+    value = regularizer(batch)
+    assert len(place.driver.streams) == (3 if shape[-2] > 1 else 1)
+    matrices = batch.reshape(-1, *batch.shape[-2:])
+    each = rk.OrthogonalRegularizer(0.3)
+    assert_near(value, sum(reference.orthogonal(each, wide(x)) for x in matrices), batch)
 
 
 def test_out_that_does_not_fit_is_refused_before_a_launch(place):
@@ -242,7 +279,9 @@ def test_tables_of_many_tensors_travel_before_a_graph_is_captured(place):
         bound.value()
     assert not place.driver.streams
     place.driver.capturing = False
+    pinned.addresses.clear()
     value = bound.value()
+    assert len(pinned.addresses) == 3  # factors, chunks, arrays: by pinned memory, so that nothing waits
     place.driver.capturing = True
     assert bound.value() == value
 
@@ -282,7 +321,7 @@ def test_what_does_not_fit_many_tensors_is_refused_before_a_launch(place, named)
 
 def test_short_memory_makes_panels_smaller(monkeypatch):
     """A device that has none for panels of four rows, and then none at all."""
-    for name, rows in (("PANELS_FROM", 2), ("PANEL", 4), ("SMALLEST_PANEL", 2)):
+    for name, rows in (("PANELS_FROM", 2), ("PANELS_FROM_DEPTH", 1), ("PANEL", 4), ("SMALLEST_PANEL", 2)):
         monkeypatch.setattr(device_gram, name, rows)
     empty = type(KERNELS).empty
 

@@ -41,6 +41,7 @@ class CupyAdapter(DeviceAdapter):
         return _on(other.data.device_id, cupy.asarray, value) if isinstance(other, cupy.ndarray) else value
 
     def upload(self, x: Any, table: Any) -> Any:
+        # By pinned memory of CuPy's, which keeps it until it has been read.
         return _on(x.data.device_id, cupy.asarray, table)
 
     def number(self, number: Any, x: Any) -> Any:

@@ -19,16 +19,9 @@ from regkern.arrays.layout import Strides, View, check_alike, check_memory, walk
 from regkern.arrays.plan import Member, Plan
 from regkern.dtypes import DType
 from regkern.formulas import ABS, NOTHING
-from regkern.kernels.cuda.elementwise import (
-    NULL,
-    Body,
-    count_blocks,
-    flat_kernel,
-    lanes_of,
-    last_stage,
-    strided_kernel,
-)
-from regkern.kernels.cuda.launch import Place, launch
+from regkern.kernels.cuda.elementwise import SEGMENT, count_blocks, flat_kernel, lanes_of, rows_kernel, strided_kernel
+from regkern.kernels.cuda.launch import Place, is_capturing, keep_for_graph, launch, scratch
+from regkern.kernels.cuda.sums import MAX_BLOCKS, NULL, Body, last_stage
 from regkern.terms import (
     ADD_GRADIENT,
     ELEMENTS,
@@ -51,9 +44,12 @@ class DeviceAdapter(KernelAdapter):
 
     Attributes:
         out_of_memory: what the library raises where a device has too little memory.
+        holds_graphs_memory: whether memory that is allocated while a graph is captured is given to nothing else as
+            long as the graph may run.
     """
 
     out_of_memory: type[Exception]
+    holds_graphs_memory = False
 
     @abstractmethod
     def place(self, x: Any) -> Place:
@@ -172,17 +168,43 @@ class DeviceAdapter(KernelAdapter):
         start, out_start, body, sizes, blocks = _prepared(
             kernel, term.formula, source.dtype, source.shape, source.strides, target.strides, result_type
         )
-        partial = self.empty(x, (2 * blocks,), "float64") if operation.sums and blocks > 1 else None
-        result = self.empty(x, (2,) if both else (), result_type) if operation.sums else None
-        partial_address = NULL if partial is None else self.address(partial)
-        result_address = NULL if result is None else self.address(result)
-        results = (NULL, result_address) if both else (result_address, NULL)
-        addresses = source.address + start, target.address + out_start
-        place, factors = self.place(x), p[:2]
-        launch(place, body, blocks, (*addresses, *sizes, *factors, scale, partial_address, *results))
-        if partial is not None:
-            launch(place, last_stage(result_type), 1, (partial_address, blocks, *factors, *results))
-        return (result[0], result[1]) if operation is SUMS and result is not None else result
+        addresses, place = (source.address + start, target.address + out_start), self.place(x)
+        if not operation.sums:
+            launch(place, body, blocks, (*addresses, *sizes, *p, scale, NULL, NULL, NULL, NULL))
+            return None
+        result = self.empty(x, (2,) if both else (), result_type)
+        results = (NULL, self.address(result)) if both else (self.address(result), NULL)
+        partial, counter = self._sums_of_blocks(x, place, blocks) if blocks > 1 else (NULL, NULL)
+        launch(place, body, blocks, (*addresses, *sizes, *p, scale, partial, counter, *results))
+        if partial and not counter:
+            launch(place, last_stage(result_type), 1, (partial, blocks, *p[:2], *results))
+        return (result[0], result[1]) if operation is SUMS else result
+
+    def _sums_of_blocks(self, x: Any, place: Place, blocks: int) -> tuple[int, int]:
+        """Return addresses for the sums of blocks and for the counter of those that have come, which a graph has not.
+
+        A graph may run while its stream does other work, and twice at once with another.
+        """
+
+        def make() -> tuple[Any, int]:
+            memory = self.empty(x, (2 * MAX_BLOCKS + 1,), "float64")
+            return memory, self.address(memory)
+
+        kept = scratch(place, make)
+        if kept is not None:
+            return kept.partial, kept.counter
+        return self.address(self.temporary(x, (2 * blocks,), "float64")), NULL
+
+    def temporary(self, x: Any, shape: tuple[int, ...], type_name: str) -> Any:
+        """Return a new array in C order on x's device that kernels alone see.
+
+        Raises:
+            RuntimeError: a graph is captured, for which the library holds no memory, and it is too large to be kept.
+        """
+        array = self.empty(x, shape, type_name)
+        if not self.holds_graphs_memory and is_capturing(self.place(x)):
+            keep_for_graph(array, array.nbytes)
+        return array
 
 
 def _check_aligned(view: View, name: str) -> None:
@@ -217,7 +239,11 @@ def _prepared(
 ) -> _Prepared:
     steps = walk(shape, x, out, dtype.itemsize)
     if steps.dims:
-        body = strided_kernel(operation, formula, dtype, steps.dims, result_type=result_type)
+        # Rows of which a warp takes at least half a segment at once.
+        by_rows = steps.dims > 1 and steps.sizes[steps.dims] >= SEGMENT // 2
+        body = (rows_kernel if by_rows else strided_kernel)(
+            operation, formula, dtype, steps.dims, result_type=result_type
+        )
     else:
         body = flat_kernel(operation, formula, dtype, result_type=result_type)
     blocks = count_blocks(steps.sizes[0], 1 if steps.dims else lanes_of(dtype))

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from regkern.arrays.layout import Strides, locate_matrices
 from regkern.dtypes import DType
-from regkern.kernels.cuda.elementwise import MAX_BLOCKS, NULL, last_stage
 from regkern.kernels.cuda.gram import (
     count_tiles,
     fold_cosines,
@@ -22,19 +21,30 @@ from regkern.kernels.cuda.gram import (
     unit_rows,
 )
 from regkern.kernels.cuda.launch import launch
+from regkern.kernels.cuda.sums import MAX_BLOCKS, NULL, last_stage
 
 if TYPE_CHECKING:
     from regkern.arrays.device import DeviceAdapter
 
-# Rows from which the library's product is used; rows of a panel, and of the smallest where a device's memory is short.
-# None was measured.
-PANELS_FROM = 1024
-PANEL = 1024
+# Rows from which the library's product is used, and elements of a row: of short rows, the Gram matrix takes longer to
+# be written and read than to be computed. Rows of a panel; of a large one, which fills devices whose multiprocessors
+# are many, where that takes at most 5 % of the Gram matrix's memory; of the smallest, where a device's is short.
+# None was measured; bench/gpu_model.py has the counts.
+PANELS_FROM, PANELS_FROM_DEPTH = 1024, 33
+PANEL, LARGE_PANEL = 1024, 2048
 SMALLEST_PANEL = 64
 
 
 class Matrices(NamedTuple):
-    """A batch of matrices: addresses; dtype; rows; their depth; strides of rows and of depth, in elements."""
+    """A batch of matrices.
+
+    Attributes:
+        addresses: of each.
+        dtype: of the elements.
+        n, d: how many rows each has, and how many elements a row.
+        row_stride, depth_stride: in elements.
+        layout: lengths of the batch's axes, and their strides in elements, twice.
+    """
 
     addresses: list[int]
     dtype: DType
@@ -42,6 +52,7 @@ class Matrices(NamedTuple):
     d: int
     row_stride: int
     depth_stride: int
+    layout: tuple[int, ...]
 
     @property
     def pairs(self) -> int:
@@ -56,7 +67,7 @@ class Matrices(NamedTuple):
 def mean_cosine(adapter: DeviceAdapter, factor: float, x: Any, matrices: Matrices) -> Any:
     """Return factor times the mean |cosine| over pairs of rows, added over matrices: a 0-d array on the device."""
     count = len(matrices.addresses) if matrices.pairs else 0
-    add = _add_tiles if matrices.n < PANELS_FROM else _add_panels
+    add = _add_panels if matrices.n >= PANELS_FROM and matrices.d >= PANELS_FROM_DEPTH else _add_tiles
     return add(adapter, x, matrices, count).result(matrices, factor)
 
 
@@ -84,10 +95,10 @@ def mean_cosine_gradient(
     dtype, n, d, place, work = matrices.dtype, matrices.n, matrices.d, adapter.place(x), matrices.dtype.result
 
     def allocate(rows: int) -> tuple[Any, ...]:
-        whole = adapter.empty(x, (n, d), work), adapter.empty(x, (n,), "float64")
-        return *whole, adapter.empty(x, (rows, n), work), adapter.empty(x, (rows, d), work)
+        whole = adapter.temporary(x, (n, d), work), adapter.temporary(x, (n,), "float64")
+        return *whole, adapter.temporary(x, (rows, n), work), adapter.temporary(x, (rows, d), work)
 
-    panel, (unit, inverse, cosines, product) = _allocate(adapter, n, allocate)
+    panel, (unit, inverse, cosines, product) = _allocate(adapter, min(n, PANEL), allocate)
     stretches = list(_stretches(n, 0, panel))
     sums = _Sums(adapter, x, len(matrices.addresses) * sum(_fold_blocks(height) for _, height in stretches))
     mean_factor = factor / matrices.pairs
@@ -105,13 +116,12 @@ def mean_cosine_gradient(
     return sums.result(matrices, factor)
 
 
-def _allocate(adapter: DeviceAdapter, n: int, allocate: Callable[[int], tuple[Any, ...]]) -> tuple[int, Any]:
+def _allocate(adapter: DeviceAdapter, rows: int, allocate: Callable[[int], tuple[Any, ...]]) -> tuple[int, Any]:
     """Return the rows of a panel, and what is allocated for them: fewer rows where the device's memory is short.
 
     Raises:
         MemoryError: it is too short for the smallest panel.
     """
-    rows = min(n, PANEL)
     while True:
         try:
             return rows, allocate(rows)
@@ -129,7 +139,7 @@ class _Sums:
 
     def __init__(self, adapter: DeviceAdapter, x: Any, blocks: int) -> None:
         self._adapter, self._x, self._blocks = adapter, x, blocks
-        self._partial = adapter.empty(x, (max(1, 2 * blocks),), "float64")
+        self._partial = adapter.temporary(x, (max(1, 2 * blocks),), "float64")
         self._taken = 0
 
     def take(self, blocks: int) -> int:
@@ -148,16 +158,17 @@ class _Sums:
 
 
 def _add_tiles(adapter: DeviceAdapter, x: Any, matrices: Matrices, count: int) -> _Sums:
-    place, dtype, n, d = adapter.place(x), matrices.dtype, matrices.n, matrices.d
-    inverse = adapter.empty(x, (n,), "float64")
-    sizes, inverse_address = (d, matrices.row_stride, matrices.depth_stride), adapter.address(inverse)
+    """Go over the tiles of all matrices in one launch."""
+    place, dtype, n = adapter.place(x), matrices.dtype, matrices.n
     blocks = count_tiles(n) ** 2
     sums = _Sums(adapter, x, count * blocks)
-    for matrix in range(count):
-        address = matrices.addresses[matrix]
-        launch(place, inverse_norms(dtype), n, (address, *sizes, inverse_address))
-        arguments = (address, n, *sizes, inverse_address, sums.take(blocks))
-        launch(place, tile_sums(dtype), blocks, arguments)
+    if count:
+        inverse = adapter.temporary(x, (count * n,), "float64")
+        sizes = (n, *matrices.layout, matrices.d, matrices.row_stride, matrices.depth_stride)
+        arguments = (matrices.addresses[0], *sizes, adapter.address(inverse))
+        dims = len(matrices.layout) // 3
+        launch(place, inverse_norms(dtype, dims), count * n, arguments)
+        launch(place, tile_sums(dtype, dims), count * blocks, (*arguments, sums.take(count * blocks)))
     return sums
 
 
@@ -168,11 +179,12 @@ def _add_panels(adapter: DeviceAdapter, x: Any, matrices: Matrices, count: int) 
     def allocate(rows: int) -> tuple[Any, ...]:
         stretch = rows, d
         return (
-            *(adapter.empty(x, stretch, work), adapter.empty(x, stretch, work)),
-            *(adapter.empty(x, (rows,), "float64"), adapter.empty(x, (rows * rows,), work)),
+            *(adapter.temporary(x, stretch, work), adapter.temporary(x, stretch, work)),
+            *(adapter.temporary(x, (rows,), "float64"), adapter.temporary(x, (rows * rows,), work)),
         )
 
-    panel, (left, right, inverse, cosines) = _allocate(adapter, n, allocate)
+    large = 20 * LARGE_PANEL * (LARGE_PANEL + 2 * d) <= n * n
+    panel, (left, right, inverse, cosines) = _allocate(adapter, min(n, LARGE_PANEL if large else PANEL), allocate)
     pairs = [(one, other) for one in _stretches(n, 0, panel) for other in _stretches(n, one[0], panel)]
     sums = _Sums(adapter, x, count * sum(_fold_blocks(height) for (_, height), _ in pairs))
     for matrix in range(count):
@@ -229,4 +241,6 @@ def matrices_of(address: int, dtype: DType, shape: tuple[int, ...], strides: Str
             f"x: expected strides that are multiples of {dtype.itemsize} bytes; got {strides}; pass a copy."
         )
     addresses, (n, d), (row_stride, depth_stride) = locate_matrices(address, shape, strides, columns)
-    return Matrices(addresses, dtype, n, d, row_stride // dtype.itemsize, depth_stride // dtype.itemsize)
+    batch_strides = [stride // dtype.itemsize for stride in strides[:-2]] or [0]
+    layout = (*(shape[:-2] or (1,)), *batch_strides, *batch_strides)
+    return Matrices(addresses, dtype, n, d, row_stride // dtype.itemsize, depth_stride // dtype.itemsize, layout)

@@ -11,9 +11,9 @@ import numpy as np
 from regkern.arrays.layout import View, walk
 from regkern.arrays.plan import Member, Plan, Targets, Weighted
 from regkern.dtypes import DType
-from regkern.kernels.cuda.elementwise import NULL, last_stage
 from regkern.kernels.cuda.launch import Place, check_not_capturing, launch
 from regkern.kernels.cuda.many import CHUNK, chunks_kernel, count_chunks, penalty_of_all, penalty_of_each
+from regkern.kernels.cuda.sums import NULL, last_stage
 from regkern.terms import GRADIENT, SUMS, VALUE_AND_ADD_GRADIENT, VALUE_AND_GRADIENT, Formula, Operation
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class DevicePlan(Plan):
     def _upload_factors(self, penalties: Sequence[Weighted]) -> Any:
         """Return the factors on the device. They travel when they have changed."""
         if self._factors is None or self._factors[0] != penalties:
-            table = np.array([p[:2] for _, p in penalties], np.float64)
+            table = np.array([p for _, p in penalties], np.float64)
             self._factors = list(penalties), _upload(self._adapter, self._home, table.ravel())
         return self._factors[1]
 
@@ -123,7 +123,7 @@ class DevicePlan(Plan):
         for group in self._grouped(penalties):
             outs = self._arrays.views if outs is None else outs
             targets = self._adapter.address(group.upload_outs(outs)) if operation.writes else NULL
-            partial = self._adapter.empty(self._home, (max(1, 2 * group.chunk_count),), "float64")
+            partial = self._adapter.temporary(self._home, (max(1, 2 * group.chunk_count),), "float64")
             tables = self._addresses(group.chunks, group.arrays)
             arguments = (*tables, targets, self._adapter.address(factors), scale, self._adapter.address(partial))
             if group.chunk_count:
@@ -133,7 +133,7 @@ class DevicePlan(Plan):
 
     def _total(self, sums: Sequence[tuple[_Group, Any]], penalties: Sequence[Weighted]) -> Any:
         place, factors = self._place(), self._upload_factors(penalties)
-        totals = self._adapter.empty(self._home, (2 * len(sums),), "float64")
+        totals = self._adapter.temporary(self._home, (2 * len(sums),), "float64")
         result = self._adapter.empty(self._home, (), self.dtype.result)
         for i, (group, partial) in enumerate(sums):
             chunks, *rest = self._addresses(group.chunks, group.arrays, factors, partial)

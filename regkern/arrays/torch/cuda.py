@@ -20,6 +20,7 @@ class Kernels(Tensors, DeviceAdapter):
     """Reads and makes plain tensors on CUDA devices, and leaves nothing in autograd's graph."""
 
     out_of_memory = torch.OutOfMemoryError
+    holds_graphs_memory = True  # in a pool of each graph
 
     def view(self, x: Tensor) -> View:
         return View(x.data_ptr(), dtypes[x.dtype], tuple(x.shape), byte_strides(x))
@@ -35,8 +36,8 @@ class Kernels(Tensors, DeviceAdapter):
         return int(array.data_ptr())
 
     def upload(self, x: Tensor, table: Any) -> Tensor:
-        # Pageable memory is staged before the call returns: no wait for the device, nor for the table to be read.
-        return torch.from_numpy(table).to(x.device, non_blocking=True)
+        # Pinned: no wait for what the stream does before. Torch keeps such memory until it has been read.
+        return torch.from_numpy(table).pin_memory().to(x.device, non_blocking=True)
 
     def empty_like(self, x: Tensor) -> Tensor:
         return torch.empty_like(x)

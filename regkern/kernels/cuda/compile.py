@@ -5,6 +5,7 @@ Kernels take plain pointers and numbers, so that their code can be launched by a
 """
 
 import contextlib
+import importlib
 import importlib.util
 import re
 from collections.abc import Callable, Iterator
@@ -12,10 +13,6 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
-from llvmlite import ir
-from numba import cuda as _numba_cuda
-from numba import types
-from numba.cuda.extending import intrinsic
 
 from regkern.kernels import forks
 
@@ -24,6 +21,21 @@ if importlib.util.find_spec("numba_cuda") is None:
         "regkern: expected numba-cuda for an array on a CUDA device; got none; "
         "install it by pip install 'regkern[cuda13]'."
     )
+
+# numba-cuda takes numba.cuda over at the start of Python, by a .pth file, but in no folder of PYTHONPATH.
+importlib.import_module("_numba_cuda_redirector")
+
+from llvmlite import ir  # noqa: E402
+from numba import cuda as _numba_cuda  # noqa: E402
+from numba import types  # noqa: E402
+
+if "numba_cuda" not in str(_numba_cuda.__file__):
+    raise ImportError(
+        "regkern: expected numba-cuda's numba.cuda for an array on a CUDA device; got Numba's own, imported before; "
+        "import numba_cuda's _numba_cuda_redirector first."
+    )
+
+from numba.cuda.extending import intrinsic  # noqa: E402
 
 # Bytes that one load of a thread takes at most.
 VECTOR_BYTES = 16
@@ -67,7 +79,13 @@ def compile_ptx(body: Callable[..., Any], arguments: tuple[Any, ...], compute_ca
         compute_capability: major and minor.
     """
     with forks.loading, _compiling_for(compute_capability):
-        code, _ = _numba_cuda.compile_ptx(body, types.void(*arguments), cc=compute_capability)
+        try:
+            code, _ = _numba_cuda.compile_ptx(body, types.void(*arguments), cc=compute_capability)
+        except AttributeError as error:  # numba-cuda 0.30 names functions of NumPy that 2.5 no longer has
+            raise ImportError(
+                f"regkern: expected a NumPy that numba-cuda works with; got {np.__version__}: {error}; "
+                "install one by pip install 'regkern[cuda13]'."
+            ) from error
     (entry,) = re.findall(r"\.entry\s+(\w+)", code)
     return Ptx(code, entry)
 
@@ -142,6 +160,24 @@ def address_of(typing_context, pointer):
         return builder.ptrtoint(arguments[0], ir.IntType(64))
 
     return types.int64(pointer), codegen
+
+
+@intrinsic
+def take_ticket(typing_context, counter, last):
+    """Return how many blocks came before, of which the one numbered `last` sets the counter back to 0.
+
+    What the block's threads wrote before a barrier is seen by whoever takes a later ticket.
+    """
+
+    def codegen(context, builder, signature, arguments):
+        # Inline PTX: Numba's own atomic operations take arrays.
+        address, last = builder.ptrtoint(arguments[0], ir.IntType(64)), builder.trunc(arguments[1], ir.IntType(32))
+        function = ir.FunctionType(ir.IntType(32), [ir.IntType(64), ir.IntType(32)])
+        template = "atom.acq_rel.gpu.global.inc.u32 $0, [$1], $2;"
+        ticket = builder.asm(function, template, "=r,l,r,~{memory}", [address, last], side_effect=True)
+        return builder.zext(ticket, ir.IntType(64))
+
+    return types.int64(counter, types.int64), codegen
 
 
 @device

@@ -43,18 +43,39 @@ class Driver(Protocol):
     def is_capturing(self, device: int, stream: int) -> bool:
         """Return whether what is launched on a stream goes into a graph, to run later."""
 
+    def stream_id(self, device: int, stream: int) -> int:
+        """Return the number of a stream, which no other has as long as the program runs, as its address may have."""
+
+    def clear(self, device: int, stream: int, address: int, size: int) -> None:
+        """Set so many bytes to 0, on a stream."""
+
     def load(self, device: int, code: Code) -> Any:
         """Load a kernel for a device."""
 
     def launch(
         self, device: int, stream: int, kernel: Any, blocks: int, threads: int, arguments: tuple[int | float, ...]
     ) -> None:
-        """Launch a kernel on a stream and return at once."""
+        """Launch a kernel on a stream and return at once.
+
+        Raises:
+            DeviceResetError: the device was reset since the kernel was loaded.
+        """
+
+
+class DeviceResetError(RuntimeError):
+    """A device's context is another than it was: what was loaded and allocated there is gone."""
+
+    def __init__(self, device: int) -> None:
+        super().__init__(
+            f"regkern: expected CUDA device {device} as it was before; got one that was reset since, with all memory "
+            "and kernels that it had; make the arrays anew, and call again."
+        )
 
 
 class _Kernel(NamedTuple):
     function: int | None
     parameters: struct.Struct
+    context: int  # the number of that which it is loaded in
 
 
 class _Call:
@@ -71,7 +92,7 @@ class _Call:
             *(_BUFFER_SIZE, ctypes.addressof(self._size)),
             _END,
         )
-        self._context = ctypes.c_void_p()
+        self._context = ctypes.c_uint64()
         self.context = ctypes.addressof(self._context)
         self.configuration, self.extra = ctypes.addressof(self._configuration), ctypes.addressof(self._extra)
 
@@ -80,7 +101,7 @@ class _Call:
         kernel.parameters.pack_into(self._parameters, 0, *arguments)
         self._size.value = kernel.parameters.size
 
-    def current_context(self) -> int | None:
+    def current_context(self) -> int:
         return self._context.value
 
 
@@ -93,11 +114,11 @@ class LibCuda:
 
     def __init__(self, library: Any) -> None:
         self._library = library
-        self._contexts: dict[int, int | None] = {}
+        self._contexts: dict[int, tuple[ctypes.c_void_p, int]] = {}
         self._lock = threading.Lock()
         self._calls: list[_Call] = []  # of no thread: a launch takes one out, and puts it back
-        self._launch, self._get_current = library.cuLaunchKernelEx, library.cuCtxGetCurrent
-        self._launch.argtypes, self._get_current.argtypes = [ctypes.c_void_p] * 4, [ctypes.c_void_p]
+        self._launch, self._get_number = library.cuLaunchKernelEx, library.cuCtxGetId
+        self._launch.argtypes, self._get_number.argtypes = [ctypes.c_void_p] * 4, [ctypes.c_void_p] * 2
         self._check(library.cuInit(0))
 
     def compute_capability(self, device: int) -> tuple[int, int]:
@@ -125,31 +146,56 @@ class LibCuda:
             self._leave()
         return status.value != _NOT_CAPTURING
 
+    def stream_id(self, device: int, stream: int) -> int:
+        """Return the number of a stream, which no other has as long as the program runs, as its address may have."""
+        number = ctypes.c_uint64()
+        self._enter(device)
+        try:
+            self._check(self._library.cuStreamGetId(ctypes.c_void_p(stream), ctypes.byref(number)))
+        finally:
+            self._leave()
+        return number.value
+
+    def clear(self, device: int, stream: int, address: int, size: int) -> None:
+        """Set so many bytes to 0, on a stream."""
+        self._enter(device)
+        try:
+            where = ctypes.c_uint64(address), ctypes.c_uint(0), ctypes.c_size_t(size), ctypes.c_void_p(stream)
+            self._check(self._library.cuMemsetD8Async(*where))
+        finally:
+            self._leave()
+
     def load(self, device: int, code: Code) -> _Kernel:
         """Load a kernel for a device. It stays loaded until the process ends."""
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
-        self._enter(device)
+        context = self._enter(device)
         try:
             self._check(self._library.cuModuleLoadData(ctypes.byref(module), code.cubin))
             self._check(self._library.cuModuleGetFunction(ctypes.byref(function), module, code.entry.encode()))
         finally:
             self._leave()
-        return _Kernel(function.value, struct.Struct("=" + code.parameters))
+        return _Kernel(function.value, struct.Struct("=" + code.parameters), context)
 
     def launch(
         self, device: int, stream: int, kernel: _Kernel, blocks: int, threads: int, arguments: tuple[int | float, ...]
     ) -> None:
-        """Launch a kernel on a stream and return at once."""
+        """Launch a kernel on a stream and return at once.
+
+        Raises:
+            DeviceResetError: the device was reset since the kernel was loaded.
+        """
         try:
             call = self._calls.pop()
         except IndexError:
             call = _Call()
         call.pack(kernel, stream, blocks, threads, arguments)
-        self._get_current(call.context)
-        elsewhere = call.current_context() != self._context(device)
+        # Of the current context; it has none where no context is.
+        elsewhere = self._get_number(None, call.context) != 0 or call.current_context() != kernel.context
         if elsewhere:
-            self._enter(device)
+            now = self._enter(device)
         try:
+            if elsewhere and now != kernel.context:
+                raise DeviceResetError(device)
             self._check(self._launch(call.configuration, kernel.function, None, call.extra))
         finally:
             if elsewhere:
@@ -161,16 +207,21 @@ class LibCuda:
         self._check(self._library.cuDeviceGet(ctypes.byref(handle), device))
         return handle
 
-    def _context(self, device: int) -> int | None:
-        if device not in self._contexts:
+    def _enter(self, device: int) -> int:
+        """Make a device's context current, and return its number."""
+        known = self._contexts.get(device)
+        if known is None or self._number_of(known[0]) != known[1]:
             with self._lock:
                 context = ctypes.c_void_p()
                 self._check(self._library.cuDevicePrimaryCtxRetain(ctypes.byref(context), self._handle(device)))
-                self._contexts[device] = context.value
-        return self._contexts[device]
+                known = self._contexts[device] = context, self._number_of(context) or 0
+        self._check(self._library.cuCtxPushCurrent_v2(known[0]))
+        return known[1]
 
-    def _enter(self, device: int) -> None:
-        self._check(self._library.cuCtxPushCurrent_v2(ctypes.c_void_p(self._context(device))))
+    def _number_of(self, context: ctypes.c_void_p) -> int | None:
+        """Return a context's number, which no other has as long as the program runs; None where it is gone."""
+        number = ctypes.c_uint64()
+        return None if self._get_number(context, ctypes.byref(number)) else number.value
 
     def _leave(self) -> None:
         self._check(self._library.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p())))

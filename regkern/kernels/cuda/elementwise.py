@@ -1,19 +1,19 @@
 """Element-wise kernels for CUDA devices: sums, gradients and proximal operators, each in one pass over memory.
 
 A kernel is an operation on every element of an array, by blocks of threads that take elements in turn. Sums have two
-stages, both in an order that the array's size and alignment fix: each block writes its own, and a last kernel of one
-block adds those. No atomics: the same bits from run to run. An array of one block needs the first stage alone.
+stages, both in an order that the array's size and alignment fix: each block writes its own, and the block that comes
+last, by a counter from which each takes a ticket, adds those: the same bits from run to run, whichever it is. An array
+of one block needs the first stage alone. Where no counter can be had, a last kernel of one block adds, as that block.
 
 All kernels of one layout have the same parameters: ``x, out``, pointers to the first elements; ``n``, how many there
-are; the layout, of those that are strided; the factors ``a, b``; ``scale``, by which the factors of what is written are
+are; the layout, of those that are strided; the four parameters; ``scale``, by which the factors of what is written are
 multiplied, a number on the device so that nothing waits for it, or null for 1; ``partial``, two float64 for each block;
-``penalty`` and ``sums``, one and two numbers of the result's type for the penalty and the formula's two sums, or null
-where they are not wanted. What an operation has no use for is not touched and may be any pointer.
+``counter``, a number that is 0 before and after, of which no two kernels make use at once, or null; ``penalty`` and
+``sums``, one and two numbers of the result's type for the penalty and the formula's two sums, or null where they are
+not wanted. What an operation has no use for is not touched and may be any pointer.
 """
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from regkern.dtypes import DType
@@ -23,7 +23,6 @@ from regkern.kernels.cuda.arithmetic import (
     Capability,
     accumulator_of,
     make_narrow,
-    make_narrow_result,
     make_widen,
 )
 from regkern.kernels.cuda.compile import (
@@ -37,41 +36,16 @@ from regkern.kernels.cuda.compile import (
     make_store,
     numbers,
     pointer,
-    shuffle_down,
     to_float64,
 )
+from regkern.kernels.cuda.sums import MAX_BLOCKS, THREADS, WARP, Body, last_stage, make_finish
 from regkern.terms import ADD_GRADIENT, VALUE_AND_ADD_GRADIENT, VALUE_AND_GRADIENT, Formula, Operation
 
-# Threads of a block, and loads that a thread has under way at once, each with sums of its own. Neither was measured.
-THREADS = 256
+# Loads that a thread has under way at once, each with sums of its own. Not measured.
 UNROLL = 4
 # What has half as many under way, two and then two, in the same order of additions: all four at once would take the
 # registers of a fourth block of a multiprocessor, and on some devices more than that.
 _IN_HALVES = (VALUE_AND_GRADIENT, VALUE_AND_ADD_GRADIENT, ADD_GRADIENT)
-# Blocks at most, whatever the device, so that devices agree on the bits: 8 for each multiprocessor of an H100 or H200.
-# Not measured.
-MAX_BLOCKS = 8 * 132
-
-WARP = 32
-NULL = 0  # the address that points nowhere
-_SLOTS = 2 * WARP  # two sums of each warp, of which a block has at most 32
-
-
-@dataclass(frozen=True, eq=False)
-class Body:
-    """A kernel before it is compiled.
-
-    Attributes:
-        name: unique among all.
-        make: makes its code for devices of a compute capability.
-        arguments: its parameters' types.
-        threads: of a block.
-    """
-
-    name: str
-    make: Callable[[Capability], Callable[..., Any]]
-    arguments: tuple[Any, ...]
-    threads: int = THREADS
 
 
 def count_blocks(n: int, lanes: int, threads: int = THREADS) -> int:
@@ -86,26 +60,27 @@ def lanes_of(dtype: DType) -> int:
 
 @functools.cache
 def flat_kernel(operation: Operation, formula: Formula, dtype: DType, result_type: str | None = None) -> Body:
-    """Make the kernel of contiguous arrays: ``(x, out, n, a, b, scale, partial, penalty, sums)``."""
+    """Make the kernel of contiguous arrays: ``(x, out, n, *p, scale, partial, counter, penalty, sums)``."""
     result_type = result_type or dtype.result
-    finish, adds = _make_finish(result_type), operation.sums
+    finish, adds = make_finish(result_type), operation.sums
 
     def make(capability: Capability) -> Any:
         loop = make_flat_loop(operation, formula, dtype, capability)
 
-        def kernel(x, out, n, a, b, scale, partial, penalty, sums):
-            scaled_a, scaled_b = scaled(a, b, scale)
-            sum0, sum1 = loop(x, out, n, cuda.grid(1), cuda.gridsize(1), scaled_a, scaled_b)
+        def kernel(x, out, n, a, b, c, d, scale, partial, counter, penalty, sums):
+            p = scaled(a, b, c, d, scale)
+            sum0, sum1 = loop(x, out, n, cuda.grid(1), cuda.gridsize(1), p)
             if adds:
-                finish(sum0, sum1, a, b, partial, penalty, sums)
+                finish(sum0, sum1, a, b, partial, counter, penalty, sums)
 
         return kernel
 
-    return Body(_name("flat", operation, formula, dtype, result_type), make, _arguments(dtype, result_type, INT64))
+    name = _name("flat", operation, formula, dtype, result_type)
+    return Body(name, make, _arguments(dtype, result_type, INT64), companions=_companions(operation, result_type))
 
 
 def make_flat_loop(operation: Operation, formula: Formula, dtype: DType, capability: Capability):
-    """Make ``loop(x, out, n, first, step, a, b) -> (sum0, sum1)``: what one thread does of n contiguous elements.
+    """Make ``loop(x, out, n, first, step, p) -> (sum0, sum1)``: what one thread does of n contiguous elements.
 
     Elements before and after those that 16-byte loads can take are taken one by one; so are all where x and out are
     aligned differently.
@@ -120,7 +95,7 @@ def make_flat_loop(operation: Operation, formula: Formula, dtype: DType, capabil
     itemsize, lanes = dtype.itemsize, lanes_of(dtype)
 
     @device
-    def loop(x, out, n, first, step, a, b):
+    def loop(x, out, n, first, step, p):
         misaligned = address_of(x) % VECTOR_BYTES
         head = min(n, (VECTOR_BYTES - misaligned) % VECTOR_BYTES // itemsize)
         if writes and address_of(out) % VECTOR_BYTES != misaligned:
@@ -132,9 +107,9 @@ def make_flat_loop(operation: Operation, formula: Formula, dtype: DType, capabil
         i = first
         while i < head:
             if sums:
-                sums0 = add_element(sums0, x[i])
+                sums0 = add_element(sums0, x[i], p)
             if writes:
-                out[i] = update_element(x[i], out[i], a, b)
+                out[i] = update_element(x[i], out[i], p)
             i += step
         j = first
         while j < vectors - 3 * step:
@@ -148,34 +123,34 @@ def make_flat_loop(operation: Operation, formula: Formula, dtype: DType, capabil
             if not halves:
                 x2, x3 = load(x, at2), load(x, at3)
             if sums:
-                sums0, sums1 = add_lanes(sums0, x0), add_lanes(sums1, x1)
+                sums0, sums1 = add_lanes(sums0, x0, p), add_lanes(sums1, x1, p)
             if writes:
                 old0, old1 = load(out, at0), load(out, at1)
-                store(out, at0, update_lanes(x0, old0, a, b))
-                store(out, at1, update_lanes(x1, old1, a, b))
+                store(out, at0, update_lanes(x0, old0, p))
+                store(out, at1, update_lanes(x1, old1, p))
             if halves:
                 x2, x3 = load(x, at2), load(x, at3)
             if sums:
-                sums2, sums3 = add_lanes(sums2, x2), add_lanes(sums3, x3)
+                sums2, sums3 = add_lanes(sums2, x2, p), add_lanes(sums3, x3, p)
             if writes:
                 old2, old3 = load(out, at2), load(out, at3)
-                store(out, at2, update_lanes(x2, old2, a, b))
-                store(out, at3, update_lanes(x3, old3, a, b))
+                store(out, at2, update_lanes(x2, old2, p))
+                store(out, at3, update_lanes(x3, old3, p))
             j += 4 * step
         while j < vectors:
             at0 = head + j * lanes
             x0 = load(x, at0)
             if sums:
-                sums0 = add_lanes(sums0, x0)
+                sums0 = add_lanes(sums0, x0, p)
             if writes:
-                store(out, at0, update_lanes(x0, load(out, at0), a, b))
+                store(out, at0, update_lanes(x0, load(out, at0), p))
             j += step
         i = tail + first
         while i < n:
             if sums:
-                sums0 = add_element(sums0, x[i])
+                sums0 = add_element(sums0, x[i], p)
             if writes:
-                out[i] = update_element(x[i], out[i], a, b)
+                out[i] = update_element(x[i], out[i], p)
             i += step
         return add_up(sums0, sums1, sums2, sums3)
 
@@ -186,13 +161,13 @@ def make_flat_loop(operation: Operation, formula: Formula, dtype: DType, capabil
 def strided_kernel(
     operation: Operation, formula: Formula, dtype: DType, dims: int, result_type: str | None = None
 ) -> Body:
-    """Make the kernel of strided arrays: ``(x, out, n, layout, a, b, scale, partial, penalty, sums)``.
+    """Make the kernel of strided arrays: ``(x, out, n, layout, *p, scale, partial, counter, penalty, sums)``.
 
     The layout is a tuple of 3 * dims numbers: lengths, strides of x, strides of out, the strides counted in elements;
     the last dimension is the one whose elements neighbouring threads take.
     """
     result_type = result_type or dtype.result
-    finish, offsets = _make_finish(result_type), _make_offsets(dims - 1, dims)
+    finish, offsets = make_finish(result_type), make_offsets(dims - 1, dims)
     adds, writes = operation.sums, operation.writes
 
     def make(capability: Capability) -> Any:
@@ -200,9 +175,9 @@ def strided_kernel(
         add_element, update_element, total = _make_element(operation, formula, dtype, accumulator)
         start, add_up = _make_start(accumulator), _make_add_up(total)
 
-        def kernel(x, out, n, layout, a, b, scale, partial, penalty, sums):
+        def kernel(x, out, n, layout, a, b, c, d, scale, partial, counter, penalty, sums):
             i, step = cuda.grid(1), cuda.gridsize(1)
-            scaled_a, scaled_b = scaled(a, b, scale)
+            p = scaled(a, b, c, d, scale)
             sums0, sums1, sums2, sums3 = start(), start(), start(), start()
             while i < n - 3 * step:
                 at0, to0 = offsets(i, layout)
@@ -211,49 +186,102 @@ def strided_kernel(
                 at3, to3 = offsets(i + 3 * step, layout)
                 x0, x1, x2, x3 = x[at0], x[at1], x[at2], x[at3]
                 if adds:
-                    sums0, sums1 = add_element(sums0, x0), add_element(sums1, x1)
-                    sums2, sums3 = add_element(sums2, x2), add_element(sums3, x3)
+                    sums0, sums1 = add_element(sums0, x0, p), add_element(sums1, x1, p)
+                    sums2, sums3 = add_element(sums2, x2, p), add_element(sums3, x3, p)
                 if writes:
-                    out[to0] = update_element(x0, out[to0], scaled_a, scaled_b)
-                    out[to1] = update_element(x1, out[to1], scaled_a, scaled_b)
-                    out[to2] = update_element(x2, out[to2], scaled_a, scaled_b)
-                    out[to3] = update_element(x3, out[to3], scaled_a, scaled_b)
+                    out[to0] = update_element(x0, out[to0], p)
+                    out[to1] = update_element(x1, out[to1], p)
+                    out[to2] = update_element(x2, out[to2], p)
+                    out[to3] = update_element(x3, out[to3], p)
                 i += 4 * step
             while i < n:
                 at0, to0 = offsets(i, layout)
                 if adds:
-                    sums0 = add_element(sums0, x[at0])
+                    sums0 = add_element(sums0, x[at0], p)
                 if writes:
-                    out[to0] = update_element(x[at0], out[to0], scaled_a, scaled_b)
+                    out[to0] = update_element(x[at0], out[to0], p)
                 i += step
             if adds:
                 sum0, sum1 = add_up(sums0, sums1, sums2, sums3)
-                finish(sum0, sum1, a, b, partial, penalty, sums)
+                finish(sum0, sum1, a, b, partial, counter, penalty, sums)
 
         return kernel
 
     name = _name(f"strided{dims}", operation, formula, dtype, result_type)
-    return Body(name, make, _arguments(dtype, result_type, INT64, numbers("int64", 3 * dims)))
+    arguments = _arguments(dtype, result_type, INT64, numbers("int64", 3 * dims))
+    return Body(name, make, arguments, companions=_companions(operation, result_type))
+
+
+# Elements of a row that a warp takes at once.
+SEGMENT = WARP * UNROLL
 
 
 @functools.cache
-def last_stage(result_type: str) -> Body:
-    """Make the kernel of one block that adds the blocks' sums: ``(partial, blocks, a, b, penalty, sums)``."""
-    write = _make_write(result_type)
+def rows_kernel(
+    operation: Operation, formula: Formula, dtype: DType, dims: int, result_type: str | None = None
+) -> Body:
+    """Make the kernel of strided arrays of at least two dimensions whose last one is long.
 
-    def kernel(partial, blocks, a, b, penalty, sums):
-        sum0 = sum1 = 0.0
-        block = cuda.threadIdx.x
-        while block < blocks:
-            sum0 += partial[2 * block]
-            sum1 += partial[2 * block + 1]
-            block += cuda.blockDim.x
-        sum0, sum1 = block_sums(sum0, sum1)
-        if cuda.threadIdx.x == 0:
-            write(sum0, sum1, a, b, penalty, sums)
+    Its parameters are those of `strided_kernel`. A warp takes a segment of a row, so that where an element is, which
+    takes divisions, is asked once for four of them.
+    """
+    result_type = result_type or dtype.result
+    finish, outer_offsets = make_finish(result_type), make_offsets(dims - 2, dims)
+    adds, writes = operation.sums, operation.writes
+    length_at, x_stride_at, out_stride_at = dims - 1, 2 * dims - 1, 3 * dims - 1
 
-    factors, results = (FLOAT64, FLOAT64), (pointer(result_type), pointer(result_type))
-    return Body(f"last_stage-{result_type}", lambda capability: kernel, (pointer("float64"), INT64, *factors, *results))
+    def make(capability: Capability) -> Any:
+        accumulator = accumulator_of(dtype, capability)
+        add_element, update_element, total = _make_element(operation, formula, dtype, accumulator)
+        start, add_up = _make_start(accumulator), _make_add_up(total)
+
+        def kernel(x, out, n, layout, a, b, c, d, scale, partial, counter, penalty, sums):
+            length, x_stride, out_stride = layout[length_at], layout[x_stride_at], layout[out_stride_at]
+            segments = (length + SEGMENT - 1) // SEGMENT
+            count = n // length * segments
+            p = scaled(a, b, c, d, scale)
+            sums0, sums1, sums2, sums3 = start(), start(), start(), start()
+            lane = cuda.threadIdx.x % WARP
+            i, step = cuda.grid(1) // WARP, cuda.gridsize(1) // WARP
+            while i < count:
+                row = i // segments
+                first = (i - row * segments) * SEGMENT + lane
+                at, to = outer_offsets(row, layout)
+                at, to = at + first * x_stride, to + first * out_stride
+                x_step, out_step = WARP * x_stride, WARP * out_stride
+                if first + 3 * WARP < length:
+                    x0, x1, x2, x3 = x[at], x[at + x_step], x[at + 2 * x_step], x[at + 3 * x_step]
+                    if adds:
+                        sums0, sums1 = add_element(sums0, x0, p), add_element(sums1, x1, p)
+                        sums2, sums3 = add_element(sums2, x2, p), add_element(sums3, x3, p)
+                    if writes:
+                        to1, to2, to3 = to + out_step, to + 2 * out_step, to + 3 * out_step
+                        out[to] = update_element(x0, out[to], p)
+                        out[to1] = update_element(x1, out[to1], p)
+                        out[to2] = update_element(x2, out[to2], p)
+                        out[to3] = update_element(x3, out[to3], p)
+                else:
+                    while first < length:
+                        if adds:
+                            sums0 = add_element(sums0, x[at], p)
+                        if writes:
+                            out[to] = update_element(x[at], out[to], p)
+                        first, at, to = first + WARP, at + x_step, to + out_step
+                i += step
+            if adds:
+                sum0, sum1 = add_up(sums0, sums1, sums2, sums3)
+                finish(sum0, sum1, a, b, partial, counter, penalty, sums)
+
+        return kernel
+
+    name = _name(f"rows{dims}", operation, formula, dtype, result_type)
+    arguments = _arguments(dtype, result_type, INT64, numbers("int64", 3 * dims))
+    return Body(name, make, arguments, companions=_companions(operation, result_type))
+
+
+def _companions(operation: Operation, result_type: str) -> tuple[Body, ...]:
+    """Return what adds the blocks' sums in a graph."""
+    return (last_stage(result_type),) if operation.sums else ()
 
 
 def _name(layout: str, operation: Operation, formula: Formula, dtype: DType, result_type: str) -> str:
@@ -261,24 +289,24 @@ def _name(layout: str, operation: Operation, formula: Formula, dtype: DType, res
 
 
 def _arguments(dtype: DType, result_type: str, *layout: Any) -> tuple[Any, ...]:
-    elements, factors = pointer(dtype.carrier), (FLOAT64, FLOAT64, pointer(dtype.result))
+    elements, factors = pointer(dtype.carrier), (*[FLOAT64] * 4, pointer(dtype.result))
     results = pointer(result_type), pointer(result_type)
-    return elements, elements, *layout, *factors, pointer("float64"), *results
+    return elements, elements, *layout, *factors, pointer("float64"), pointer("int64"), *results
 
 
 def _make_element(operation: Operation, formula: Formula, dtype: DType, accumulator: Accumulator):
     """Make what is done to one element, and how a thread's sums are read.
 
     Returns:
-        ``add(sums, carrier) -> sums``, ``update(carrier, old, a, b) -> carrier`` and ``total(sums) -> (sum0, sum1)``.
+        ``add(sums, carrier, p) -> sums``, ``update(carrier, old, p) -> carrier`` and ``total(sums) -> (sum0, sum1)``.
     """
     functions = formula.make(scalars)
     widen, narrow, terms = make_widen(dtype), make_narrow(dtype), device(functions.terms)
     widen_term, add_term, total_term = accumulator.widen, accumulator.add, accumulator.total
 
     @device
-    def add(sums, element):
-        term0, term1 = terms(abs(widen_term(widen(element))), (0.0, 0.0, 0.0, 0.0))
+    def add(sums, element, p):
+        term0, term1 = terms(abs(widen_term(widen(element))), p)
         return add_term(sums[0], term0), add_term(sums[1], term1)
 
     @device
@@ -291,55 +319,55 @@ def _make_element(operation: Operation, formula: Formula, dtype: DType, accumula
     adds = operation.adds
 
     @device
-    def update(element, old, a, b):
-        new = change(to_float64(widen(element)), (a, b, 0.0, 0.0))
+    def update(element, old, p):
+        new = change(to_float64(widen(element)), p)
         return narrow(to_float64(widen(old)) + new if adds else new)
 
     return add, update, total
 
 
 @device
-def _keep(element, old, a, b):
+def _keep(element, old, p):
     return old
 
 
 def _make_add_lanes(add_element, lanes: int):
-    """Make ``add(sums, lanes) -> sums``, one lane after the other.
+    """Make ``add(sums, lanes, p) -> sums``, one lane after the other.
 
     Numba does not unroll a loop over a tuple: it would find each element by branches as the loop runs.
     """
     if lanes == 1:
 
         @device
-        def one(sums, x):
-            return add_element(sums, x[0])
+        def one(sums, x, p):
+            return add_element(sums, x[0], p)
 
         return one
     half = lanes // 2
     add_half = _make_add_lanes(add_element, half)
 
     @device
-    def both(sums, x):
-        return add_half(add_half(sums, x[:half]), x[half:])
+    def both(sums, x, p):
+        return add_half(add_half(sums, x[:half], p), x[half:], p)
 
     return both
 
 
 def _make_update_lanes(update, lanes: int):
-    """Make ``update(lanes, old, a, b) -> lanes``: Numba builds a tuple of so many by joining those of its halves."""
+    """Make ``update(lanes, old, p) -> lanes``: Numba builds a tuple of so many by joining those of its halves."""
     if lanes == 1:
 
         @device
-        def one(x, old, a, b):
-            return (update(x[0], old[0], a, b),)
+        def one(x, old, p):
+            return (update(x[0], old[0], p),)
 
         return one
     half = lanes // 2
     update_half = _make_update_lanes(update, half)
 
     @device
-    def both(x, old, a, b):
-        return update_half(x[:half], old[:half], a, b) + update_half(x[half:], old[half:], a, b)
+    def both(x, old, p):
+        return update_half(x[:half], old[:half], p) + update_half(x[half:], old[half:], p)
 
     return both
 
@@ -354,7 +382,7 @@ def _make_start(accumulator: Accumulator):
     return start
 
 
-def _make_offsets(axis: int, dims: int):
+def make_offsets(axis: int, dims: int):
     """Make ``offsets(i, layout) -> (of x, of out)``: element i of dimensions 0 to `axis` in C order."""
     x_stride, out_stride = dims + axis, 2 * dims + axis
     if axis == 0:
@@ -364,7 +392,7 @@ def _make_offsets(axis: int, dims: int):
             return i * layout[x_stride], i * layout[out_stride]
 
         return first
-    outer_offsets = _make_offsets(axis - 1, dims)
+    outer_offsets = make_offsets(axis - 1, dims)
 
     @device
     def offsets(i, layout):
@@ -377,38 +405,12 @@ def _make_offsets(axis: int, dims: int):
 
 
 @device
-def block_sums(sum0, sum1):
-    """Return the sums over a block's threads, in its first warp; all of them call it."""
-    shared = cuda.shared.array(_SLOTS, FLOAT64)
-    lane, warp = cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
-    sum0, sum1 = warp_sums(sum0, sum1)
-    if lane == 0:
-        shared[2 * warp], shared[2 * warp + 1] = sum0, sum1
-    cuda.syncthreads()
-    warps = cuda.blockDim.x // WARP
-    sum0 = shared[2 * lane] if lane < warps else 0.0  # every warp does what the first needs
-    sum1 = shared[2 * lane + 1] if lane < warps else 0.0
-    return warp_sums(sum0, sum1)
-
-
-@device
-def warp_sums(sum0, sum1):
-    """Return the sums over a warp's lanes, in its first; all of them call it."""
-    offset = WARP // 2
-    while offset > 0:
-        sum0 += shuffle_down(sum0, offset)
-        sum1 += shuffle_down(sum1, offset)
-        offset //= 2
-    return sum0, sum1
-
-
-@device
-def scaled(a, b, scale):
-    """Return the factors of what is written."""
+def scaled(a, b, c, d, scale):
+    """Return the parameters of what is written, of which the scale multiplies two."""
     if address_of(scale) == 0:
-        return a, b
+        return a, b, c, d
     factor = to_float64(scale[0])
-    return a * factor, b * factor
+    return a * factor, b * factor, c, d
 
 
 def _make_add_up(total):
@@ -420,33 +422,3 @@ def _make_add_up(total):
         return (first[0] + second[0]) + (third[0] + fourth[0]), (first[1] + second[1]) + (third[1] + fourth[1])
 
     return add_up
-
-
-def _make_finish(result_type: str):
-    """Make what ends a kernel that sums: a block's sums to `partial`, of a single block to where they are wanted."""
-    write = _make_write(result_type)
-
-    @device
-    def finish(sum0, sum1, a, b, partial, penalty, sums):
-        sum0, sum1 = block_sums(sum0, sum1)
-        if cuda.threadIdx.x == 0:
-            if cuda.gridDim.x == 1:
-                write(sum0, sum1, a, b, penalty, sums)
-            else:
-                partial[2 * cuda.blockIdx.x], partial[2 * cuda.blockIdx.x + 1] = sum0, sum1
-
-    return finish
-
-
-def _make_write(result_type: str):
-    """Make what writes the results that are wanted."""
-    narrow = make_narrow_result(result_type)
-
-    @device
-    def write(sum0, sum1, a, b, penalty, sums):
-        if address_of(penalty) != 0:
-            penalty[0] = narrow(a * sum0 + b * sum1)
-        if address_of(sums) != 0:
-            sums[0], sums[1] = narrow(sum0), narrow(sum1)
-
-    return write

@@ -1,9 +1,10 @@
 """The mean |cosine| over pairs of rows on CUDA devices, without the Gram matrix.
 
-There are two ways. `inverse_norms` and `tile_sums` do it alone: each block computes one tile of the Gram matrix from
-unit rows in shared memory and keeps only the sum of its magnitudes; memory beyond the matrix is 8 bytes for each row,
-and 16 for each tile. `unit_rows`, `fold_cosines` and `project` are what is left to do where a library's own product of
-matrices computes the cosines, a panel at a time; the gradient goes this way alone.
+There are two ways. `inverse_norms` and `tile_sums` do it alone, for a batch of matrices at once: each block computes a
+tile of a Gram matrix from unit rows in shared memory and keeps only the sum of its magnitudes; memory beyond the matrix
+is 8 bytes for each row, and 16 for each tile. Where the matrices lie is a layout as that of strided kernels, of which
+the strides of x alone are used. `unit_rows`, `fold_cosines` and `project` are what is left to do where a library's own
+product of matrices computes the cosines, a panel at a time; the gradient goes this way alone.
 
 Unit rows and cosines have the type of a result, and dot products are added in it: float32, float64 for float64, as on
 the CPU. Norms and sums are in float64.
@@ -14,8 +15,20 @@ import math
 
 from regkern.dtypes import DType
 from regkern.kernels.cuda.arithmetic import make_narrow, make_narrow_result, make_widen
-from regkern.kernels.cuda.compile import FLOAT64, INT64, cuda, device, float_type, pointer, to_float64
-from regkern.kernels.cuda.elementwise import Body, block_sums, scaled
+from regkern.kernels.cuda.compile import (
+    FLOAT64,
+    INT64,
+    address_of,
+    cuda,
+    device,
+    float_type,
+    make_pointer,
+    numbers,
+    pointer,
+    to_float64,
+)
+from regkern.kernels.cuda.elementwise import make_offsets, scaled
+from regkern.kernels.cuda.sums import Body, block_sums
 
 # Rows and columns of a tile; a thread has four of its elements. A block has TILE * TILE // 4 threads.
 TILE = 32
@@ -58,39 +71,58 @@ def _make_inverse_norm(dtype: DType):
 
 
 @functools.cache
-def inverse_norms(dtype: DType) -> Body:
-    """Make the kernel of one block for each row: ``(x, d, row_stride, depth_stride, inverse)``.
+def inverse_norms(dtype: DType, dims: int) -> Body:
+    """Make the kernel of one block for each row: ``(x, n, layout, d, row_stride, depth_stride, inverse)``.
 
-    Strides are counted in elements; `inverse` takes a float64 for each row, 0 for a zero row.
+    The layout is that of the matrices, of n rows each; strides are counted in elements; `inverse` takes a float64 for
+    each row of each matrix, 0 for a zero row.
     """
-    inverse_norm = _make_inverse_norm(dtype)
+    inverse_norm, address_of_matrix = _make_inverse_norm(dtype), _make_matrix(dtype, dims)
 
-    def kernel(x, d, row_stride, depth_stride, inverse):
-        row = cuda.blockIdx.x
-        factor = inverse_norm(x, row, d, row_stride, depth_stride)
+    def kernel(x, n, layout, d, row_stride, depth_stride, inverse):
+        matrix = cuda.blockIdx.x // n
+        row = cuda.blockIdx.x - matrix * n
+        factor = inverse_norm(address_of_matrix(x, matrix, layout), row, d, row_stride, depth_stride)
         if cuda.threadIdx.x == 0:
-            inverse[row] = factor
+            inverse[cuda.blockIdx.x] = factor
 
-    arguments = (pointer(dtype.carrier), INT64, INT64, INT64, pointer("float64"))
-    return Body(f"inverse_norms-{dtype.name}", lambda capability: kernel, arguments)
+    layout = numbers("int64", 3 * dims)
+    arguments = (pointer(dtype.carrier), INT64, layout, INT64, INT64, INT64, pointer("float64"))
+    return Body(f"inverse_norms{dims}-{dtype.name}", lambda capability: kernel, arguments)
+
+
+def _make_matrix(dtype: DType, dims: int):
+    """Make ``matrix(x, i, layout)``, which points to the first element of matrix i."""
+    offsets, to_pointer, itemsize = make_offsets(dims - 1, dims), make_pointer(dtype.carrier), dtype.itemsize
+
+    @device
+    def matrix(x, i, layout):
+        offset, _ = offsets(i, layout)
+        return to_pointer(address_of(x) + offset * itemsize)
+
+    return matrix
 
 
 @functools.cache
-def tile_sums(dtype: DType) -> Body:
-    """Make the kernel of ``count_tiles(n) ** 2`` blocks.
+def tile_sums(dtype: DType, dims: int) -> Body:
+    """Make the kernel of ``count_tiles(n) ** 2`` blocks for each matrix.
 
-    Its parameters: ``(x, n, d, row_stride, depth_stride, inverse, partial)``; `partial` takes two float64 for each
-    block, the sum of |cosine| over the pairs i < j of its tile and 0, for the last stage of sums.
+    Its parameters: ``(x, n, layout, d, row_stride, depth_stride, inverse, partial)``; `partial` takes two float64 for
+    each block, the sum of |cosine| over the pairs i < j of its tile and 0, for the last stage of sums.
     """
+    address_of_matrix = _make_matrix(dtype, dims)
     threads, rows_apart, slots = TILE * TILE // PER_THREAD, TILE // PER_THREAD, TILE * DEPTH
     widen, narrow = make_widen(dtype), make_narrow_result(dtype.result)
     shared_type = float_type(dtype.result)
 
-    def kernel(x, n, d, row_stride, depth_stride, inverse, partial):
+    def kernel(whole, n, layout, d, row_stride, depth_stride, inverses, partial):
         left = cuda.shared.array(slots, shared_type)
         right = cuda.shared.array(slots, shared_type)
         tiles = (n + TILE - 1) // TILE
-        tile_row, tile_column = cuda.blockIdx.x // tiles, cuda.blockIdx.x % tiles
+        matrix = cuda.blockIdx.x // (tiles * tiles)
+        tile = cuda.blockIdx.x - matrix * tiles * tiles
+        tile_row, tile_column = tile // tiles, tile % tiles
+        x, first = address_of_matrix(whole, matrix, layout), matrix * n
         thread = cuda.threadIdx.x
         total = 0.0
         if tile_row <= tile_column:  # of all threads of a block or of none
@@ -104,9 +136,9 @@ def tile_sums(dtype: DType) -> Body:
                     at_left, at_right = tile_row * TILE + i, tile_column * TILE + i
                     u = v = 0.0
                     if k < d and at_left < n:
-                        u = to_float64(widen(x[at_left * row_stride + k * depth_stride])) * inverse[at_left]
+                        u = to_float64(widen(x[at_left * row_stride + k * depth_stride])) * inverses[first + at_left]
                     if k < d and at_right < n:
-                        v = to_float64(widen(x[at_right * row_stride + k * depth_stride])) * inverse[at_right]
+                        v = to_float64(widen(x[at_right * row_stride + k * depth_stride])) * inverses[first + at_right]
                     left[slot], right[slot] = narrow(u), narrow(v)
                     slot += threads
                 cuda.syncthreads()
@@ -128,9 +160,9 @@ def tile_sums(dtype: DType) -> Body:
         if thread == 0:
             partial[2 * cuda.blockIdx.x], partial[2 * cuda.blockIdx.x + 1] = total, 0.0
 
-    sizes = (INT64, INT64, INT64, INT64)
+    sizes = (INT64, numbers("int64", 3 * dims), INT64, INT64, INT64)
     arguments = (pointer(dtype.carrier), *sizes, pointer("float64"), pointer("float64"))
-    return Body(f"tile_sums-{dtype.name}", lambda capability: kernel, arguments, threads)
+    return Body(f"tile_sums{dims}-{dtype.name}", lambda capability: kernel, arguments, threads)
 
 
 @functools.cache

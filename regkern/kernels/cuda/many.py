@@ -11,7 +11,8 @@ from typing import Any
 from regkern.dtypes import DType
 from regkern.kernels.cuda.arithmetic import Capability, make_narrow_result
 from regkern.kernels.cuda.compile import INT64, cuda, make_pointer, pointer
-from regkern.kernels.cuda.elementwise import Body, block_sums, make_flat_loop, scaled
+from regkern.kernels.cuda.elementwise import make_flat_loop, scaled
+from regkern.kernels.cuda.sums import Body, block_sums
 from regkern.terms import Formula, Operation
 
 # Elements of a chunk: 64 for each thread. Not measured.
@@ -28,7 +29,7 @@ def count_chunks(n: int) -> int:
 def chunks_kernel(operation: Operation, formula: Formula, dtype: DType) -> Body:
     """Make the kernel of one block for each chunk: ``(chunks, arrays, outs, factors, scale, partial)``.
 
-    `outs` are addresses, one for each array; `factors` are rows of two float64; `scale` is a number on the device by
+    `outs` are addresses, one for each array; `factors` are rows of four parameters; `scale` is a number on the device by
     which the factors of what is written are multiplied, or null for 1. `partial` takes two float64 for each chunk.
     """
     sums, writes, itemsize, to_pointer = operation.sums, operation.writes, dtype.itemsize, make_pointer(dtype.carrier)
@@ -40,9 +41,10 @@ def chunks_kernel(operation: Operation, formula: Formula, dtype: DType) -> Body:
             array, start = chunks[2 * cuda.blockIdx.x], chunks[2 * cuda.blockIdx.x + 1]
             x, n, row = arrays[4 * array] + start * itemsize, arrays[4 * array + 1] - start, arrays[4 * array + 2]
             out = outs[array] + start * itemsize if writes else x
-            a, b = scaled(factors[2 * row], factors[2 * row + 1], scale)
+            own = 4 * row
+            p = scaled(factors[own], factors[own + 1], factors[own + 2], factors[own + 3], scale)
             taken = min(n, CHUNK)
-            sum0, sum1 = loop(to_pointer(x), to_pointer(out), taken, cuda.threadIdx.x, cuda.blockDim.x, a, b)
+            sum0, sum1 = loop(to_pointer(x), to_pointer(out), taken, cuda.threadIdx.x, cuda.blockDim.x, p)
             if sums:
                 sum0, sum1 = block_sums(sum0, sum1)
                 if cuda.threadIdx.x == 0:
@@ -67,7 +69,7 @@ def penalty_of_all() -> Body:
         chunk = cuda.threadIdx.x
         while chunk < count:
             row = arrays[4 * chunks[2 * chunk] + 2]
-            penalty += factors[2 * row] * partial[2 * chunk] + factors[2 * row + 1] * partial[2 * chunk + 1]
+            penalty += factors[4 * row] * partial[2 * chunk] + factors[4 * row + 1] * partial[2 * chunk + 1]
             chunk += cuda.blockDim.x
         penalty, _ = block_sums(penalty, 0.0)
         if cuda.threadIdx.x == 0:
@@ -94,7 +96,7 @@ def penalty_of_each(result_type: str) -> Body:
             i += cuda.blockDim.x
         sum0, sum1 = block_sums(sum0, sum1)
         if cuda.threadIdx.x == 0:
-            penalties[array] = narrow(factors[2 * row] * sum0 + factors[2 * row + 1] * sum1)
+            penalties[array] = narrow(factors[4 * row] * sum0 + factors[4 * row + 1] * sum1)
 
     tables = (pointer("int64"), pointer("float64"), pointer("float64"), pointer(result_type))
     return Body(f"penalty_of_each-{result_type}", lambda capability: kernel, tables)
