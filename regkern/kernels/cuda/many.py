@@ -29,8 +29,8 @@ def count_chunks(n: int) -> int:
 def chunks_kernel(operation: Operation, formula: Formula, dtype: DType) -> Body:
     """Make the kernel of one block for each chunk: ``(chunks, arrays, outs, factors, scale, partial)``.
 
-    `outs` are addresses, one for each array; `factors` are rows of four parameters; `scale` is a number on the device by
-    which the factors of what is written are multiplied, or null for 1. `partial` takes two float64 for each chunk.
+    `outs` are addresses, one for each array; `factors` are rows of four parameters; `scale` is a number on the device
+    by which the factors of what is written are multiplied, or null for 1. `partial` takes two float64 for each chunk.
     """
     sums, writes, itemsize, to_pointer = operation.sums, operation.writes, dtype.itemsize, make_pointer(dtype.carrier)
 
