@@ -186,8 +186,14 @@ class Penalty:
 
     def _traced(self, tree: Any) -> dict[str, Any]:
         """Return each penalised tensor's penalty, where `torch.compile` traces: one by one, and nothing is kept."""
+        for rule in self.rules.regularizers:
+            if rule.startswith("@"):
+                raise RuleError(
+                    f"rule {rule!r}: expected globs where torch.compile traces; got a rule by what a tensor is; "
+                    "call the penalty outside of what is compiled, or bind it."
+                )
         named = reductions.named_arrays(tree)
-        rules = self._rules(tree, named)
+        rules = self.rules.among(named)
         values: dict[str, Any] = {}
         seen: list[Any] = []
         for name, x in named.items():

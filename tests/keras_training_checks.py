@@ -147,6 +147,7 @@ def test_optimizers_with_rates_of_their_own():
         np.testing.assert_allclose(numbers(layer.kernel), soft(w, rate * FACTOR), atol=1e-6)
 
 
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras has none there")
 def test_steps_per_execution():
     model = linear(keras.optimizers.SGD(0.1), steps_per_execution=2)
     fit(model, [rk.keras.ProximalCallback(CALLBACK)], epochs=1)

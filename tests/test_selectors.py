@@ -64,8 +64,8 @@ def test_modules_of_torch():
     net.module[3].weight.requires_grad = False
     assert named("@rank>=2", net) == ["0.weight", "1.weight", "1.bias"]
     penalty = rk.Penalty({"@no_decay": None, "@layer=Conv*": L2, "*": None})
-    expected = penalty(net)
-    torch.testing.assert_close(torch.compile(penalty, backend="eager")(net), expected)
+    with pytest.raises(Exception, match=r"expected globs where torch.compile traces; got a rule by what a tensor is"):
+        torch.compile(penalty, backend="eager", fullgraph=True)(net)
 
 
 def test_models_of_keras():

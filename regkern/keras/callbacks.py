@@ -120,7 +120,7 @@ class ProximalCallback(_Callback):
             if not hasattr(each, "prox"):
                 raise TypeError(f"rules: expected regularizers with a proximal operator; got {each!r}, which has none.")
         self._penalty.bind(self.model).prox_(0.0)  # changes nothing; raises if one has no proximal operator after all
-        self._groups = [_Group(optimizer) for optimizer in optimizers]
+        self._groups = [_Group(optimizer, alone=len(optimizers) == 1) for optimizer in optimizers]
         self._forget()
         self._look(named, regularizers)
 
@@ -192,8 +192,8 @@ class _Group:
         bound: the penalty of its variables; None where that is to be made.
     """
 
-    def __init__(self, optimizer: Any) -> None:
-        self._optimizer, self._done = optimizer, steps_done(optimizer)
+    def __init__(self, optimizer: Any, *, alone: bool) -> None:
+        self._optimizer, self._alone, self._done = optimizer, alone, steps_done(optimizer)
         self.bound: BoundPenalty | None = None
 
     def step(self, variables: Mapping[str, Any], regularizers: Mapping[str, Any]) -> bool:
@@ -203,8 +203,10 @@ class _Group:
             return False
         self._done = done
         if self.bound is None:
-            own = {id(variable) for variable in self._optimizer._trainable_variables}
-            mine = {name: variable for name, variable in variables.items() if id(variable) in own}
+            mine = dict(variables)
+            if not self._alone:  # those of a MultiOptimizer know what is theirs
+                own = {id(variable) for variable in self._optimizer._trainable_variables}
+                mine = {name: variable for name, variable in variables.items() if id(variable) in own}
             self.bound = Penalty({name: regularizers[name] for name in mine}).bind(mine)
         self.bound.prox_(rate_of_last_step(self._optimizer))
         return True
