@@ -20,7 +20,7 @@ from regkern.arrays.numbers import step_size as step_size
 from regkern.arrays.trees import Tree as Tree
 from regkern.formulas import ABS, ABS_SUM, BOTH_SUMS, COUNTED, SQUARE_SUM
 from regkern.summands import check_mode, check_rank
-from regkern.terms import NONE, PARTIAL, SUMS, VALUE, Products, Term
+from regkern.terms import NONE, PARTIAL, SUMS, Products, Term
 
 if TYPE_CHECKING:
     from regkern.arrays.adapter import Adapter, KernelAdapter
@@ -46,7 +46,7 @@ def abs_sum(x: Any) -> Any:
         >>> float(abs_sum(np.array([1.0, -2.0, 3.0])))
         6.0
     """
-    return ADAPTERS[type(x)].run(VALUE, ABS_SUM, (1.0, 0.0, 0.0, 0.0), x)[0]
+    return ADAPTERS[type(x)].value(ABS_SUM, (1.0, 0.0, 0.0, 0.0), x)
 
 
 def square_sum(x: Any) -> Any:
@@ -66,7 +66,7 @@ def square_sum(x: Any) -> Any:
         >>> float(square_sum(np.array([1.0, -2.0, 3.0])))
         14.0
     """
-    return ADAPTERS[type(x)].run(VALUE, SQUARE_SUM, (0.0, 1.0, 0.0, 0.0), x)[0]
+    return ADAPTERS[type(x)].value(SQUARE_SUM, (0.0, 1.0, 0.0, 0.0), x)
 
 
 def abs_square_sums(x: Any) -> tuple[Any, Any]:
@@ -135,7 +135,7 @@ def gram_offdiagonal_mean(x: Any, mode: str = "rows") -> Any:
     check_mode(mode)
     adapter, view = ADAPTERS[type(x)], Products(columns=mode == "columns")
     check_rank(x.shape, view)
-    return adapter.run(VALUE, Term(ABS, view), (1.0, 0.0, 0.0, 0.0), x)[0]
+    return adapter.value(Term(ABS, view), (1.0, 0.0, 0.0, 0.0), x)
 
 
 def named_arrays(tree: Any) -> dict[str, Any]:

@@ -36,14 +36,12 @@ Summands = Sequence[Summand]
 
 def penalty(summands: Summands, x: Any) -> Any:
     """Return the value of a penalty."""
-    adapter = ADAPTERS[type(x)]
-    total = None
-    for summand in summands:
-        if summand.arrays or adapter.compiles or summand.term.view is not ELEMENTS:
-            value = _value(summand, adapter, x)
-        else:
-            value = adapter.run(VALUE, summand.term, summand.p, x)[0]
-        total = value if total is None else total + value
+    adapter, first = ADAPTERS[type(x)], summands[0]
+    if first.plain and len(summands) == 1 and not adapter.compiles:
+        return adapter.value(first.term, first.p, x)
+    total = _value(first, adapter, x)
+    for summand in summands[1:]:
+        total = total + _value(summand, adapter, x)
     return total
 
 
@@ -54,7 +52,7 @@ def _value(summand: Summand, adapter: Adapter, x: Any) -> Any:
     if not all(type(each) is float for each in p[2:]):  # no sum is linear in these
         return expressions(_names(summand), x).run(VALUE, term, p, x)[0]
     if all(type(each) is float for each in p):
-        return adapter.run(VALUE, term, p, x)[0]
+        return adapter.value(term, p, x)
     pairs = zip(p, adapter.run(SUMS, term, (1.0, 1.0, *p[2:]), x)[0], strict=False)
     first, *second = [factor * each for factor, each in pairs if type(factor) is not float or factor != 0.0]
     return first + second[0] if second else first
@@ -95,12 +93,17 @@ def _check_shape(view: View, shape: Sequence[int]) -> None:
 
 
 def _scaled(summand: Summand, x: Any, name: str = "", scale: Any = 1.0) -> tuple[Adapter, Parameters]:
-    _check(summand.term.view, x)
+    """Return the adapter of an array that is right for a summand, and the parameters times a scale."""
+    if not summand.plain:
+        _check(summand.term.view, x)
     return scaled(summand, x, name, scale)
 
 
 def value_and_grad(summands: Summands, x: Any) -> tuple[Any, Any]:
     """Return the penalty and its gradient, a new array, in one pass over x for each summand."""
+    adapter, first = ADAPTERS[type(x)], summands[0]
+    if first.plain and len(summands) == 1 and not adapter.compiles:
+        return adapter.run(VALUE_AND_GRADIENT, first.term, first.p, x)
     total = gradient = None
     for summand in summands:
         adapter, p = _scaled(summand, x)

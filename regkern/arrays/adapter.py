@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from regkern.arrays.layout import View
-from regkern.terms import ELEMENTS, Operation, Parameters, Products, Term
+from regkern.terms import ELEMENTS, VALUE, Operation, Parameters, Products, Term
 
 if TYPE_CHECKING:
     from regkern.arrays.host import HostAdapter
@@ -51,6 +51,10 @@ class Adapter(ABC):
             array of two in float64 where there is that. None where the operation does not sum. And what was written,
             `out` or a new array; None where the operation does not write.
         """
+
+    def value(self, term: Term, p: Parameters, x: Any) -> Any:
+        """Return the penalty, as `run` does."""
+        return self.run(VALUE, term, p, x)[0]
 
     def between(self, term: Term, x: Any, other: Any) -> Any:
         """Return the sum of products of one row of x and one of other's, single matrices; in float64."""

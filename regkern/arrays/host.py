@@ -69,43 +69,42 @@ class HostAdapter(KernelAdapter):
         """Whether there are kernels for a penalty."""
         return True
 
+    def value(self, term: Term, p: Parameters, x: Any) -> Any:
+        if term.view is not ELEMENTS:
+            return self.run(VALUE, term, p, x)[0]
+        address, size, dtype, contiguous = self.memory(x)
+        if contiguous and size <= CHUNK:  # the shortest way: for a small array, the calls in between are the cost
+            kernel = kernels(SUMS, term.formula, dtype, False)
+            sum0, sum1 = kernel.small(kernel.contiguous_run, kernel.itemsize, address, address, size, *p, 1)
+        else:
+            sum0, sum1, _ = _elements(self, VALUE, term, p, x, None)
+        return self.scalar(p[0] * sum0 + p[1] * sum1, dtype)
+
     def run(self, operation: Operation, term: Term, p: Parameters, x: Any, out: Any = None) -> tuple[Any, Any]:
-        if operation is VALUE and term.view is ELEMENTS:
-            address, size, dtype, contiguous = self.memory(x)
-            if contiguous and size <= CHUNK:  # the shortest way: for a small array, the calls in between are the cost
-                kernel = kernels(SUMS, term.formula, dtype, False)
-                sum0, sum1 = kernel.small(kernel.contiguous_run, kernel.itemsize, address, address, size, *p, 1)
-                return self.scalar(p[0] * sum0 + p[1] * sum1, dtype), None
-        target = self._target(operation, term, x, out)
-        sum0, sum1 = self.totals(operation, term, p, x, target)
-        if out is not None:
-            self.wrote(out)
-        return self._summed(operation, p, sum0, sum1, x), target
-
-    def totals(self, operation: Operation, term: Term, p: Parameters, x: Any, out: Any = None) -> tuple[float, float]:
-        """Do an operation, write to out what there is to write, and return the formula's two sums."""
-        sum0, sum1 = _ENGINES[type(term.view)](self, operation, term, p, x, out)
-        return sum0, sum1
-
-    def _target(self, operation: Operation, term: Term, x: Any, out: Any) -> Any:
         if out is not None:
             self.check_out(x, out)
-            return out
-        if operation.writes is None:
-            return None
+        target = self._new(term, x) if out is None and operation.writes else out
+        sum0, sum1, dtype = _ENGINES[type(term.view)](self, operation, term, p, x, target)
+        if out is not None:
+            self.wrote(out)
+        if not operation.sums:
+            return None, target
+        if operation is PARTIAL:
+            return np.array([sum0, sum1]), None
+        if operation is SUMS:
+            return (self.scalar(sum0, dtype), self.scalar(sum1, dtype)), None
+        return self.scalar(p[0] * sum0 + p[1] * sum1, dtype), target
+
+    def totals(self, term: Term, p: Parameters, x: Any) -> tuple[float, float]:
+        """Return the formula's two sums."""
+        sum0, sum1, _ = _ENGINES[type(term.view)](self, SUMS, term, p, x, None)
+        return sum0, sum1
+
+    def _new(self, term: Term, x: Any) -> Any:
+        """Return a new array for what is written, of which matrices can be seen as x's are."""
         if isinstance(term.view, Products):
             return self.empty_like(self.matrices(term.view, x)).reshape(x.shape)
         return self.empty_like(x)
-
-    def _summed(self, operation: Operation, p: Parameters, sum0: float, sum1: float, x: Any) -> Any:
-        if operation is PARTIAL:
-            return np.array([sum0, sum1])
-        if not operation.sums:
-            return None
-        dtype = self.memory(x)[2]
-        if operation is SUMS:
-            return self.scalar(sum0, dtype), self.scalar(sum1, dtype)
-        return self.scalar(p[0] * sum0 + p[1] * sum1, dtype)
 
     def between(self, term: Term, x: Any, other: Any) -> Any:
         view = term.view
@@ -130,43 +129,45 @@ class HostAdapter(KernelAdapter):
 
 def _elements(
     adapter: HostAdapter, operation: Operation, term: Term, p: Parameters, x: Any, out: Any
-) -> tuple[float, float]:
-    """Run over all elements and return the formula's two sums."""
+) -> tuple[float, float, DType]:
+    """Run over all elements and return the formula's two sums, and x's dtype as other engines do."""
     address, size, dtype, contiguous = adapter.memory(x)
-    strides = adapter.strides(x)
-    out_address, out_strides = (address, strides) if out is None else (adapter.memory(out)[0], adapter.strides(out))
-    kernel = kernels(
-        operation if operation.writes else SUMS, term.formula, dtype, bool(operation.writes) and out_address == address
-    )
     if size == 0:
-        return 0.0, 0.0
+        return 0.0, 0.0, dtype
+    strides = out_strides = adapter.strides(x)
+    out_address = address
+    if out is not None:
+        out_address, out_strides = adapter.memory(out)[0], adapter.strides(out)
+        kernel = kernels(operation, term.formula, dtype, out_address == address)
+    else:
+        kernel = kernels(SUMS, term.formula, dtype, False)
     if contiguous and out_strides == strides:
         evaluate = kernel.small if size <= CHUNK else kernel.flat
         run, width = kernel.contiguous_run, width_for(size)
         sum0, sum1 = evaluate(run, kernel.itemsize, address, out_address, size, *p, width)
-        return sum0, sum1
+        return sum0, sum1, dtype
     offset, out_offset, repeats, layout = loops(x.shape, strides, out_strides)
     run, width = kernel.run, width_for(size // repeats)
     words, dims = layout.ctypes.data, layout.shape[1]
     sum0, sum1 = kernel.strided(run, address + offset, out_address + out_offset, words, dims, *p, width)
-    return repeats * sum0, repeats * sum1
+    return repeats * sum0, repeats * sum1, dtype
 
 
 def _norms(
     adapter: HostAdapter, operation: Operation, term: Term, p: Parameters, x: Any, out: Any
-) -> tuple[float, float]:
+) -> tuple[float, float, DType]:
     """Run over groups and return the sum of their norms."""
     assert isinstance(term.view, Norms)
     address, size, dtype, _ = adapter.memory(x)
     if size == 0:
-        return 0.0, 0.0
+        return 0.0, 0.0, dtype
     strides = adapter.strides(x)
     out_address, out_strides = (address, strides) if out is None else (adapter.memory(out)[0], adapter.strides(out))
     total, weight = 0.0, term.view.weight(x.shape)
     for start, out_start, root, each, across in group_loops(x.shape, strides, out_strides, term.view.axes):
         places = address + start, out_address + out_start
         total += root * groups.evaluate(operation, dtype, *places, each, weight * p[0], across)
-    return weight * total, 0.0
+    return weight * total, 0.0, dtype
 
 
 def _fold(term: Term) -> str:
@@ -177,7 +178,7 @@ def _fold(term: Term) -> str:
 
 def _products(
     adapter: HostAdapter, operation: Operation, term: Term, p: Parameters, x: Any, out: Any
-) -> tuple[float, float]:
+) -> tuple[float, float, DType]:
     """Run over pairs of rows and return the mean of their products, or for partial sums their sum, over matrices."""
     view, fold = term.view, _fold(term)
     assert isinstance(view, Products)
@@ -194,7 +195,7 @@ def _products(
     else:
         evaluate = gram.sum_within if operation is PARTIAL else gram.value
         total = sum((evaluate(fold, dtype, matrix, *lengths, *strides) for matrix in matrices), 0.0)
-    return (total, 0.0) if fold == gram.ABS else (0.0, total)
+    return (total, 0.0, dtype) if fold == gram.ABS else (0.0, total, dtype)
 
 
 _ENGINES: dict[type, Any] = {Elements: _elements, Norms: _norms, Products: _products}

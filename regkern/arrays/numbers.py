@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from regkern.arrays import ADAPTERS
 from regkern.numbers import real, shown
-from regkern.terms import Parameters, Term
+from regkern.terms import ELEMENTS, Parameters, Term
 from regkern.terms import scaled as scaled_parameters
 
 if TYPE_CHECKING:
@@ -30,14 +30,16 @@ class Summand:
         p: the parameters, two factors and two shape parameters: floats, or 0-d arrays.
         names: what the regularizer calls them, for errors.
         arrays: whether one of them is an array, and no float.
+        plain: whether none is, and the penalty is a sum over elements: there is nothing to look at before it is run.
         captured: whether a program that is compiled once may hold the floats.
     """
 
-    __slots__ = ("arrays", "captured", "names", "p", "term")
+    __slots__ = ("arrays", "captured", "names", "p", "plain", "term")
 
     def __init__(self, term: Term, p: Parameters, names: Sequence[str]) -> None:
         self.term, self.p, self.names = term, p, names
         self.arrays = not all(type(each) is float for each in p)
+        self.plain = not self.arrays and term.view is ELEMENTS
         self.captured = False
 
     def taken(self, x: Any, *, recorded: bool) -> Parameters:

@@ -44,6 +44,16 @@ class TorchAdapter(Adapter):
         found: tuple[Any, Any] = kernels.run(operation, term, p, x, out)
         return found
 
+    def value(self, term: Term, p: Parameters, x: Tensor) -> Any:
+        if torch.compiler.is_compiling():
+            return COMPILED.value(term, p, x)
+        kernels = kernels_of(x)
+        if kernels is None or not kernels.serves(term):
+            return EXPRESSIONS.value(term, p, x)
+        if x.requires_grad and torch.is_grad_enabled():
+            return Evaluated.apply(x, kernels, VALUE, term, p)
+        return kernels.value(term, p, x)
+
     def on_host(self, x: Tensor) -> tuple[HostAdapter, Any] | None:
         if torch.compiler.is_compiling() or not is_plain(x):
             return None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from regkern.arrays.torch.expressions import Expressions
 from regkern.arrays.torch.tensors import KERNELS, check_layout, dtype_error, dtypes, results
-from regkern.terms import GRADIENT, SUMS, Parameters, Term, read_term
+from regkern.terms import GRADIENT, Parameters, Term, read_term
 
 
 class Compiled(Expressions):
@@ -70,7 +70,7 @@ torch.library.define("regkern::gradient", "(Tensor x, str term, Tensor p) -> Ten
 
 @torch.library.impl("regkern::sums", "cpu")
 def _sums(x: Tensor, term: str, p: Tensor) -> Tensor:
-    return torch.tensor(KERNELS.totals(SUMS, read_term(term), p.tolist(), x), dtype=torch.float64)
+    return torch.tensor(KERNELS.totals(read_term(term), tuple(p.tolist()), x), dtype=torch.float64)
 
 
 @torch.library.register_fake("regkern::sums")
