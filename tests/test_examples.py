@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.skipif(not (ROOT / "docs" / "examples").is_dir(), reason="a source distribution has none")
 EXAMPLES = {
     "sparse_mlp": (["--epochs", "1"], "| no penalty | 0.0 % |", "zeros.svg"),
     "removed_filters": (["--epochs", "4"], " of 32 filters are left", None),

@@ -42,7 +42,7 @@ def path(x: np.ndarray, y: np.ndarray, alphas: np.ndarray, steps: int = 500) -> 
 def main() -> None:
     """Compute both, compare and draw."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "pages")
     arguments = parser.parse_args()
     x, y = load_diabetes(return_X_y=True)
     x, y = x / x.std(axis=0), y - y.mean()
