@@ -9,7 +9,6 @@ from bench import machine
 from bench.steps import MODELS, PENALTIES, PROGRAMS, WAYS
 from bench.steps import __main__ as steps
 
-
 # Programs that share Keras's models share these out: each is a process that imports a framework.
 CASES = [
     *(("torch", model) for model in MODELS),
