@@ -6,7 +6,6 @@ proximal operators are arithmetic alone, so that they are expressions of any arr
 a formula lacks is the number 0.0. A new element-wise regularizer is one new entry here and its class.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +78,8 @@ def _abs_square_terms(magnitude: float) -> tuple[float, float]:
 
 
 def _abs_square_derivative(v: float, a: float, b: float) -> float:
-    return 2.0 * b * v + (math.copysign(a, v) if v != 0.0 else v)  # NaN stays, by the product
+    minus = -a
+    return 2.0 * b * v + (a if v > 0.0 else (minus if v < 0.0 else v))
 
 
 def _abs_square_prox(v: float, clipped: float, a: float, b: float) -> float:
