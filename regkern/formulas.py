@@ -49,13 +49,13 @@ def _square(m: Any) -> Functions:
 
 
 def _abs_square(m: Any) -> Functions:
-    where, clip, copysign = m.where, m.clip, m.copysign
+    where, clip = m.where, m.clip
 
     def terms(v, p):  # type: ignore[no-untyped-def]
         return v, v * v
 
     def derivative(v, p):  # type: ignore[no-untyped-def]
-        return 2.0 * p[1] * v + where(v != 0.0, copysign(p[0], v), v)  # NaN stays, by the product
+        return 2.0 * p[1] * v + where(v > 0.0, p[0], where(v < 0.0, -p[0], v))
 
     def prox(v, p):  # type: ignore[no-untyped-def]
         """Soft threshold, then shrinkage: the elastic net (Parikh and Boyd, section 6.5.3)."""

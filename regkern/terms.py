@@ -43,7 +43,7 @@ class Formula:
     Attributes:
         name: identifies it, in the cache of kernels, in pickles and in graphs.
         make: takes the operations that Python has no operator for, ``where``, ``minimum``, ``maximum``, ``clip``,
-            ``copysign``, ``sqrt`` and ``log1p``, and returns the functions. These are written in arithmetic and those
+            ``sqrt`` and ``log1p``, and returns the functions. These are written in arithmetic and those
             operations alone, know nothing of other names, and let NaN through.
         prox: whether there is a proximal operator.
     """

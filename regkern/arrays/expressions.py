@@ -97,10 +97,6 @@ class ExpressionsAdapter(Adapter):
         """Return v, or the limit where v is below it."""
         return self.where(v < limit, limit, v)
 
-    def copysign(self, size: Any, v: Any) -> Any:
-        """Return a size with the sign of v; of zeros, any."""
-        return self.where(v < 0, -size, size)
-
     def magnitude(self, x: Any) -> Any:
         """Return |x|, whose derivative at 0 is 0."""
         return abs(x)

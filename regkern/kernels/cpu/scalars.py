@@ -5,7 +5,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils, config
+from numba.core import config
 from numba.extending import intrinsic
 
 sqrt, log1p = math.sqrt, math.log1p
@@ -55,24 +55,12 @@ def _limited(*sides):
     return limited
 
 
-@intrinsic
-def _copysign(typing_context, size, v):
-    def codegen(context, builder, signature, values):
-        call = ir.FunctionType(values[0].type, [values[0].type] * 2)
-        return builder.call(cgutils.get_or_insert_function(builder.module, call, "llvm.copysign.f64"), values)
-
-    return types.float64(types.float64, types.float64), codegen
-
-
 where: Any
 minimum: Any
 maximum: Any
 clip: Any
-copysign: Any
 if config.DISABLE_JIT:
-    copysign = math.copysign
     where, minimum, maximum, clip = _select_python, _minimum_python, _maximum_python, _clip_python
 else:
-    copysign = _copysign
     where, minimum, maximum = _select(), _limited((">", 1.0)), _limited(("<", 1.0))
     clip = _limited(("<", -1.0), (">", 1.0))

@@ -4,7 +4,7 @@ import math
 
 from regkern.kernels.cuda.compile import device
 
-copysign, sqrt, log1p = math.copysign, math.sqrt, math.log1p
+sqrt, log1p = math.sqrt, math.log1p
 
 
 @device
