@@ -349,6 +349,32 @@ sys.modules[{missing!r}] = None
     assert "regkern[cuda13]" in output
 
 
+WITHOUT_PTH_FILES = """
+import sys
+
+sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "NumbaCudaFinder"]
+sys.modules.pop("_numba_cuda_redirector", None)
+"""
+
+
+def test_numba_cuda_is_found_where_no_pth_file_is_read():
+    """As in a folder of PYTHONPATH: numba.cuda would be Numba's own, whose kernels have other parameters."""
+    shown = "from regkern.kernels.cuda import compile\nprint(compile.cuda.__file__)"
+    assert "numba_cuda" in python(WITHOUT_PTH_FILES + shown)
+    imported_before = """
+import warnings
+
+warnings.simplefilter("ignore")
+import numba.cuda
+
+try:
+    from regkern.kernels.cuda import compile
+except ImportError as error:
+    print(error)
+"""
+    assert "got Numba's own, imported before" in python(WITHOUT_PTH_FILES + imported_before)
+
+
 def test_a_cpu_evaluation_imports_nothing_of_cuda():
     code = """
 import sys, numpy, regkern

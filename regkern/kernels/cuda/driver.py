@@ -242,7 +242,7 @@ def driver() -> Driver:
     """
     try:
         return LibCuda(ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"))
-    except (OSError, RuntimeError) as error:
+    except (OSError, AttributeError, RuntimeError) as error:  # a driver before CUDA 12 lacks functions
         raise RuntimeError(
             f"x: expected NVIDIA's driver for an array on a CUDA device; got {str(error).rstrip('.')}; "
             "install the driver, or pass an array in the host's memory."

@@ -97,7 +97,7 @@ def scratch(place: Place, make: Callable[[], tuple[Any, int]]) -> Scratch | None
         memory, address = make()
         counter = address + 16 * MAX_BLOCKS
         driver.clear(device, place.stream, counter, 8)
-        found = _scratch[driver, device, stream] = Scratch(memory, address, counter)
+        found = _scratch.setdefault((driver, device, stream), Scratch(memory, address, counter))  # another thread's
     return found
 
 
