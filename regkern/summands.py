@@ -12,6 +12,7 @@ from regkern.arrays import ADAPTERS
 from regkern.arrays.numbers import Summand as Summand
 from regkern.arrays.numbers import expressions, finite, scaled, step_size, taken
 from regkern.dtypes import DTYPES, DType
+from regkern.formulas import ABS, ABS_SQUARE, SQUARE
 from regkern.terms import (
     ADD_GRADIENT,
     ELEMENTS,
@@ -135,7 +136,7 @@ def grad(summands: Summands, x: Any, out: Any, scale: Any, accumulate: bool) -> 
 def prox(summands: Summands, x: Any, step: Any, out: Any) -> Any:
     """Write ``argmin_z step * P(z) + ||z - x||**2 / 2`` to out and return out; of several, one after the other."""
     step = step_size(step)
-    for summand in summands:
+    for summand in _proximal(summands):
         adapter, p = _scaled(summand, x, "step", step)
         _, x = adapter.run(PROX, summand.term, p, x, out)
     return x
@@ -143,7 +144,29 @@ def prox(summands: Summands, x: Any, step: Any, out: Any) -> Any:
 
 def has_prox(summands: Summands) -> bool:
     """Whether the proximal operator is known in closed form."""
-    return all(each.term.formula.prox and not isinstance(each.term.view, Products) for each in summands)
+    return bool(_proximal(summands))
+
+
+def _proximal(summands: Summands) -> list[Summand]:
+    """Return summands in the order in which their proximal operators are that of the sum; none where that is not known.
+
+    Soft thresholds come first, then one of groups, and what shrinks all by a factor last (Yu, On decomposing the
+    proximal map, 2013).
+    """
+    if any(not each.term.formula.prox or isinstance(each.term.view, Products) for each in summands):
+        return []
+    if len(summands) == 1:
+        return list(summands)
+    stages: list[list[Summand]] = [[], [], []]
+    for each in summands:
+        groups, formula = isinstance(each.term.view, Norms), each.term.formula
+        if formula not in (ABS, SQUARE, ABS_SQUARE) or (groups and formula is not ABS):
+            return []
+        stages[1 if groups else 0 if formula is ABS else 2].append(each)
+    mixed = any(each.term.formula is ABS_SQUARE for each in stages[2])
+    if len(stages[1]) > 1 or (mixed and (stages[1] or len(stages[2]) > 1)):
+        return []
+    return [*stages[0], *stages[1], *stages[2]]
 
 
 def is_elementwise(summand: Summand) -> bool:

@@ -345,3 +345,60 @@ def test_groups_of_any_axes_and_layouts(shape):
                 reg = rk.GroupLasso(0.3, axes)
                 np.testing.assert_allclose(reg(x), groups(reg, x), rtol=1e-12)
                 np.testing.assert_allclose(reg.grad(x), rk.GroupLasso(0.3, axes).grad(x.copy()), rtol=1e-12)
+
+
+SUMS = {
+    "elastic net": (rk.L2(0.3) + rk.L1(0.2), rk.L1L2(0.2, 0.3)),
+    "sparse groups": (rk.GroupLasso(0.3, "columns") + rk.L1(0.1), rk.SparseGroupLasso(0.1, 0.3, "columns")),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_sums_of_penalties(name):
+    total, known = SUMS[name]
+    for dtype in ("float32", "float64"):
+        x = array(dtype)
+        value, gradient = total.value_and_grad(x)
+        np.testing.assert_allclose(value, known(x), rtol=1e-6)
+        np.testing.assert_allclose(total(x), known(x), rtol=1e-6)
+        np.testing.assert_allclose(gradient, known.grad(x), rtol=1e-5)
+        np.testing.assert_allclose(total.prox(x, 0.4), known.prox(x, 0.4), rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(total.finish(total.partial(x), dtype), known(x), rtol=1e-6)
+        out = np.ones_like(x)
+        assert total.grad(x, out=out, accumulate=True) is out
+        np.testing.assert_allclose(out, 1 + known.grad(x), rtol=1e-5)
+        stepped = known.prox(x, 0.4)
+        assert total.prox(x, 0.4, out=x) is x
+        np.testing.assert_allclose(x, stepped, rtol=1e-5, atol=1e-7)
+        with pytest.raises(ValueError, match=r"^out: expected an array beside x"):
+            total.grad(x, out=x)
+    again = rk.deserialize(rk.serialize(total))
+    assert again.get_config() == total.get_config()
+    assert rk.Penalty({"*": total})({"a": x}) == total(x)
+
+
+def test_sums_whose_proximal_operator_is_not_known():
+    x = array()
+    for total in (rk.L1() + rk.MCP(), rk.GroupLasso() + rk.GroupLasso(mode="columns"), rk.Huber() + rk.L2()):
+        with pytest.raises(NotImplementedError, match=r"^prox: .* in closed form; got Sum"):
+            total.prox(x, 0.1)
+        assert total(x) == sum(each(x) for each in total.penalties)
+    with pytest.raises(TypeError):
+        rk.L1() + 1.0
+    with pytest.raises(TypeError, match=r"^penalties: expected regularizers of regkern's own"):
+        type(total)([rk.L1(), abs])
+    total.penalties[0].factor = 2.0
+    assert total(x) == total.penalties[0](x) + total.penalties[1](x)
+
+
+def test_three_stages_of_a_proximal_operator():
+    x, step = array(), 0.5
+    total = rk.L2(0.2) + rk.GroupLasso(0.3) + rk.L1(0.1)
+    z = total.prox(x, step)
+
+    def objective(z):
+        return step * float(total(z)) + ((z - x) ** 2).sum() / 2
+
+    best = objective(z)
+    for scale in (1e-1, 1e-3):
+        assert all(objective(z + scale * RNG.standard_normal(x.shape)) >= best for _ in range(50))

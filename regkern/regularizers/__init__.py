@@ -8,6 +8,7 @@ from regkern.regularizers.activity import activity_penalty as activity_penalty
 from regkern.regularizers.base import FAMILY as FAMILY
 from regkern.regularizers.base import PenaltyRegularizer as PenaltyRegularizer
 from regkern.regularizers.base import Regularizer as Regularizer
+from regkern.regularizers.base import Sum as Sum
 from regkern.regularizers.elementwise import L1 as L1
 from regkern.regularizers.elementwise import L1L2 as L1L2
 from regkern.regularizers.elementwise import L2 as L2
