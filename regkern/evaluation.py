@@ -247,7 +247,8 @@ class Tensors:
 
 def has_prox(regularizer: Any) -> bool:
     """Whether a regularizer that has `prox` has it in closed form; of others than regkern's own, it is believed."""
-    return summands.has_prox(getattr(regularizer, "_summands", ()))
+    parts = getattr(regularizer, "_summands", None)
+    return parts is None or summands.has_prox(parts)
 
 
 def _planned(regularizer: Any) -> Any:

@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from regkern.arrays import ADAPTERS
 from regkern.numbers import real, shown
 from regkern.terms import ELEMENTS, Parameters, Term
@@ -159,8 +161,8 @@ def as_float(name: str, value: Any) -> float:
     Raises:
         TypeError: it has no value.
     """
-    if type(value) is float:
-        return value
+    if isinstance(value, float | np.generic):
+        return float(value)
     adapter, array = native(value)
     seen = adapter.held(array)
     if seen is not None:
