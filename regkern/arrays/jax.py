@@ -21,7 +21,7 @@ from jax import numpy as jnp
 from jax.interpreters import ad, batching, mlir
 
 from regkern.arrays.adapter import Adapter, no_partial, require
-from regkern.arrays.expressions import ExpressionsAdapter
+from regkern.arrays.jax_expressions import OPERATIONS, result_type, widest
 from regkern.dtypes import DTYPES, complex_advice
 from regkern.kernels.cpu import xla
 from regkern.kernels.cpu.xla import VALUE_AND_ONE
@@ -46,79 +46,6 @@ from jax.extend.core import Primitive  # noqa: E402
 
 # The directional derivative, which is what JAX differentiates in reverse; no kernel computes it.
 SLOPE = Operation("slope", True)
-
-
-@jax.custom_jvp
-def _magnitude(x: Any) -> Any:
-    return jnp.abs(x)
-
-
-_magnitude.defjvps(lambda dx, _, x: dx * jnp.sign(x))  # JAX's own derivative at 0 is 1
-
-
-class _Operations(ExpressionsAdapter):
-    def owns(self, array_type: type) -> bool:
-        raise NotImplementedError
-
-    def widen(self, x: Any) -> Any:
-        return x.astype(_result_type(x))
-
-    def narrow(self, value: Any, x: Any) -> Any:
-        return value.astype(x.dtype)
-
-    def zero(self, x: Any) -> Any:
-        return jnp.zeros((), x.dtype)
-
-    def sum(self, x: Any) -> Any:
-        return jnp.sum(x)
-
-    def clip(self, x: Any, limit: Any) -> Any:
-        return jnp.clip(x, -limit, limit)
-
-    def magnitude(self, x: Any) -> Any:
-        return _magnitude(x)
-
-    def flatten_leading(self, x: Any) -> Any:
-        return x.reshape(-1, x.shape[-1])
-
-    def transpose(self, x: Any) -> Any:
-        return jnp.swapaxes(x, -1, -2)
-
-    def unit(self, x: Any) -> Any:
-        squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-        return jnp.where(squares == 0, 0, x * lax.rsqrt(jnp.where(squares == 0, 1, squares)))
-
-    def off_diagonal(self, x: Any) -> Any:
-        return jnp.where(jnp.eye(x.shape[-1], dtype=bool), 0, x)
-
-    def norms(self, x: Any, axes: tuple[int, ...]) -> Any:
-        squares = jnp.sum(jnp.square(x), axis=axes, keepdims=True)
-        return jnp.where(squares == 0, 0, jnp.sqrt(jnp.where(squares == 0, 1, squares)))
-
-    def quotient(self, x: Any, y: Any) -> Any:
-        return jnp.where(y == 0, 0, x / jnp.where(y == 0, 1, y))
-
-    def differentiate(self, function: Callable[[Any], Any], x: Any) -> tuple[Any, Any]:
-        value, gradient = jax.value_and_grad(function)(x)
-        return value, gradient
-
-    def write(self, value: Any, out: Any, accumulate: bool) -> Any:
-        return value
-
-    def select(self, condition: Any, x: Any, y: Any) -> Any:
-        return jnp.where(condition, x, y)
-
-    def roots(self, x: Any) -> Any:
-        return jnp.sqrt(x)
-
-    def logarithms(self, x: Any) -> Any:
-        return jnp.log1p(x)
-
-    def exact(self, sums: Sequence[Any], x: Any) -> Any:
-        return jnp.stack([jnp.asarray(each, _result_type(x)) for each in sums]).astype(_widest())
-
-
-_operations = _Operations()
 
 
 def _kernel(operation: Operation, term: Term, shape: Sequence[int], dtype: str) -> xla.Call | None:
@@ -152,18 +79,18 @@ def _evaluate(kind: Operation, term: Term, batch: int) -> Callable[..., list[Any
     """Make the function of JAX's own operations that computes what a call does."""
 
     def function(x: Any, words: Any, *rest: Any) -> list[Any]:
-        p = _floats(words, _result_type(x))
+        p = _floats(words, result_type(x))
 
         def value(x: Any) -> Any:
-            return _operations.value(term, p, x)
+            return OPERATIONS.value(term, p, x)
 
         if kind is VALUE_AND_ONE:
-            return [value(x), jnp.ones((), _result_type(x))]
+            return [value(x), jnp.ones((), result_type(x))]
         if kind is SLOPE:
             return [jax.jvp(value, (x,), rest)[1]]
         if kind is GRADIENT:
             return [jax.vjp(value, x)[1](*rest)[0]]
-        return [each for each in _operations.run(kind, term, p, x) if each is not None]
+        return [each for each in OPERATIONS.run(kind, term, p, x) if each is not None]
 
     for _ in range(batch):
         function = _over_leading_axis(function)
@@ -192,14 +119,6 @@ def _floats(words: Any, dtype: Any) -> Parameters:
     return p[0], p[1], p[2], p[3]
 
 
-def _result_type(x: Any) -> Any:
-    return np.dtype(DTYPES[x.dtype.name].result)
-
-
-def _widest() -> Any:
-    return jax.dtypes.canonicalize_dtype(np.float64)
-
-
 def _compute(*operands: Any, **parameters: Any) -> Any:
     with jax.disable_jit(False):  # as JAX's own primitives: under `jax.disable_jit` they are compiled, one by one
         return _call(*operands, **parameters)
@@ -210,8 +129,8 @@ def _types(x: Any, words: Any, *rest: Any, kind: Operation, term: Term, batch: i
     if kind in (GRADIENT, PROX):
         return [gradient]
     if kind is PARTIAL:
-        return [_smaller(x, batch, (2,), _widest())]
-    value = _smaller(x, batch, (), _result_type(x))
+        return [_smaller(x, batch, (2,), widest())]
+    value = _smaller(x, batch, (), result_type(x))
     return {VALUE_AND_GRADIENT: [value, gradient], VALUE_AND_ONE: [value, value]}.get(kind, [value])
 
 
@@ -369,9 +288,9 @@ class JaxAdapter(Adapter):
             return self._sums(term, p, x), None
         if operation is PARTIAL and isinstance(term.view, Products):
             raise no_partial(x)
-        rest = [np.ones((), _result_type(x))] if operation is GRADIENT else []
+        rest = [np.ones((), result_type(x))] if operation is GRADIENT else []
         if isinstance(term.view, Products):
-            matrices = _operations.flatten_leading(x) if term.view.flatten and x.ndim > 2 else x
+            matrices = OPERATIONS.flatten_leading(x) if term.view.flatten and x.ndim > 2 else x
             batch = matrices.ndim - 2
             if operation is GRADIENT:
                 operation, rest = VALUE_AND_GRADIENT, []
@@ -381,7 +300,7 @@ class JaxAdapter(Adapter):
 
     def _sums(self, term: Term, p: Parameters, x: Any) -> tuple[Any, Any]:
         if term.view is ELEMENTS:
-            sums = self._evaluate(PARTIAL, term, p, x)[0].astype(_result_type(x))
+            sums = self._evaluate(PARTIAL, term, p, x)[0].astype(result_type(x))
             return sums[0], sums[1]
         each = [self._evaluate(VALUE, term, (*factors, *p[2:]), x)[0] for factors in ((1.0, 0.0), (0.0, 1.0))]
         return each[0], each[1]
@@ -396,7 +315,7 @@ class JaxAdapter(Adapter):
         return float(number) if all(device.platform == "cpu" for device in number.devices()) else None
 
     def number(self, number: Any, x: Any) -> Any:
-        return lax.convert_element_type(number, _result_type(_checked(x))) if self.owns(type(number)) else None
+        return lax.convert_element_type(number, result_type(_checked(x))) if self.owns(type(number)) else None
 
     def expressions(self) -> Adapter:
         return EXPRESSIONS
@@ -420,7 +339,7 @@ def keys(path: Iterable[Any]) -> tuple[Any, ...]:
 
 @functools.partial(jax.jit, static_argnames=("operation", "term"), inline=True)
 def _by_operations(operation: Operation, term: Term, p: Parameters, x: Any) -> tuple[Any, Any]:
-    return _operations.run(operation, term, p, x)
+    return OPERATIONS.run(operation, term, p, x)
 
 
 class Expressions(JaxAdapter):
