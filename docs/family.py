@@ -8,7 +8,7 @@ import numpy as np
 import regkern as rk
 
 mpl.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 INK, BLUE, ORANGE = "#808080", "#2a7de1", "#e07b00"  # each of them is read on white and on black
 X = np.linspace(-4.0, 4.0, 801)
@@ -59,7 +59,7 @@ def main() -> None:
         for line, label in zip(axes[:, 0], ("P(x)", "dP/dx", "prox(x, step)"), strict=True):
             line.set_ylabel(label)
         figure.legend(*axes[2, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-        figure.savefig(Path(__file__).with_suffix(".svg"), transparent=True, metadata={"Date": None})
+        figure.savefig(Path(__file__).with_name("pages") / "family.svg", transparent=True, metadata={"Date": None})
 
 
 if __name__ == "__main__":
