@@ -1,4 +1,4 @@
-"""Weight and activity penalties (L1, L2, L1L2, orthogonal), evaluated by fused kernels.
+"""Weight and activity penalties (L1, L2, Huber, MCP, SCAD, groups, orthogonal), evaluated by fused kernels.
 
 Importing regkern loads NumPy and nothing heavier: Numba is loaded by the first evaluation.
 """

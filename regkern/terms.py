@@ -85,6 +85,8 @@ class Elements:
 class Norms:
     """The Euclidean norms of groups: a group is what one index of the kept axes selects.
 
+    The formula is ABS: kernels know the sum of norms, and no other function of them.
+
     Attributes:
         axes: those that are kept, which count from the last where they are negative.
         weighted: whether each norm is multiplied by the root of its group's size.

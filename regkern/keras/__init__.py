@@ -9,7 +9,7 @@ regkern's regularizers that is saved from then on loads
 - with Keras's own where it has not, even where regkern is not installed. A layer gives a regularizer's config to
   `keras.regularizers.get`, which takes the registered name ``regkern>L2`` where it is known, and else the class name
   ``L2``, which is one of its own with the same arguments. The penalty is the same, from Keras's operations. A config
-  that no class of Keras has, an orthogonal regularizer with leading_axes, is refused there.
+  that no class of Keras has, an orthogonal regularizer with leading_axes or an MCP, is refused there.
 
 A model saved without this import loads with Keras's own regularizers everywhere; `accelerate` replaces them.
 
