@@ -108,8 +108,9 @@ def test_a_rate_inside_of_a_wrapper():
     np.testing.assert_allclose(watch.kernels, list(expected(decay)), rtol=1e-4, atol=1e-5)
 
 
+@only_keras3  # tf_keras's optimizer counts the steps that it skips
 def test_where_the_optimizer_skips_its_step_there_is_no_proximal_one():
-    wrapper = keras.optimizers.LossScaleOptimizer if KERAS3 else keras.mixed_precision.LossScaleOptimizer
+    wrapper = keras.optimizers.LossScaleOptimizer
     x = X.copy()
     x[BATCH : 2 * BATCH] = np.inf  # the gradients of the second step
     model, watch = linear(wrapper(keras.optimizers.SGD(0.1))), Watch()
@@ -194,18 +195,19 @@ def test_digits():
         model = keras.Sequential([inputs((64,)), layers.Dense(64, "relu"), layers.Dense(32, "relu"), layers.Dense(10)])
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         model.compile(keras.optimizers.Adam(3e-3), loss, metrics=["accuracy"])
-        model.fit(x[:1347], y[:1347], epochs=DIGITS_EPOCHS, batch_size=64, verbose=0, callbacks=callbacks)
+        options = {"epochs": DIGITS_EPOCHS, "batch_size": 64, "verbose": 0, "callbacks": callbacks}
+        history = model.fit(x[:1347], y[:1347], **options).history
         kernels = [numbers(layer.kernel) for layer in model.layers if hasattr(layer, "kernel")]
         zeros = sum((kernel == 0).sum() for kernel in kernels) / sum(kernel.size for kernel in kernels)
         found[name] = zeros, model.evaluate(x[1347:], y[1347:], verbose=0)[1]
         if callbacks:
-            assert model.history.history["zeros"][-1] == pytest.approx(zeros)
+            assert history["zeros"][-1] == pytest.approx(zeros)
     assert found["none"][0] == 0
     assert found["prox"][0] >= 0.6
     assert found["prox"][1] >= found["none"][1] - 0.02
 
 
-DIGITS_FACTOR, DIGITS_EPOCHS = 0.2, 40
+DIGITS_FACTOR, DIGITS_EPOCHS = 0.15, 80
 
 
 def test_what_is_wrong_is_said_before_training():
@@ -243,9 +245,11 @@ def test_an_optimizer_without_a_rate():
         optimizer = Nameless()
 
     callback = rk.keras.ProximalCallback(CALLBACK)
-    callback._model = model = Model([inputs((6,)), layers.Dense(1)])
-    if not KERAS3:
-        callback.model = model
+    model = Model([inputs((6,)), layers.Dense(1)])
+    if KERAS3:
+        callback._model = model
+    else:
+        callback.set_model(model)
     with pytest.raises(ValueError, match=r"^optimizer: expected one with a learning rate, .*; got Nameless, .* none; "):
         callback.on_train_begin()
 
@@ -287,7 +291,8 @@ def test_regularize_is_what_building_a_model_that_way_is(tmp_path):
         model = build()
         model.compile(keras.optimizers.SGD(0.01), "mse")
         if build is small:
-            model.fit(images, 0 * targets, epochs=0, verbose=0)
+            if KERAS3:  # tf_keras wants an epoch
+                model.fit(images, 0 * targets, epochs=0, verbose=0)
             model.evaluate(images, targets, verbose=0)  # compiles a function with the penalties of then
             assert rk.keras.regularize(model, {**BUILT, "*": None}) == 4
         assert sum(float(numbers(loss)) for loss in model.losses) > 0

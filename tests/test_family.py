@@ -237,12 +237,12 @@ def test_products(dtype, name, shape):
     np.testing.assert_allclose(reg(x), value, **tolerance)
     if x.size < 50:
         np.testing.assert_allclose(gradient, slopes(reg, x), rtol=4e-3 if dtype == "float16" else 1e-4, atol=2e-3)
-    else:
+    elif dtype != "float16":  # which has too few digits for slopes so small
         gradient = gradient.astype(np.float64)
         direction = RNG.standard_normal(shape)
         wide, step = x.astype(np.float64), 1e-5
         slope = (products(reg, wide + step * direction) - products(reg, wide - step * direction)) / (2 * step)
-        np.testing.assert_allclose((gradient * direction).sum(), slope, rtol=3e-2 if dtype == "float16" else 1e-3)
+        np.testing.assert_allclose((gradient * direction).sum(), slope, rtol=1e-3)
     out = np.ones_like(x)
     reg.grad(x, out=out, scale=0.5, accumulate=True)
     expected = (1 + 0.5 * gradient.astype(np.float64)).astype(dtype)

@@ -125,7 +125,7 @@ def test_the_tiles_of_other_cpus(dtype, cpu):
         regularizer = rk.OrthogonalRegularizer(1.0)
         expected = reference.orthogonal(regularizer, x)
         tile = tile_for(CPUS[cpu], 8 if dtype == "float64" else 4, n)
-        products = gram.Products(DTYPES[dtype], tile, CPUS[cpu])
+        products = gram.Products(DTYPES[dtype], tile, CPUS[cpu], gram.ABS)
         total = products.value(0, d, x.ctypes.data, n, *x.strides, 0, 0, 0, 0)
         np.testing.assert_allclose(total / (n * (n - 1) / 2), expected, rtol=TOLERANCE[dtype])
         y = matrix(n + 4, d, dtype, seed=1)

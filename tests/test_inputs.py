@@ -179,7 +179,7 @@ def test_activity_penalty_divides_by_the_batch_once():
     assert rk.activity_penalty(lambda x: x.sum(), outputs) == 6.0
     assert rk.activity_penalty(rk.L2(0.5), outputs[:0]) == 0.0
     assert rk.activity_penalty(lambda x: x.max(), outputs[:0]) == 0.0
-    with pytest.raises(TypeError, match="outputs: expected an array; got list"):
+    with pytest.raises(TypeError, match="outputs: expected an array; got float"):
         rk.activity_penalty(rk.L2(0.5), [[1.0]])
     with pytest.raises(ValueError, match="outputs: expected a batch on axis 0"):
         rk.activity_penalty(rk.L2(0.5), np.float32(1.0))

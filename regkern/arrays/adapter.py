@@ -56,6 +56,10 @@ class Adapter(ABC):
         """Return the penalty, as `run` does."""
         return self.run(VALUE, term, p, x)[0]
 
+    def loss(self, term: Term, p: Parameters, x: Any) -> Any:
+        """Return the penalty where it is known to be a part of a loss whose value counts, as well as its gradient."""
+        return self.value(term, p, x)
+
     def between(self, term: Term, x: Any, other: Any) -> Any:
         """Return the sum of products of one row of x and one of other's, single matrices; in float64."""
         held, held_other = self.on_host(x), self.on_host(other)

@@ -46,6 +46,9 @@ from jax.extend.core import Primitive  # noqa: E402
 
 # The directional derivative, which is what JAX differentiates in reverse; no kernel computes it.
 SLOPE = Operation("slope", True)
+# A value whose gradient waits for it: where it is a part of a loss that is looked at. Where it is not, XLA leaves the
+# value out, and the gradient alone costs nothing beside an optimizer's update.
+LOSS = Operation("loss", True)
 
 
 def _kernel(operation: Operation, term: Term, shape: Sequence[int], dtype: str) -> xla.Call | None:
@@ -84,6 +87,8 @@ def _evaluate(kind: Operation, term: Term, batch: int) -> Callable[..., list[Any
         def value(x: Any) -> Any:
             return OPERATIONS.value(term, p, x)
 
+        if kind is LOSS:
+            return [value(x)]
         if kind is VALUE_AND_ONE:
             return [value(x), jnp.ones((), result_type(x))]
         if kind is SLOPE:
@@ -150,12 +155,12 @@ def _differentiate(
     x, factors, *rest = primals
     dx, _, *rest_dots = tangents
     parameters = {"term": term, "batch": batch}
+    if kind is LOSS:
+        # Without an order between the call and the update of a donated x, XLA copies x for the call.
+        value, one = _call(x, factors, kind=VALUE_AND_ONE, **parameters)
+        (slope,) = _primitive.bind(x, factors, dx, kind=SLOPE, **parameters)
+        return [value], [lax.stop_gradient(one) * slope]
     if kind is VALUE:
-        if term.view is ELEMENTS:
-            # Without an order between the call and the update of a donated x, XLA copies x for the call.
-            value, one = _call(x, factors, kind=VALUE_AND_ONE, **parameters)
-            (slope,) = _primitive.bind(x, factors, dx, kind=SLOPE, **parameters)
-            return [value], [lax.stop_gradient(one) * slope]
         if not _fused(term) or x.dtype.itemsize == 2:  # 16 bits would lose a gradient before it is scaled
             value = _call(x, factors, kind=VALUE, **parameters)
             return value, _primitive.bind(x, factors, dx, kind=SLOPE, **parameters)
@@ -209,7 +214,7 @@ def _lower_on_cpu(ctx: Any, *operands: Any, kind: Operation, term: Term, batch: 
     x = ctx.avals_in[0]
     call = None
     if kind is not SLOPE and math.prod(x.shape) > 0 and _has_its_own_memory(ctx.module_context) and _register():
-        call = _kernel(kind, term, x.shape[batch:], x.dtype.name)
+        call = _kernel(VALUE if kind is LOSS else kind, term, x.shape[batch:], x.dtype.name)
     if call is None:
         return _lower_to_operations(ctx, *operands, kind=kind, term=term, batch=batch)
     return ffi.ffi_lowering(call.target)(ctx, *operands, **call.attributes)
@@ -282,6 +287,11 @@ class JaxAdapter(Adapter):
             found: tuple[Any, Any] = device.run(operation, term, p, x)
             return found
         return self._evaluate(operation, term, p, x)
+
+    def loss(self, term: Term, p: Parameters, x: Any) -> Any:
+        if term.view is not ELEMENTS or not isinstance(x, jax.core.Tracer):
+            return self.value(term, p, x)
+        return _call(_checked(x), _words(p), kind=LOSS, term=term)[0]
 
     def _evaluate(self, operation: Operation, term: Term, p: Parameters, x: Any) -> tuple[Any, Any]:
         if operation is SUMS:

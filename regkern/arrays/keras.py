@@ -135,6 +135,10 @@ class KerasAdapter(ChoosingAdapter):
         value = x.value
         return ADAPTERS[type(value)], value
 
+    def value(self, term: Term, p: Parameters, x: Any) -> Any:
+        adapter, value = self.choose(x)
+        return adapter.loss(term, p, value)  # Keras adds the penalties of its variables to the loss that it shows
+
     def native(self, x: Any) -> Any:
         return x if isinstance(x, KerasTensor) else x.value
 

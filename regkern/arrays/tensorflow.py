@@ -358,6 +358,8 @@ class TensorflowAdapter(ChoosingAdapter):
         """Name the variables of a `tf.Module`, as tf_keras's models are."""
         if not isinstance(model, tf.Module):
             return None
+        if getattr(model, "built", True) is False and hasattr(model, "_flatten_layers"):
+            return []  # a model of tf_keras that has no variables yet, and says so by an error
         named = [(variable.name.removesuffix(":0"), variable) for variable in model.trainable_variables]
         return distinct(named, lambda: _longer_names(model))
 
