@@ -11,7 +11,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 INK, BLUE, ORANGE = "#808080", "#2a7de1", "#e07b00"  # each of them is read on white and on black
-X = np.linspace(-4.0, 4.0, 801)
+X = np.linspace(-6.0, 6.0, 1201)
 STEPS = (1.0, 4.0)
 FAMILY = {
     "L1(1)": rk.L1(1.0),
@@ -51,10 +51,11 @@ def main() -> None:
             for size, colour, style in zip(STEPS, (BLUE, ORANGE), ("-", "--"), strict=True):
                 moved = reg.prox(X, size)
                 step.plot(along(moved), broken(moved), color=colour, linestyle=style, label=f"step {size:g}")
+            step.set_xticks([-5, 0, 5])
             for each in (value, slope, step):
                 each.axhline(0.0, color=INK, linewidth=0.6)
                 each.spines[["top", "right"]].set_visible(False)
-        axes[0, 0].set_ylim(-0.2, 5.0)
+        axes[0, 0].set_ylim(-0.2, 6.0)
         axes[1, 0].set_ylim(-2.2, 2.2)
         for line, label in zip(axes[:, 0], ("P(x)", "dP/dx", "prox(x, step)"), strict=True):
             line.set_ylabel(label)

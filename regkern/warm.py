@@ -26,9 +26,9 @@ def warmup(
         dtypes: names among float16, bfloat16, float32 and float64.
 
     Returns:
-        How many kernels are ready: 9 for each element-wise penalty and dtype, some 20 for the orthogonal one and for
-        the group lasso, and what all share. One that is not in the cache takes some tenths of a second, a few of the
-        orthogonal penalty's up to three.
+        How many kernels are ready: 9 for each element-wise penalty and dtype, some 20 for one of products of rows, 15
+        for one of groups, and what all share. One that is not in the cache takes some tenths of a second, a few of
+        the orthogonal penalties' up to three.
 
     Raises:
         ValueError: a regularizer is not one of regkern's, or a dtype is not among these.
