@@ -11,14 +11,15 @@ import re
 from pathlib import Path
 
 import numpy as np
-from regkern.kernels.formulas import ABS_SQUARE
 
 import regkern as rk
 from regkern.dtypes import DTYPES
+from regkern.formulas import ABS, BOTH_SUMS
 from regkern.kernels.cache import store
 from regkern.kernels.cuda import launch
 from regkern.kernels.cuda.compile import parameters
 from regkern.kernels.cuda.driver import Code
+from regkern.terms import ADD_GRADIENT, PROX, VALUE, VALUE_AND_GRADIENT, Products, Term, scaled
 from tests import reference
 from tests.cases import NUMPY_DTYPES, REGULARIZERS
 from tests.cuda_arrays import Arrays
@@ -26,9 +27,9 @@ from tests.cuda_code import assembled, compiled
 from tests.cuda_library import keep_ptx
 
 REGULARIZER = REGULARIZERS["L1L2"]
-FACTORS = (REGULARIZER.l1, REGULARIZER.l2)
+P = (REGULARIZER.l1, REGULARIZER.l2, 0.0, 0.0)
 STEP = 0.7
-ORTHOGONAL = rk.OrthogonalRegularizer(0.3)
+ORTHOGONAL, COSINES = rk.OrthogonalRegularizer(0.3), Term(ABS, Products())
 SIZE = 20_011  # elements: several blocks, and a part of one
 
 
@@ -138,14 +139,14 @@ def elementwise(name, capability, x):
     program = Program(name, capability)
     arrays, x = program.arrays, program.give(x)
     slope = reference.gradient(REGULARIZER, x)
-    value, gradient = arrays.value_and_grad(ABS_SQUARE, *FACTORS, x)
+    value, gradient = arrays.run(VALUE_AND_GRADIENT, BOTH_SUMS, P, x)
     program.expect(value, reference.value(REGULARIZER, x))
-    program.expect(arrays.penalty(ABS_SQUARE, *FACTORS, x), reference.value(REGULARIZER, x))
+    program.expect(arrays.run(VALUE, BOTH_SUMS, P, x)[0], reference.value(REGULARIZER, x))
     program.expect(gradient, slope)
     out = program.give(np.full_like(x, 0.5))
-    arrays.grad(ABS_SQUARE, *FACTORS, x, out, True)
+    arrays.run(ADD_GRADIENT, BOTH_SUMS, P, x, out)
     program.expect(out, 0.5 + slope, 0.5)
-    stepped = arrays.prox(ABS_SQUARE, *(STEP * factor for factor in FACTORS), x, None)
+    _, stepped = arrays.run(PROX, BOTH_SUMS, scaled(P, STEP), x)
     program.expect(stepped, reference.prox(REGULARIZER, x, STEP), 0.1)
     return program
 
@@ -153,7 +154,7 @@ def elementwise(name, capability, x):
 def orthogonal(name, capability, x):
     """Make the program of the mean |cosine| by tiles."""
     program = Program(name, capability)
-    value = program.arrays.orthogonal(ORTHOGONAL.factor, program.give(x), columns=False, flatten=False)
+    value, _ = program.arrays.run(VALUE, COSINES, (ORTHOGONAL.factor, 0.0, 0.0, 0.0), program.give(x))
     program.expect(value, reference.orthogonal(ORTHOGONAL, x))
     return program
 

@@ -283,6 +283,7 @@ def small(library=None):
 BUILT = {"*c/kernel*": rk.L2(0.1), "*d/*kernel*": rk.L1(0.02), "*gamma*": rk.L2(0.3), "*h/bias*": rk.L1L2(0.1, 0.2)}
 
 
+@pytest.mark.filterwarnings("ignore:The `keras.regularizers.serialize")  # tf_keras's, of all that is not its own
 def test_regularize_is_what_building_a_model_that_way_is(tmp_path):
     images, targets = np.random.default_rng(0).standard_normal((16, 8, 8, 1)).astype(np.float32), np.ones((16, 4))
     losses = []

@@ -103,7 +103,7 @@ class Kernel:
             self.shared_bytes = self.shared[name] + int(size)
         head, body = re.search(r"\.entry\s+\w+\((.*?)\)\s*(?:\.\w+[^{]*)?\{(.*)\}", ptx, re.DOTALL).groups()
         self.parameters = re.findall(r"(\w+_param_\d+)", head)
-        body = re.sub(r"\{\s*((?:\.reg\s+\.\w+\s+%\w+;\s*)+)([^}]*)\}", self._scope, body)
+        body = re.sub(r"\{\s*((?:\.reg\s+\.\w+\s+%\w+;\s*)+)((?:[^{}]|\{[^{}]*\})*)\}", self._scope, body)
         for kind, prefix, count in re.findall(r"\.reg\s+\.(\w+)\s+(%\w+)<(\d+)>;", body):
             self.registers |= {f"{prefix}{i}": _TYPES[kind] for i in range(int(count))}
         for name, statement in re.findall(r"(\$\w+):|([^;{}\s](?:[^;{}]|\{[^;]*\})*;)", body):

@@ -43,6 +43,7 @@ ARITHMETIC = {
     "abs": _plain(np.abs),
     "min": _plain(np.minimum, np.fmin),
     "max": _plain(np.maximum, np.fmax),
+    "copysign": _plain(lambda sign, size: np.copysign(size, sign)),
     "sqrt": _plain(np.sqrt),
     "rcp": _plain(np.reciprocal),
     "rem": _plain(np.fmod),

@@ -5,6 +5,7 @@ The arrays are CuPy's own, over memory of the host: no device is needed to make 
 
 import gc
 import importlib.util
+import types
 import weakref
 
 import numpy as np
@@ -17,15 +18,17 @@ if not (importlib.util.find_spec("numba_cuda") and importlib.util.find_spec("cup
     pytest.skip("numba-cuda or cupy is not installed", allow_module_level=True)
 
 import cupy
-from regkern.kernels.formulas import ABS_SQUARE
 
-from regkern.arrays import cuda_interface
+from regkern.arrays import cuda_interface, cupy_expressions
 from regkern.arrays import cupy as adapter_module
+from regkern.formulas import BOTH_SUMS
+from regkern.terms import GRADIENT, VALUE
 from tests import reference
 from tests.cases import LAYOUTS, NUMPY_DTYPES, REGULARIZERS, make
 from tests.cuda_device import install
 
 REGULARIZER = REGULARIZERS["L1L2"]
+P = (1.0, 1.0, 0.0, 0.0)
 STEP = 0.7
 
 
@@ -51,13 +54,13 @@ def place(monkeypatch):
     cupy.cuda.set_allocator(None)
 
 
-def on_device(x):
+def on_device(x, cls=cupy.ndarray):
     """Return an array of CuPy's with the elements and the strides of one of NumPy's."""
     whole = x
     while whole.base is not None:
         whole = whole.base
     pointer = cupy.cuda.MemoryPointer(HostMemory(whole), x.__array_interface__["data"][0] - whole.ctypes.data)
-    return cupy.ndarray(x.shape, x.dtype, pointer, strides=x.strides)
+    return cls(x.shape, x.dtype, pointer, strides=x.strides)
 
 
 def read(x):
@@ -179,6 +182,126 @@ def test_arrays_of_libraries_that_are_not_known_and_do_not_fit(place):
     assert not place.driver.streams
 
 
+class Computed(cupy.ndarray):
+    """What NumPy has computed in CuPy's place, and adds to another."""
+
+    def __add__(self, other):
+        return on_device(np.array(read(self) + read(other)), Computed)
+
+    __radd__ = __add__
+
+
+class HostFunctions:
+    """NumPy in CuPy's place: only names that CuPy has."""
+
+    cuda, ndarray = cupy.cuda, (np.ndarray, cupy.ndarray)
+
+    def __getattr__(self, name):
+        assert hasattr(cupy, name)
+        return getattr(np, name)
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """Let NumPy compute what CuPy's own operations would, of the memory of CuPy's arrays; return what ran so."""
+    run, ran = type(cupy_expressions.EXPRESSIONS).run, []
+
+    def by_numpy(self, operation, term, p, x, out=None):
+        ran.append(operation)
+        held = read(x).view(OnDevice)
+        target = None if out is None else read(out)
+        p = tuple(read(each)[()] if isinstance(each, cupy.ndarray) else each for each in p)
+        value, written = run(self, operation, term, p, held, target)
+        parts = value if isinstance(value, tuple) else (value,)
+        parts = tuple(None if each is None else on_device(np.array(each, order="C"), Computed) for each in parts)
+        value = parts if isinstance(value, tuple) else parts[0]
+        return value, out if out is not None or written is None else on_device(np.array(written, order="C"), Computed)
+
+    monkeypatch.setattr(cupy_expressions, "cupy", HostFunctions())
+    monkeypatch.setattr(type(cupy_expressions.EXPRESSIONS), "run", by_numpy)
+    return ran
+
+
+class OnDevice(np.ndarray):
+    """NumPy's array, with what says where one of CuPy's is."""
+
+    @property
+    def data(self):
+        return types.SimpleNamespace(device_id=0)
+
+
+WITHOUT_KERNELS = {
+    "rows": rk.GroupLasso(0.3),
+    "columns": rk.GroupLasso(0.3, "columns", weights="sqrt_size"),
+    "sparse": rk.SparseGroupLasso(0.1, 0.3),
+    "squares": rk.OrthogonalRegularizer(0.3, power=2),
+    "squares of columns": rk.OrthogonalRegularizer(0.3, "columns", "flatten", power=2),
+    "squares of a batch": rk.OrthogonalRegularizer(0.3, leading_axes="batch", power=2),
+    "soft": rk.SoftOrthogonal(0.3),
+    "soft columns": rk.SoftOrthogonal(0.3, "columns"),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("name", WITHOUT_KERNELS)
+def test_penalties_without_kernels_are_cupys_own_operations(computed, name, dtype):
+    """As on the CPU, whose values and gradients are tested by the definitions."""
+    regularizer, epsilon = WITHOUT_KERNELS[name], np.finfo(dtype).eps
+    deep = getattr(regularizer, "leading_axes", None) is not None
+    host = np.random.default_rng(0).standard_normal((2, 4, 5) if deep else (6, 5)).astype(dtype)
+    host[..., 1, :] = 0
+    x, before = on_device(host), host.copy()
+    value, gradient = regularizer.value_and_grad(x)
+    assert isinstance(value, cupy.ndarray)
+    assert (value.shape, value.dtype) == ((), np.float64 if dtype == "float64" else np.float32)
+    exact, slope = regularizer.value_and_grad(host)
+    assert_near(value, exact, 4 * np.finfo(value.dtype).eps)
+    assert_near(regularizer(x), exact, 4 * np.finfo(value.dtype).eps)
+    assert_near(gradient, slope, epsilon)
+    assert regularizer.grad(x, out=gradient, scale=2.0, accumulate=True) is gradient
+    assert_near(gradient, 3 * np.float64(slope), 2 * epsilon)
+    if isinstance(regularizer, rk.GroupLasso | rk.SparseGroupLasso):
+        assert_near(regularizer.prox(x, STEP), regularizer.prox(host, STEP), epsilon)
+        if isinstance(regularizer, rk.GroupLasso):
+            assert_near(regularizer.partial(x), regularizer.partial(host), 4 * np.finfo(value.dtype).eps)
+        assert regularizer.prox(x, STEP, out=gradient) is gradient
+        assert_near(gradient, regularizer.prox(host, STEP), epsilon)
+    np.testing.assert_array_equal(host, before)
+    assert computed
+
+
+@pytest.mark.parametrize("name", ["rows", "squares", "soft"])
+def test_what_cupy_has_operations_for_is_never_an_error(computed, place, name):
+    regularizer = WITHOUT_KERNELS[name]
+    for shape in [(1, 4), (3, 0), (0, 3)]:
+        host = np.ones(shape, np.float32)
+        value, gradient = regularizer.value_and_grad(on_device(host))
+        exact, slope = regularizer.value_and_grad(host)
+        assert_near(value, exact, 1e-7)
+        assert_near(gradient, slope, 1e-7)
+    x = on_device(np.ones((3, 4), np.float32))
+    before = len(computed)
+    for out, error in [(np.ones((3, 4)), TypeError), (np.ones(12, "f4"), ValueError)]:
+        with pytest.raises(error, match="out"):
+            regularizer.grad(x, out=on_device(out))
+    with pytest.raises(TypeError, match="dtype"):
+        regularizer(on_device(np.ones((3, 4), np.int64)))
+    assert len(computed) <= before + 1
+    assert not place.driver.streams
+
+
+@pytest.mark.usefixtures("unowned", "computed")
+def test_penalties_without_kernels_of_libraries_that_are_not_known():
+    host, regularizer = np.arange(-6.0, 6.0).reshape(3, 4), WITHOUT_KERNELS["rows"]
+    x, out = Foreign(host), Foreign(np.ones((3, 4)))
+    value, gradient = regularizer.value_and_grad(x)
+    exact, slope = regularizer.value_and_grad(host)
+    assert_near(value, exact, 1e-15)
+    assert_near(gradient, slope, 1e-15)
+    assert regularizer.grad(x, out=out, accumulate=True) is out
+    assert_near(out.x, 1 + slope, 1e-15)
+
+
 class Current:
     """What CuPy makes current, a device or a stream, in a list of what is."""
 
@@ -237,12 +360,12 @@ def test_arrays_of_jax_are_held_until_their_kernels_have_run(monkeypatch):
     for _ in range(3):
         x = np.ones(5, np.float32)
         kept.append(weakref.ref(x))
-        jax_cuda.penalty(ABS_SQUARE, 1.0, 1.0, x)
+        jax_cuda.run(VALUE, BOTH_SUMS, P, x)
     del x
     assert all(x() is not None for x in kept)
     for event in Event.made[:2]:
         event.done = True
-    jax_cuda.grad(ABS_SQUARE, 1.0, 1.0, np.ones(5, np.float32))
+    jax_cuda.run(GRADIENT, BOTH_SUMS, P, np.ones(5, np.float32))
     assert [x() is not None for x in kept] == [False, False, True]
 
 
@@ -254,7 +377,7 @@ def test_arrays_of_jax_outside_of_its_transformations(monkeypatch):
     from regkern.arrays import jax_cuda
 
     monkeypatch.setattr(jax_adapter, "_device", lambda: jax_cuda)
-    monkeypatch.setattr(jax_cuda, "takes", lambda x: not isinstance(x, jax.core.Tracer))
+    monkeypatch.setattr(jax_cuda, "takes", lambda x, operation, term: not isinstance(x, jax.core.Tracer))
     monkeypatch.setattr(jax_cuda, "to_cupy", lambda x: on_device(np.array(x)))
     monkeypatch.setattr(jax_cuda, "from_cupy", lambda x: jax.numpy.asarray(read(x)))
     host = np.arange(-6, 6, dtype=np.float32).reshape(3, 4)

@@ -1,18 +1,28 @@
 """The compiled code of every CUDA kernel, run by the interpreter of PTX over the shared tables of cases."""
 
+import dataclasses
 import importlib.util
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
 import pytest
-from regkern.kernels.formulas import ABS_SQUARE, COUNTS, FORMULAS
-from regkern.kernels.operations import ADD_GRADIENT, GRADIENT, OPERATIONS, PROX, SUMS, SUMS_AND_GRADIENT
 
 import regkern as rk
 from regkern.arrays.layout import loops
 from regkern.dtypes import DTYPES
+from regkern.formulas import ABS, ABS_SQUARE, COUNTS, SQUARE, ZERO
+from regkern.terms import (
+    ADD_GRADIENT,
+    GRADIENT,
+    PROX,
+    SUMS,
+    VALUE_AND_ADD_GRADIENT,
+    VALUE_AND_GRADIENT,
+    scaled,
+)
 from tests import reference
-from tests.cases import LAYOUTS, NUMPY_DTYPES, READ_ONLY_LAYOUTS, REGULARIZERS, make
+from tests.cases import LAYOUTS, NUMPY_DTYPES, READ_ONLY_LAYOUTS, REGULARIZERS, make, slow_unless
 
 if importlib.util.find_spec("numba_cuda") is None:
     pytest.skip("numba-cuda is not installed: pip install 'regkern[cuda13]'", allow_module_level=True)
@@ -23,6 +33,7 @@ from regkern.kernels.cuda.sums import THREADS, last_stage
 from tests.cuda_code import compiled
 from tests.cuda_device import CAPABILITY, interpreted
 from tests.ptx import DeviceError, Kernel, Machine, Memory
+from tests.test_family import FAMILY, elementwise
 
 # A device whose sums are compensated, but for those of float64.
 WITHOUT_FAST_FLOAT64 = (8, 9)
@@ -40,21 +51,21 @@ def launch(body, blocks, arguments, read_only=(), capability=CAPABILITY, last_bl
     machine.run()
 
 
-def run(body, dtype, blocks, x, out, *sizes, factors, read_only=(), tickets=True, **options):
+def run(body, dtype, blocks, x, out, *sizes, p, read_only=(), tickets=True, **options):
     """Return the penalty and the two sums, which the last block adds, or another launch."""
     partial, result, counter = np.full(2 * blocks, np.nan), np.full(3, np.nan, DTYPES[dtype].result), np.zeros(1, "u4")
     addresses = partial, counter if tickets else 0, result[:1], result[1:]
-    launch(body, blocks, (x, out, *sizes, *factors, 0, *addresses), read_only, **options)
+    launch(body, blocks, (x, out, *sizes, *p, 0, *addresses), read_only, **options)
     assert counter[0] == 0
     if blocks > 1 and not tickets:
         last = last_stage(DTYPES[dtype].result)
-        launch(last, 1, (partial, blocks, *factors, result[:1], result[1:]), [partial])
+        launch(last, 1, (partial, blocks, *p[:2], result[:1], result[1:]), [partial])
     return result
 
 
-def flat(operation, dtype, x, out, blocks, factors, formula=ABS_SQUARE, **options):
+def flat(operation, dtype, x, out, blocks, p, formula=ABS_SQUARE, **options):
     body, read_only = flat_kernel(operation, formula, DTYPES[dtype]), [] if out is x else [x]
-    return run(body, dtype, blocks, x, out, x.size, factors=factors, read_only=read_only, **options)
+    return run(body, dtype, blocks, x, out, x.size, p=p, read_only=read_only, **options)
 
 
 def aligned(size, dtype, offset):
@@ -92,7 +103,9 @@ def sizes(dtype):
     return sorted({0, 1} | {edge + offset for edge in edges for offset in (-1, 0, 1)})
 
 
-FACTORS = (REGULARIZER.l1, REGULARIZER.l2)
+P = (REGULARIZER.l1, REGULARIZER.l2, 0.0, 0.0)
+# The operations that have kernels: a value's is that of sums.
+KERNELS = (SUMS, GRADIENT, ADD_GRADIENT, VALUE_AND_GRADIENT, VALUE_AND_ADD_GRADIENT, PROX)
 ALL_SIZES = [(dtype, size) for dtype in DTYPES for size in sizes(dtype)]
 
 
@@ -100,17 +113,17 @@ ALL_SIZES = [(dtype, size) for dtype in DTYPES for size in sizes(dtype)]
 def test_sums_and_gradient_of_every_size(dtype, size):
     offset = size % lanes_of(DTYPES[dtype])
     x, out = values(size, dtype, offset), aligned(size, dtype, offset)
-    assert_sums(flat(SUMS_AND_GRADIENT, dtype, x, out, 1, FACTORS), x, dtype)
+    assert_sums(flat(VALUE_AND_GRADIENT, dtype, x, out, 1, P), x, dtype)
     assert_written(out, reference.gradient(REGULARIZER, x), dtype)
 
 
 @pytest.mark.parametrize(("dtype", "blocks"), [("float16", 2), ("float64", 2), ("float32", 3)])
 def test_sums_of_several_blocks(dtype, blocks):
     x = values(THREADS * lanes_of(DTYPES[dtype]) * UNROLL * blocks + 5, dtype, offset=1)
-    first = flat(SUMS, dtype, x, x, blocks, FACTORS)
+    first = flat(SUMS, dtype, x, x, blocks, P)
     assert_sums(first, x, dtype)
     for options in ({}, {"last_block_first": True}, {"tickets": False}):
-        np.testing.assert_array_equal(flat(SUMS, dtype, x, x, blocks, FACTORS, **options), first)
+        np.testing.assert_array_equal(flat(SUMS, dtype, x, x, blocks, P, **options), first)
 
 
 def test_more_blocks_than_threads_of_the_last_stage():
@@ -130,15 +143,15 @@ def test_gradients_and_prox_of_every_alignment(dtype, offsets):
     x, out = values(size, dtype, offsets[0]), aligned(size, dtype, offsets[1])
     before, gradient = x.copy(), reference.gradient(REGULARIZER, x)
 
-    flat(GRADIENT, dtype, x, out, 2, FACTORS)
+    flat(GRADIENT, dtype, x, out, 2, P)
     assert_written(out, gradient, dtype)
     out[:] = 0.5
-    flat(ADD_GRADIENT, dtype, x, out, 2, FACTORS)
+    flat(ADD_GRADIENT, dtype, x, out, 2, P)
     assert_written(out, 0.5 + gradient, dtype, magnitude=0.5)
-    flat(PROX, dtype, x, out, 2, (STEP * FACTORS[0], STEP * FACTORS[1]))
+    flat(PROX, dtype, x, out, 2, scaled(P, STEP))
     assert_written(out, reference.prox(REGULARIZER, x, STEP), dtype)
     np.testing.assert_array_equal(x, before)
-    flat(PROX, dtype, x, x, 2, (STEP * FACTORS[0], STEP * FACTORS[1]))
+    flat(PROX, dtype, x, x, 2, scaled(P, STEP))
     np.testing.assert_array_equal(x, out)
 
 
@@ -149,11 +162,11 @@ def test_nan_and_infinity_pass(dtype, special, capability):
     x = values(100, dtype)
     x[57] = special
     out = np.zeros_like(x)
-    result = flat(SUMS_AND_GRADIENT, dtype, x, out, 1, FACTORS, capability=capability)
+    result = flat(VALUE_AND_GRADIENT, dtype, x, out, 1, P, capability=capability)
     np.testing.assert_array_equal(result, np.full(3, abs(special), result.dtype))
     assert_written(out[:57], reference.gradient(REGULARIZER, x[:57]), dtype)
     np.testing.assert_array_equal(np.float64(out[57]), np.float64(x[57]))
-    np.testing.assert_array_equal(flat(SUMS, dtype, x, x, 1, (0.0, 0.0), COUNTS)[2], 1)
+    np.testing.assert_array_equal(flat(SUMS, dtype, x, x, 1, (0.0,) * 4, COUNTS)[2], 1)
 
 
 DISTRIBUTIONS = {
@@ -171,7 +184,7 @@ def test_compensated_sums_keep_one_unit_in_the_last_place(dtype, name):
     size = 200_003
     x = aligned(size, dtype, 1)
     x[:] = DISTRIBUTIONS[name](np.random.default_rng(1), size)
-    result = flat(SUMS, dtype, x, x, 2, FACTORS, capability=WITHOUT_FAST_FLOAT64)
+    result = flat(SUMS, dtype, x, x, 2, P, capability=WITHOUT_FAST_FLOAT64)
     wide = x.astype(np.longdouble)
     for found, exact in zip(result[1:], (np.abs(wide).sum(), np.square(wide).sum()), strict=True):
         assert abs(np.longdouble(found) - exact) <= np.spacing(np.float32(exact))
@@ -181,8 +194,8 @@ def test_compensated_sums_keep_one_unit_in_the_last_place(dtype, name):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sums_are_the_same_bits_with_a_gradient(dtype, capability):
     x = values(40_000, dtype, offset=1)
-    alone = flat(SUMS, dtype, x, x, 2, FACTORS, capability=capability)
-    with_gradient = flat(SUMS_AND_GRADIENT, dtype, x, aligned(x.size, dtype, 1), 2, FACTORS, capability=capability)
+    alone = flat(SUMS, dtype, x, x, 2, P, capability=capability)
+    with_gradient = flat(VALUE_AND_GRADIENT, dtype, x, aligned(x.size, dtype, 1), 2, P, capability=capability)
     np.testing.assert_array_equal(alone, with_gradient)
 
 
@@ -210,12 +223,12 @@ def test_strided(make_kernel, name):
     x = make(ALL_LAYOUTS[name], dtype)
     out = np.empty(x.shape, x.dtype)
     start, out_start, sizes = walk(x, out)
-    body = make_kernel(SUMS_AND_GRADIENT, ABS_SQUARE, DTYPES[dtype], len(sizes) // 3)
+    body = make_kernel(VALUE_AND_GRADIENT, ABS_SQUARE, DTYPES[dtype], len(sizes) // 3)
     partial, result, counter = np.full(4, np.nan), np.full(3, np.nan, DTYPES[dtype].result), np.zeros(1, "u4")
     memory = Memory([out, partial, result, counter], [x])
     addresses = x.__array_interface__["data"][0] + start, out.ctypes.data + out_start
     results = [each.ctypes.data for each in (partial, counter, result, result[1:])]
-    Machine(interpreted(body), memory, 2, THREADS, (*addresses, x.size, *sizes, *FACTORS, 0, *results)).run()
+    Machine(interpreted(body), memory, 2, THREADS, (*addresses, x.size, *sizes, *P, 0, *results)).run()
     assert_sums(result, x, dtype)
     assert_written(out, reference.gradient(REGULARIZER, x), dtype)
 
@@ -227,7 +240,7 @@ def test_runs_of_a_row_divide_once_for_four_elements():
     divisions = {}
     for make_kernel in (strided_kernel, rows_kernel):
         kernel = interpreted(make_kernel(SUMS, ABS_SQUARE, DTYPES["float32"], 2))
-        arguments = x.__array_interface__["data"][0], 0, x.size, *sizes, *FACTORS, 0, *[room.ctypes.data] * 4
+        arguments = x.__array_interface__["data"][0], 0, x.size, *sizes, *P, 0, *[room.ctypes.data] * 4
         machine = Machine(kernel, Memory(), 2, THREADS, arguments)
         machine.run()
         divisions[make_kernel] = sum(
@@ -275,42 +288,92 @@ def test_gram_panels(dtype, accumulate):
     np.testing.assert_allclose(out.astype(np.float64), 0.5 * accumulate + expected, rtol=tolerance, atol=tolerance / 8)
 
 
-FORMULAS_BY_OPERATION = [
-    (operation, formula)
-    for operation in OPERATIONS
-    for formula in FORMULAS.values()
-    if formula is not ABS_SQUARE and (formula is not COUNTS or operation is SUMS)
+SCALARS = SimpleNamespace(
+    where=lambda condition, v, other: v if condition else other,
+    clip=lambda v, limit: min(max(v, -limit), limit),
+    copysign=np.copysign,
+)
+OTHERS = [(operation, formula) for operation in KERNELS for formula in (ZERO, ABS, SQUARE)] + [(SUMS, COUNTS)]
+
+
+@pytest.mark.parametrize(("operation", "formula"), OTHERS, ids=lambda each: each.name)
+def test_every_formula_by_its_own_functions(operation, formula):
+    """As NumPy evaluates them, one element after the other."""
+    x, out, functions = values(3000, "float32"), np.full(3000, 0.25, "f4"), formula.make(SCALARS)
+    wide = x.astype(np.float64)
+    result = flat(operation, "float32", x, out, 2, P, formula)
+    if operation.sums:
+        sums = np.array([functions.terms(abs(v), P) for v in wide]).sum(axis=0)
+        np.testing.assert_allclose(result, [P[0] * sums[0] + P[1] * sums[1], *sums], rtol=1e-7)
+    if operation.writes:
+        change = functions.derivative if operation.writes == "gradient" else functions.prox
+        expected = [0.25 * operation.adds + change(v, P) for v in wide]
+        np.testing.assert_allclose(out, expected, rtol=1e-6, atol=1e-7)
+
+
+@dataclasses.dataclass
+class Kept:
+    """A member of the family, of which the kernels take the formula and the parameters."""
+
+    regularizer: rk.Regularizer
+
+    def __post_init__(self):
+        ((term, self.p),) = self.regularizer._terms
+        self.formula = term.formula
+
+
+FAMILY_CASES = [
+    slow_unless(dtype == "float32" or (operation is VALUE_AND_GRADIENT and name == "scad"), name, dtype, operation)
+    for name in FAMILY
+    for dtype in DTYPES
+    for operation in KERNELS
 ]
 
 
-@pytest.mark.parametrize(("operation", "formula"), FORMULAS_BY_OPERATION, ids=lambda each: each.name)
-def test_every_formula_by_its_definition(operation, formula):
-    """As NumPy evaluates the formula's own functions, one element after the other."""
-    a, b = FACTORS
-    x, out, wide = values(3000, "float32"), np.full(3000, 0.25, "f4"), None
-    wide = x.astype(np.float64)
-    result = flat(operation, "float32", x, out, 2, FACTORS, formula)
-    if operation.sums:
-        sums = np.array([formula.terms(abs(v)) for v in wide]).sum(axis=0)
-        np.testing.assert_allclose(result, [a * sums[0] + b * sums[1], *sums], rtol=1e-7)
-    if operation.writes:
-        update = operation.update(formula, lambda function: function)
-        expected = np.array([update(v, 0.25, a, b) for v in wide])
-        np.testing.assert_allclose(out, expected, rtol=1e-6, atol=1e-7)
+@pytest.mark.parametrize("capability", [CAPABILITY, WITHOUT_FAST_FLOAT64])
+@pytest.mark.parametrize(("name", "dtype", "operation"), FAMILY_CASES, ids=lambda each: getattr(each, "name", each))
+def test_the_family(name, dtype, operation, capability):
+    """Values by their definitions; gradients and proximal operators as on the CPU, where they are tested by theirs."""
+    member, x = Kept(FAMILY[name]), values(2000, dtype, offset=1)
+    out, p = aligned(x.size, dtype, 1), scaled(member.p, STEP) if operation is PROX else member.p
+    for special in ((), (np.inf, -np.inf), (np.nan,)):
+        x[: len(special)] = special
+        out[:] = 0.5
+        result = flat(operation, dtype, x, out, 2, p, member.formula, capability=capability)
+        if operation.sums:
+            expected = member.regularizer(x) if special else elementwise(name, x.astype(np.float64)).sum()
+            np.testing.assert_allclose(result[0], expected, rtol=1e-13 if dtype == "float64" else 1.2e-7)
+        expected = np.full(x.size, 0.5 * operation.adds, x.dtype)
+        if operation is PROX:
+            expected = member.regularizer.prox(x, STEP)
+        elif operation.writes:
+            member.regularizer.grad(x, out=expected, accumulate=True)
+        if operation.writes:
+            finite = np.isfinite(expected.astype(np.float64))
+            assert_written(out[finite], np.float64(expected[finite]), dtype)
+            np.testing.assert_array_equal(np.float64(out[~finite]), np.float64(expected[~finite]))
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("name", FAMILY)
+def test_compensated_sums_of_the_family_keep_one_unit_in_the_last_place(name, distribution):
+    member, x = Kept(FAMILY[name]), aligned(50_003, "float32", 1)
+    x[:] = DISTRIBUTIONS[distribution](np.random.default_rng(1), x.size)
+    result = flat(SUMS, "float32", x, x, 2, (1.0, 0.0, *member.p[2:]), member.formula, capability=WITHOUT_FAST_FLOAT64)
+    exact = elementwise(name, x.astype(np.longdouble)).sum() / member.p[0]
+    assert abs(np.longdouble(result[1]) - exact) <= np.spacing(np.float32(exact))
 
 
 def test_the_interpreter_finds_what_a_device_would_not_forgive():
     body, x = flat_kernel(SUMS, ABS_SQUARE, DTYPES["float32"]), values(5000, "float32")
     result, partial = np.zeros(3, "f4"), np.zeros(2)
     with pytest.raises(DeviceError, match="load of 4 bytes out of bounds"):
-        launch(body, 1, (x, x, x.size + 1, *FACTORS, 0, partial, 0, result[:1], result[1:]))
+        launch(body, 1, (x, x, x.size + 1, *P, 0, partial, 0, result[:1], result[1:]))
     with pytest.raises(DeviceError, match="not a multiple"):
-        launch(body, 1, (x.view(np.uint8)[2:], x, x.size - 8, *FACTORS, 0, partial, 0, result[:1], result[1:]))
+        launch(body, 1, (x.view(np.uint8)[2:], x, x.size - 8, *P, 0, partial, 0, result[:1], result[1:]))
     with pytest.raises(DeviceError, match="store of 4 bytes out of bounds"):
-        launch(body, 1, (x, x, x.size, *FACTORS, 0, partial, 0, result, 0), [x, result])
+        launch(body, 1, (x, x, x.size, *P, 0, partial, 0, result, 0), [x, result])
     ptx = compiled(body, CAPABILITY).replace("bar.sync", "// bar.sync")
-    machine = Machine(
-        Kernel(ptx), Memory(), 1, THREADS, (x.ctypes.data, 0, 5000, *FACTORS, 0, 0, 0, result.ctypes.data, 0)
-    )
+    machine = Machine(Kernel(ptx), Memory(), 1, THREADS, (x.ctypes.data, 0, 5000, *P, 0, 0, 0, result.ctypes.data, 0))
     with pytest.raises(DeviceError, match="no barrier"):
         machine.run()

@@ -7,11 +7,20 @@ import sys
 
 import numpy as np
 import pytest
-from regkern.kernels.formulas import ABS_SQUARE
-from regkern.kernels.operations import GRADIENT, SUMS
 
 import regkern as rk
 from regkern.dtypes import FLOAT32
+from regkern.formulas import ABS, ABS_SQUARE, BOTH_SUMS
+from regkern.terms import (
+    ADD_GRADIENT,
+    GRADIENT,
+    PROX,
+    SUMS,
+    VALUE,
+    VALUE_AND_ADD_GRADIENT,
+    Products,
+    Term,
+)
 
 if importlib.util.find_spec("numba_cuda") is None:
     pytest.skip("numba-cuda is not installed: pip install 'regkern[cuda13]'", allow_module_level=True)
@@ -24,6 +33,9 @@ from regkern.kernels.cuda.launch import Place
 from regkern.kernels.cuda.sums import MAX_BLOCKS, THREADS, last_stage
 from tests.cuda_arrays import Arrays
 from tests.cuda_library import Library
+
+P = (0.5, 2.0, 0.0, 0.0)
+COSINES = Term(ABS, Products())
 
 
 class Recorder:
@@ -69,10 +81,10 @@ def address(x):
 
 def test_a_small_array_takes_one_launch_on_the_streams_device():
     x, arrays = np.empty((10, 10), np.float32), on_device(1)
-    value = arrays.penalty(ABS_SQUARE, 0.5, 2.0, x)
+    value, _ = arrays.run(VALUE, BOTH_SUMS, P, x)
     assert (value.shape, value.dtype) == ((), np.float32)
     (result,) = arrays.made
-    assert arrays.driver.launched == [(1, 7, 1, (address(x), address(x), 100, 0.5, 2.0, 0, 0, 0, address(result), 0))]
+    assert arrays.driver.launched == [(1, 7, 1, (address(x), address(x), 100, *P, 0, 0, 0, address(result), 0))]
 
 
 @pytest.mark.parametrize("blocks", [2, MAX_BLOCKS])
@@ -80,7 +92,7 @@ def test_blocks_are_added_by_the_last_of_them(blocks):
     arrays = on_device()
     x = np.empty(THREADS * UNROLL * 4 * (blocks + 3 * (blocks > 2)), "f4")
     for _ in range(2):
-        arrays.penalty(ABS_SQUARE, 0.5, 2.0, x)
+        arrays.run(VALUE, BOTH_SUMS, P, x)
     result, memory, second = map(address, arrays.made)
     counter = memory + 16 * MAX_BLOCKS
     assert [launched[2] for launched in arrays.driver.launched] == [blocks, blocks]
@@ -96,14 +108,14 @@ def test_streams_count_their_blocks_apart(monkeypatch):
     arrays, x = on_device(), np.empty(10**5, "f4")
     for stream in (0, 7, 1, 8, 7):
         monkeypatch.setattr(Arrays, "place", lambda self, x, stream=stream: Place(self.driver, 0, stream))
-        arrays.penalty(ABS_SQUARE, 0.5, 2.0, x)
+        arrays.run(VALUE, BOTH_SUMS, P, x)
     counters = [launched[3][-3] for launched in arrays.driver.launched]
     assert counters[0] == counters[2]  # two addresses of one stream
     assert counters[1] == counters[4]
     assert len(set(counters)) == 3
     # Another stream at the address of one that is gone.
     monkeypatch.setattr(Recorder, "stream_id", lambda self, device, stream: 5)
-    arrays.penalty(ABS_SQUARE, 0.5, 2.0, x)
+    arrays.run(VALUE, BOTH_SUMS, P, x)
     assert arrays.driver.launched[-1][3][-3] not in counters
 
 
@@ -111,13 +123,13 @@ def test_blocks_of_a_graph_are_added_by_a_launch_of_its_own():
     arrays, x = on_device(), np.empty(THREADS * UNROLL * 4 * 3, "f4")
     arrays.driver.capturing = True
     with pytest.raises(RuntimeError, match="before a graph is captured"):
-        arrays.penalty(ABS_SQUARE, 0.5, 2.0, x)
+        arrays.run(VALUE, BOTH_SUMS, P, x)
     arrays.driver.capturing = False
-    arrays.penalty(ABS_SQUARE, 0.5, 2.0, x)  # loads what a graph needs as well
+    arrays.run(VALUE, BOTH_SUMS, P, x)  # loads what a graph needs as well
     arrays.driver.launched.clear()
     arrays.made.clear()
     arrays.driver.capturing = True
-    arrays.penalty(ABS_SQUARE, 0.5, 2.0, x)
+    arrays.run(VALUE, BOTH_SUMS, P, x)
     result, partial = map(address, arrays.made)
     first, second = arrays.driver.launched
     assert first[3][-4:] == (partial, 0, result, 0)
@@ -126,16 +138,16 @@ def test_blocks_of_a_graph_are_added_by_a_launch_of_its_own():
 
 def test_gradients_take_one_launch():
     x, arrays = np.empty(100_000, np.float32), on_device()
-    out = arrays.grad(ABS_SQUARE, 0.5, 2.0, x, None, False)
+    _, out = arrays.run(GRADIENT, BOTH_SUMS, P, x)
     ((_, _, blocks, arguments),) = arrays.driver.launched
     assert blocks > 1
-    assert arguments == (address(x), address(out), 100_000, 0.5, 2.0, 0, 0, 0, 0, 0)
+    assert arguments == (address(x), address(out), 100_000, *P, 0, 0, 0, 0, 0)
 
 
 def test_strides_are_counted_in_elements_from_the_first_in_memory():
     base, arrays = np.empty((30, 80)), on_device()
     out = np.empty((30, 40))
-    arrays.grad(ABS_SQUARE, 0.5, 2.0, base[::-1, ::2], out, False)
+    arrays.run(GRADIENT, BOTH_SUMS, P, base[::-1, ::2], out)
     ((_, _, _, arguments),) = arrays.driver.launched
     assert arguments[:9] == (address(base), address(out[29:]), 1200, 30, 40, 80, 2, -40, 1)
 
@@ -143,21 +155,21 @@ def test_strides_are_counted_in_elements_from_the_first_in_memory():
 @pytest.mark.parametrize(("columns", "kernel"), [(63, "strided_kernel"), (64, "rows_kernel")])
 def test_long_rows_are_runs(columns, kernel):
     arrays = on_device()
-    arrays.penalty(ABS_SQUARE, 0.5, 2.0, np.empty((30, 80), np.float32)[:, :columns])
+    arrays.run(VALUE, BOTH_SUMS, P, np.empty((30, 80), np.float32)[:, :columns])
     assert [kernel in entry for _, entry in arrays.driver.loaded] == [True, False]
 
 
 def test_orders_of_memory_are_flat():
     x, arrays = np.empty((30, 40), np.float32).T, on_device()
-    arrays.penalty(ABS_SQUARE, 0.5, 2.0, x)
-    assert arrays.driver.launched[0][3][2:5] == (1200, 0.5, 2.0)
+    arrays.run(VALUE, BOTH_SUMS, P, x)
+    assert arrays.driver.launched[0][3][2:7] == (1200, *P)
 
 
 def test_each_device_loads_a_kernel_once():
     first, second = on_device(0), on_device(1)
     second.driver = first.driver
     for arrays in (first, second, first, second):
-        arrays.penalty(ABS_SQUARE, 1.0, 1.0, np.empty(10, np.float32))
+        arrays.run(VALUE, BOTH_SUMS, P, np.empty(10, np.float32))
     assert [device for device, _ in first.driver.loaded] == [0, 0, 1, 1]  # with the last stage, for graphs
 
 
@@ -165,19 +177,19 @@ def test_kernels_are_loaded_before_a_graph_is_captured():
     x, arrays = np.empty(10, np.float32), on_device()
     arrays.driver.capturing = True
     with pytest.raises(RuntimeError, match=r"^regkern: expected kernels on the device before a graph is captured; got"):
-        arrays.penalty(ABS_SQUARE, 1.0, 1.0, x)
+        arrays.run(VALUE, BOTH_SUMS, P, x)
     assert not arrays.driver.loaded
     arrays.driver.capturing = False
-    arrays.penalty(ABS_SQUARE, 1.0, 1.0, x)
+    arrays.run(VALUE, BOTH_SUMS, P, x)
     arrays.driver.capturing = True
-    arrays.penalty(ABS_SQUARE, 1.0, 1.0, x)
+    arrays.run(VALUE, BOTH_SUMS, P, x)
     assert len(arrays.driver.launched) == 2
 
 
 def test_strides_that_are_no_multiples_are_refused_before_a_launch():
     x, arrays = np.empty(3, [("a", "f4"), ("b", "u1")])["a"], on_device()
     with pytest.raises(ValueError, match="multiples of 4 bytes"):
-        arrays.penalty(ABS_SQUARE, 1.0, 1.0, x)
+        arrays.run(VALUE, BOTH_SUMS, P, x)
     assert not arrays.driver.launched
 
 
@@ -185,18 +197,18 @@ def test_addresses_that_a_device_does_not_load_from_are_refused_before_a_launch(
     misaligned = np.zeros(49, np.uint8)[1:].view(np.float32).reshape(3, 4)
     x, arrays = np.zeros((3, 4), np.float32), on_device()
     for name, call in [
-        ("x", lambda: arrays.penalty(ABS_SQUARE, 1.0, 1.0, misaligned)),
-        ("x", lambda: arrays.grad(ABS_SQUARE, 1.0, 1.0, misaligned, x, False)),
-        ("out", lambda: arrays.grad(ABS_SQUARE, 1.0, 1.0, x, misaligned, True)),
-        ("out", lambda: arrays.prox(ABS_SQUARE, 1.0, 1.0, misaligned, misaligned)),
-        ("x", lambda: arrays.orthogonal(1.0, misaligned, columns=False, flatten=False)),
-        ("out", lambda: arrays.orthogonal_grad(1.0, x, misaligned, columns=False, flatten=False, accumulate=True)),
+        ("x", lambda: arrays.run(VALUE, BOTH_SUMS, P, misaligned)),
+        ("x", lambda: arrays.run(GRADIENT, BOTH_SUMS, P, misaligned, x)),
+        ("out", lambda: arrays.run(ADD_GRADIENT, BOTH_SUMS, P, x, misaligned)),
+        ("out", lambda: arrays.run(PROX, BOTH_SUMS, P, misaligned, misaligned)),
+        ("x", lambda: arrays.run(VALUE, COSINES, P, misaligned)),
+        ("out", lambda: arrays.run(VALUE_AND_ADD_GRADIENT, COSINES, P, x, misaligned)),
         ("x", lambda: arrays.reader(misaligned)),
     ]:
         with pytest.raises(ValueError, match=f"^{name}: expected an address that is a multiple of 4 bytes.* got one"):
             call()
     assert not arrays.driver.launched
-    arrays.penalty(ABS_SQUARE, 1.0, 1.0, misaligned[:0])  # nothing is loaded
+    arrays.run(VALUE, BOTH_SUMS, P, misaligned[:0])  # nothing is loaded
     assert len(arrays.driver.launched) == 1
 
 
@@ -259,7 +271,7 @@ def test_a_device_that_was_reset_is_told_once_and_used_anew():
 
 def test_kernels_and_memory_of_before_a_reset_are_forgotten(monkeypatch):
     arrays, x = on_device(), np.empty(10**5, "f4")
-    arrays.penalty(ABS_SQUARE, 0.5, 2.0, x)
+    arrays.run(VALUE, BOTH_SUMS, P, x)
     launch_of_driver = Recorder.launch
 
     def reset(self, device, *_):
@@ -267,9 +279,9 @@ def test_kernels_and_memory_of_before_a_reset_are_forgotten(monkeypatch):
 
     monkeypatch.setattr(Recorder, "launch", reset)
     with pytest.raises(DeviceResetError):
-        arrays.penalty(ABS_SQUARE, 0.5, 2.0, x)
+        arrays.run(VALUE, BOTH_SUMS, P, x)
     monkeypatch.setattr(Recorder, "launch", launch_of_driver)
-    arrays.penalty(ABS_SQUARE, 0.5, 2.0, x)
+    arrays.run(VALUE, BOTH_SUMS, P, x)
     assert len(arrays.driver.loaded) == 2 * 2
     assert len(arrays.driver.cleared) == 2
 

@@ -4,18 +4,10 @@ import importlib.util
 import re
 
 import pytest
-from regkern.kernels.formulas import ABS_SQUARE
-from regkern.kernels.operations import (
-    ADD_GRADIENT,
-    GRADIENT,
-    OPERATIONS,
-    PROX,
-    SUMS,
-    SUMS_AND_ADD_GRADIENT,
-    SUMS_AND_GRADIENT,
-)
 
 from regkern.dtypes import DTYPES
+from regkern.formulas import ABS_SQUARE
+from regkern.terms import ADD_GRADIENT, GRADIENT, PROX, SUMS, VALUE_AND_ADD_GRADIENT, VALUE_AND_GRADIENT
 
 if importlib.util.find_spec("numba_cuda") is None:
     pytest.skip("numba-cuda is not installed: pip install 'regkern[cuda13]'", allow_module_level=True)
@@ -30,7 +22,6 @@ from tests.cuda_code import LOAD, STORE, assembled, compiled, disassembler, main
 
 NEWEST = max(compute_capabilities())
 CAPABILITIES = [(8, 0), (8, 9), (9, 0), NEWEST]
-EVERY_OPERATION = pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
 EVERY_CAPABILITY = pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda cc: "{}.{}".format(*cc))
 
 
@@ -39,20 +30,21 @@ ADDS_AND_COMPARES = {
     SUMS: (2, 0),
     GRADIENT: (1, 2),
     ADD_GRADIENT: (2, 2),
-    SUMS_AND_GRADIENT: (3, 2),
-    SUMS_AND_ADD_GRADIENT: (4, 2),
+    VALUE_AND_GRADIENT: (3, 2),
+    VALUE_AND_ADD_GRADIENT: (4, 2),
     PROX: (1, 2),
 }
+EVERY_OPERATION = pytest.mark.parametrize("operation", ADDS_AND_COMPARES, ids=lambda operation: operation.name)
 # A compensated sum takes four additions of a term, which the formula has two of.
 COMPENSATION = 6
 # Instructions of an element at most, loop and addresses included: with sums in float64, and with compensated ones.
-INSTRUCTIONS = {SUMS: (6, 11.5), SUMS_AND_GRADIENT: (17, 23)}
+INSTRUCTIONS = {SUMS: (6, 11.5), VALUE_AND_GRADIENT: (17, 23)}
 MULTIPROCESSOR = 1 << 16  # registers
 
 
 def elements_of(operation, dtype, loads):
     """Return how many elements the 16-byte loads of a loop take."""
-    return loads * lanes_of(DTYPES[dtype]) // (2 if operation in (ADD_GRADIENT, SUMS_AND_ADD_GRADIENT) else 1)
+    return loads * lanes_of(DTYPES[dtype]) // (2 if operation in (ADD_GRADIENT, VALUE_AND_ADD_GRADIENT) else 1)
 
 
 @EVERY_CAPABILITY
@@ -66,7 +58,7 @@ def test_main_loops_are_unrolled(operation, dtype, capability):
     compensated = accumulator_of(DTYPES[dtype], capability) is COMPENSATED
     adds += COMPENSATION * (compensated and operation.sums)
     assert elements >= UNROLL * lanes_of(DTYPES[dtype])
-    assert len(STORE.findall(loop)) * lanes_of(DTYPES[dtype]) == elements * operation.writes
+    assert len(STORE.findall(loop)) * lanes_of(DTYPES[dtype]) == elements * bool(operation.writes)
     added = len(re.findall(r"\b(?:add|sub|fma)\.(?:rn\.)?f(?:32|64)", loop))
     assert 0 <= added - adds * elements < UNROLL, "more than what does not change in the loop"
     assert len(re.findall(r"\bsetp\.\w+\.f(?:32|64)", loop)) == compares * elements
@@ -100,7 +92,7 @@ def test_the_last_stage(result_type, capability):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kernels_of_many_arrays_move_16_bytes_at_once(dtype):
-    ptx = compiled(chunks_kernel(SUMS_AND_GRADIENT, ABS_SQUARE, DTYPES[dtype]), NEWEST)
+    ptx = compiled(chunks_kernel(VALUE_AND_GRADIENT, ABS_SQUARE, DTYPES[dtype]), NEWEST)
     assert len(LOAD.findall(ptx)) >= UNROLL
     assert len(STORE.findall(ptx)) >= UNROLL
     compiled(penalty_of_all(), NEWEST)

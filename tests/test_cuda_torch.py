@@ -11,10 +11,12 @@ if not (importlib.util.find_spec("numba_cuda") and importlib.util.find_spec("tor
     pytest.skip("numba-cuda or torch is not installed", allow_module_level=True)
 
 import torch
-from regkern.arrays.torch_cuda import KERNELS
 
 from regkern.arrays import device_gram
 from regkern.arrays import torch as host
+from regkern.arrays.torch import autograd
+from regkern.arrays.torch.cuda import KERNELS
+from regkern.arrays.torch.tensors import is_plain
 from regkern.kernels.cuda.launch import Place
 from regkern.kernels.cuda.many import CHUNK
 from tests import reference
@@ -32,7 +34,8 @@ def place(monkeypatch):
     place = install(monkeypatch)
     monkeypatch.setattr(type(KERNELS), "place", lambda self, x: place)
     monkeypatch.setattr(host.TorchAdapter, "on_host", lambda self, x: None)
-    monkeypatch.setattr(host, "_kernels", lambda x: KERNELS if host._is_plain(x) else None)
+    for module in (host, autograd):
+        monkeypatch.setattr(module, "kernels_of", lambda x: KERNELS if is_plain(x) else None)
     monkeypatch.setattr(torch.Tensor, "pin_memory", pinned)
     return place
 

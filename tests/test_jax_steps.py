@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import regkern as rk
+from regkern.arrays import ADAPTERS
 from tests import reference
 
 jax = pytest.importorskip("jax")
@@ -36,15 +37,27 @@ def copies(penalty):
     return len(re.findall(r"= f32\[96,96\]\S* copy\(", program))
 
 
+def as_keras_adds_it(weight):
+    """Keras's layers add a variable's penalty to the loss, where the variable stands for a weight."""
+    return ADAPTERS[type(weight)].loss(REG._summands[0].term, REG._summands[0].p, weight)
+
+
 def test_no_copy_of_weights_that_are_written_over():
-    assert copies(REG) == copies(lambda weight: 0.0)
+    assert copies(as_keras_adds_it) == copies(lambda weight: 0.0)
+
+
+def test_the_gradient_alone_calls_no_kernel():
+    text = jax.jit(jax.grad(REG)).lower(jax.numpy.asarray(WEIGHTS[0])).compile().as_text()
+    assert "regkern" not in re.sub(r"metadata=\{[^}]*\}", "", text)
 
 
 def test_the_step_is_that_of_the_definition():
     def by_definition(weight):
         return 1e-3 * abs(weight).sum() + 2e-3 * (weight * weight).sum()
 
-    found, expected = (step(penalty)(list(map(jax.numpy.asarray, WEIGHTS))) for penalty in (REG, by_definition))
+    found, expected = (
+        step(penalty)(list(map(jax.numpy.asarray, WEIGHTS))) for penalty in (as_keras_adds_it, by_definition)
+    )
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
     for one, other in zip(found[1], expected[1], strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)

@@ -1,17 +1,19 @@
-"""CuPy's arrays: the CUDA kernels, on CuPy's current stream."""
+"""CuPy's arrays: the CUDA kernels, on CuPy's current stream; CuPy's own operations where there is no kernel."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import cupy
 
-from regkern.arrays.adapter import require
+from regkern.arrays.adapter import Adapter, require
+from regkern.arrays.cupy_expressions import EXPRESSIONS, check_array, on
 from regkern.arrays.device import DeviceAdapter
 from regkern.arrays.layout import View
 from regkern.arrays.numpy import dtype_of
 from regkern.kernels.cuda.driver import driver
 from regkern.kernels.cuda.launch import Place
+from regkern.kernels.cuda.sums import NULL
+from regkern.terms import Operation, Parameters, Term
 
 require("cupy", cupy.__version__, (13, 6))
 
@@ -24,6 +26,18 @@ class CupyAdapter(DeviceAdapter):
     def owns(self, array_type: type) -> bool:
         return issubclass(array_type, cupy.ndarray)
 
+    def run(
+        self, operation: Operation, term: Term, p: Parameters, x: Any, out: Any = None, *, scale: int = NULL
+    ) -> tuple[Any, Any]:
+        if self.serves(term):
+            return super().run(operation, term, p, x, out, scale=scale)
+        if out is not None:
+            self.check_out(x, out)
+        return EXPRESSIONS.run(operation, term, p, x, out)
+
+    def expressions(self) -> Adapter:
+        return EXPRESSIONS
+
     def view(self, x: Any) -> View:
         return View(x.data.ptr, dtype_of(x.dtype), x.shape, x.strides)
 
@@ -32,25 +46,25 @@ class CupyAdapter(DeviceAdapter):
         return Place(driver(), device, cupy.cuda.get_current_stream(device).ptr)
 
     def empty(self, x: Any, shape: tuple[int, ...], type_name: str) -> Any:
-        return _on(x.data.device_id, cupy.empty, shape, type_name)
+        return on(x.data.device_id, cupy.empty, shape, type_name)
 
     def address(self, array: Any) -> int:
         return int(array.data.ptr)
 
     def beside(self, value: Any, other: Any) -> Any:
-        return _on(other.data.device_id, cupy.asarray, value) if isinstance(other, cupy.ndarray) else value
+        return on(other.data.device_id, cupy.asarray, value) if isinstance(other, cupy.ndarray) else value
 
     def upload(self, x: Any, table: Any) -> Any:
         # By pinned memory of CuPy's, which keeps it until it has been read.
-        return _on(x.data.device_id, cupy.asarray, table)
+        return on(x.data.device_id, cupy.asarray, table)
 
     def number(self, number: Any, x: Any) -> Any:
         if not isinstance(number, cupy.ndarray):
             return None
-        return _on(x.data.device_id, cupy.asarray, number, dtype_of(x.dtype).result)
+        return on(x.data.device_id, cupy.asarray, number, dtype_of(x.dtype).result)
 
     def empty_like(self, x: Any) -> Any:
-        return _on(x.data.device_id, cupy.empty_like, x)
+        return on(x.data.device_id, cupy.empty_like, x)
 
     def flatten_leading(self, x: Any, *, copy: bool) -> Any:
         flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
@@ -64,17 +78,8 @@ class CupyAdapter(DeviceAdapter):
         cupy.matmul(left, right, out=out)
 
     def check_out(self, x: Any, out: Any) -> None:
-        if not isinstance(out, cupy.ndarray):
-            raise TypeError(f"out: expected a cupy.ndarray; got {type(out).__name__}; make one by cupy.empty_like(x).")
+        check_array(out)
         self.check_target(x, out, "cupy.empty_like(x)")
-
-
-def _on(device: int, make: Callable[..., Any], *arguments: Any) -> Any:
-    """Call what makes an array with a device current: to make it so costs more than to ask whether it is."""
-    if device == cupy.cuda.device.get_device_id():
-        return make(*arguments)
-    with cupy.cuda.Device(device):
-        return make(*arguments)
 
 
 ADAPTER = CupyAdapter()

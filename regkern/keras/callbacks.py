@@ -57,8 +57,8 @@ class ProximalCallback(_Callback):
     proximal gradient descent, where L1 makes exact zeros and the group lasso whole rows or filters of them. The rate is
     that of the step just done: of a schedule, of the optimizer inside of a wrapper, of each variable its own where an
     optimizer has several. Where no step was done, because gradients are accumulated or were not finite, there is no
-    proximal step either (tf_keras's optimizers count a step that they skip as done). An optimizer that scales its steps, such as Adam, has no such scale here: the step is its
-    rate.
+    proximal step either (tf_keras's optimizers count a step that they skip as done). An optimizer that scales its
+    steps, such as Adam, has no such scale here: the step is its rate.
 
     The share of exact zeros among the elements of tensors that have a regularizer is in the logs as "zeros": in the
     progress bar, the history and all callbacks that come after this one. It is that of the epoch's end in an epoch's

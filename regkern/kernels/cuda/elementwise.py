@@ -76,7 +76,7 @@ def flat_kernel(operation: Operation, formula: Formula, dtype: DType, result_typ
         return kernel
 
     name = _name("flat", operation, formula, dtype, result_type)
-    return Body(name, make, _arguments(dtype, result_type, INT64), companions=_companions(operation, result_type))
+    return Body(name, make, _arguments(dtype, result_type, INT64), **_rest(operation, formula, result_type))
 
 
 def make_flat_loop(operation: Operation, formula: Formula, dtype: DType, capability: Capability):
@@ -209,7 +209,7 @@ def strided_kernel(
 
     name = _name(f"strided{dims}", operation, formula, dtype, result_type)
     arguments = _arguments(dtype, result_type, INT64, numbers("int64", 3 * dims))
-    return Body(name, make, arguments, companions=_companions(operation, result_type))
+    return Body(name, make, arguments, **_rest(operation, formula, result_type))
 
 
 # Elements of a row that a warp takes at once.
@@ -276,12 +276,12 @@ def rows_kernel(
 
     name = _name(f"rows{dims}", operation, formula, dtype, result_type)
     arguments = _arguments(dtype, result_type, INT64, numbers("int64", 3 * dims))
-    return Body(name, make, arguments, companions=_companions(operation, result_type))
+    return Body(name, make, arguments, **_rest(operation, formula, result_type))
 
 
-def _companions(operation: Operation, result_type: str) -> tuple[Body, ...]:
-    """Return what adds the blocks' sums in a graph."""
-    return (last_stage(result_type),) if operation.sums else ()
+def _rest(operation: Operation, formula: Formula, result_type: str) -> dict[str, Any]:
+    """Return what adds the blocks' sums in a graph, and the formula's version."""
+    return {"companions": (last_stage(result_type),) if operation.sums else (), "version": formula.digest}
 
 
 def _name(layout: str, operation: Operation, formula: Formula, dtype: DType, result_type: str) -> str:

@@ -27,7 +27,7 @@ from regkern.kernels.cuda.compile import (
     pointer,
     to_float64,
 )
-from regkern.kernels.cuda.elementwise import make_offsets, scaled
+from regkern.kernels.cuda.elementwise import make_offsets
 from regkern.kernels.cuda.sums import Body, block_sums
 
 # Rows and columns of a tile; a thread has four of its elements. A block has TILE * TILE // 4 threads.
@@ -240,8 +240,9 @@ def project(dtype: DType, accumulate: bool) -> Body:
             along += to_float64(product[row * d + k]) * to_float64(unit[row * d + k])
             k += cuda.blockDim.x
         along = _block_total(along)
-        factor, _ = scaled(factor, factor, scale)
         factor *= inverse[row]
+        if address_of(scale) != 0:
+            factor *= to_float64(scale[0])
         k = cuda.threadIdx.x
         while k < d:
             gradient = factor * (to_float64(product[row * d + k]) - along * to_float64(unit[row * d + k]))

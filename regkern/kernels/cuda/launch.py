@@ -160,7 +160,13 @@ def machine_code(body: Body, compute_capability: tuple[int, int]) -> Code:
 
 def kept_path(body: Body, architecture: str) -> Path:
     """Return where a kernel's machine code is kept: a name of its own for all that it depends on."""
-    key = (importlib.util.MAGIC_NUMBER, _SOURCES, _versions(), str(body.arguments))  # bytecode's version is the first
+    key = (
+        importlib.util.MAGIC_NUMBER,
+        _SOURCES,
+        _versions(),
+        str(body.arguments),
+        body.version,
+    )  # bytecode's version is the first
     digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     return cache_folder() / f"{body.name}-{architecture}-{digest}.kernel"
 

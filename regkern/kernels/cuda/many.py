@@ -54,7 +54,8 @@ def chunks_kernel(operation: Operation, formula: Formula, dtype: DType) -> Body:
 
     tables = (pointer("int64"), pointer("int64"), pointer("int64"), pointer("float64"))
     name = f"chunks-{operation.name}-{formula.name}-{dtype.name}"
-    return Body(name, make, (*tables, pointer(dtype.result), pointer("float64")))
+    arguments = *tables, pointer(dtype.result), pointer("float64")
+    return Body(name, make, arguments, version=formula.digest)
 
 
 @functools.cache

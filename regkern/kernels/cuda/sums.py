@@ -36,6 +36,7 @@ class Body:
         arguments: its parameters' types.
         threads: of a block.
         companions: kernels that are loaded with it, because its calls need them where none can be loaded.
+        version: what tells the formula's code from another that may have had its name.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Body:
     arguments: tuple[Any, ...]
     threads: int = THREADS
     companions: tuple["Body", ...] = ()
+    version: str = ""
 
 
 @functools.cache
