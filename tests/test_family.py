@@ -402,3 +402,32 @@ def test_three_stages_of_a_proximal_operator():
     best = objective(z)
     for scale in (1e-1, 1e-3):
         assert all(objective(z + scale * RNG.standard_normal(x.shape)) >= best for _ in range(50))
+
+
+def test_formulas_that_a_view_has_no_kernels_for():
+    """A group MCP, for instance: libraries evaluate it by their own operations, of which NumPy has none here."""
+    from regkern.regularizers import PenaltyRegularizer
+    from regkern.regularizers.mcp import MINIMAX_CONCAVE
+    from regkern.terms import Norms, Products, Term
+
+    class Groups(PenaltyRegularizer):
+        _terms = ((Term(MINIMAX_CONCAVE, Norms((0,))), (1.0, 0.0, 0.4, 3.0)),)
+
+    class Angles(PenaltyRegularizer):
+        _terms = ((Term(MINIMAX_CONCAVE, Products()), (1.0, 0.0, 0.4, 3.0)),)
+
+    x = array()
+    for reg, y in ((Groups(), x), (Angles(), x[0])):
+        for call in (reg, reg.value_and_grad, reg.grad):
+            with pytest.raises(NotImplementedError, match=r"^x: expected a library that evaluates mcp over "):
+                call(y)
+    expected = mcp(np.sqrt((x**2).sum((1, 2))), 0.4, 3.0).sum()
+    for library in ("torch", "tensorflow", "jax"):
+        y = LIBRARIES[library](x)
+        np.testing.assert_allclose(np.asarray(Groups()(y)), expected, rtol=1e-5)
+        value, gradient = Groups().value_and_grad(y)
+        np.testing.assert_allclose(np.asarray(value), expected, rtol=1e-5)
+        assert np.asarray(gradient).shape == x.shape
+        assert np.isfinite(np.asarray(Angles()(y[0])))
+    small = LIBRARIES["torch"](0.01 * x)
+    np.testing.assert_array_equal(Groups().prox(small, 0.5).numpy(), 0)  # norms below the threshold

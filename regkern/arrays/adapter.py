@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from regkern.arrays.layout import View
-from regkern.terms import ELEMENTS, VALUE, Operation, Parameters, Products, Term
+from regkern.terms import VALUE, Operation, Parameters, Products, Term
 
 if TYPE_CHECKING:
     from regkern.arrays.host import HostAdapter
@@ -227,12 +227,11 @@ def no_partial(x: Any) -> NotImplementedError:
     )
 
 
-def no_view(term: Term, x: Any) -> NotImplementedError:
+def no_view(term: Term) -> NotImplementedError:
     """Return the error that says that a library has no way to evaluate a penalty."""
-    what = "a penalty of elements" if term.view is ELEMENTS else "the group lasso" if hasattr(term.view, "axes") else ""
     return NotImplementedError(
-        f"x: expected an array of NumPy, PyTorch, JAX, TensorFlow or Keras for {what or 'the orthogonal penalty'}; "
-        f"got {type(x).__module__}.{type(x).__name__}; convert it first."
+        f"x: expected a library that evaluates {term.formula.name} over {type(term.view).__name__.lower()}; got one "
+        "that does not; pass an array of NumPy, PyTorch, JAX, TensorFlow or Keras, or write it as another penalty."
     )
 
 

@@ -111,7 +111,7 @@ class DeviceAdapter(KernelAdapter):
     ) -> tuple[Any, Any]:
         """Do an operation, as `Adapter.run` describes it; the scale is an address on the device, as for `launch`."""
         if not self.serves(term):
-            raise no_view(term, x)
+            raise no_view(term)
         target = None
         if out is not None:
             self.check_out(x, out)

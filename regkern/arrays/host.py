@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from regkern.arrays.adapter import KernelAdapter
+from regkern.arrays.adapter import KernelAdapter, no_view
 from regkern.arrays.layout import Strides, View, check_alike, check_memory, group_loops, locate_matrices, loops
 from regkern.arrays.plan import HostPlan, Member, Plan
 from regkern.dtypes import DType
+from regkern.formulas import ABS, SQUARE
 from regkern.kernels.cpu import gram, groups
 from regkern.kernels.cpu.elementwise import CHUNK, kernels, width_for
 from regkern.terms import ELEMENTS, PARTIAL, SUMS, VALUE, Elements, Norms, Operation, Parameters, Products, Term
@@ -66,7 +67,11 @@ class HostAdapter(KernelAdapter):
         check_memory(x.shape, dtype.itemsize, (address, self.strides(x)), (self.memory(out)[0], self.strides(out)))
 
     def serves(self, term: Term) -> bool:
-        """Whether there are kernels for a penalty."""
+        """Whether there are kernels for a penalty; else the library's own operations may serve."""
+        if isinstance(term.view, Norms):
+            return term.formula is ABS
+        if isinstance(term.view, Products):
+            return term.formula is SQUARE or (term.view.unit and term.formula is ABS)
         return True
 
     def value(self, term: Term, p: Parameters, x: Any) -> Any:
@@ -158,6 +163,8 @@ def _norms(
 ) -> tuple[float, float, DType]:
     """Run over groups and return the sum of their norms."""
     assert isinstance(term.view, Norms)
+    if not adapter.serves(term):
+        raise no_view(term)
     address, size, dtype, _ = adapter.memory(x)
     if size == 0:
         return 0.0, 0.0, dtype
@@ -182,6 +189,8 @@ def _products(
     """Run over pairs of rows and return the mean of their products, or for partial sums their sum, over matrices."""
     view, fold = term.view, _fold(term)
     assert isinstance(view, Products)
+    if not adapter.serves(term):
+        raise no_view(term)
     flat = adapter.matrices(view, x)  # may be a copy, which must live as long as its address is used
     dtype, matrices, lengths, strides = adapter.located(view, flat)
     if operation.writes:

@@ -23,6 +23,7 @@ from jax.interpreters import ad, batching, mlir
 from regkern.arrays.adapter import Adapter, no_partial, require
 from regkern.arrays.jax_expressions import OPERATIONS, result_type, widest
 from regkern.dtypes import DTYPES, complex_advice
+from regkern.formulas import ABS, SQUARE
 from regkern.kernels.cpu import xla
 from regkern.kernels.cpu.xla import VALUE_AND_ONE
 from regkern.terms import (
@@ -55,7 +56,9 @@ def _kernel(operation: Operation, term: Term, shape: Sequence[int], dtype: str) 
     """Return the call of a kernel for arrays, of a batch, with one shape; None where there is none."""
     if term.view is ELEMENTS:
         return xla.elementwise_call(operation, term.formula, DTYPES[dtype], math.prod(shape))
-    if not isinstance(term.view, Products) or not term.view.unit or operation is PARTIAL:
+    if not isinstance(term.view, Products) or operation is PARTIAL:
+        return None
+    if not term.view.unit or term.formula not in (ABS, SQUARE):
         return None
     n, d = reversed(shape) if term.view.columns else shape
     return (

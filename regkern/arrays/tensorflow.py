@@ -216,6 +216,8 @@ class Kernels(Adapter):
         return issubclass(array_type, tf.Tensor)
 
     def run(self, operation: Operation, term: Term, p: Parameters, x: Any, out: Any = None) -> tuple[Any, Any]:
+        if not VIEWS.serves(term):
+            return OPERATIONS.run(operation, term, p, x, out)
         if operation in (VALUE, SUMS):
             values = _recorded(x, penalty=_Penalty(operation, term, p))
             return (values[0] if operation is VALUE else tuple(values)), None
