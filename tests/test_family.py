@@ -431,3 +431,34 @@ def test_formulas_that_a_view_has_no_kernels_for():
         assert np.isfinite(np.asarray(Angles()(y[0])))
     small = LIBRARIES["torch"](0.01 * x)
     np.testing.assert_array_equal(Groups().prox(small, 0.5).numpy(), 0)  # norms below the threshold
+
+
+BY_FACTOR = {
+    "huber": rk.Huber,
+    "mcp": rk.MCP,
+    "scad": rk.SCAD,
+    "log_sum": rk.LogSum,
+    "weighted": lambda factor: rk.GroupLasso(factor, weights="sqrt_size"),
+    "sparse": lambda factor: rk.SparseGroupLasso(factor, 0.2),
+    "squares": lambda factor: rk.OrthogonalRegularizer(factor, power=2),
+    "soft": rk.SoftOrthogonal,
+}
+
+
+@pytest.mark.parametrize("name", BY_FACTOR)
+def test_factors_that_are_differentiated(name):
+    torch, jax = pytest.importorskip("torch"), pytest.importorskip("jax")
+    make, x, step = BY_FACTOR[name], RNG.standard_normal((5, 6)).astype(np.float32), 1e-4
+    wide = x.astype(np.float64)
+    slope = (float(make(0.4 + step)(wide)) - float(make(0.4 - step)(wide))) / (2 * step)
+    factor = torch.tensor(0.4, requires_grad=True)
+    value = make(factor)(in_torch(x))
+    value.backward()
+    np.testing.assert_allclose(value.item(), make(0.4)(x), rtol=1e-5)
+    np.testing.assert_allclose(factor.grad.item(), slope, rtol=1e-4)
+    value, gradient = jax.jit(jax.value_and_grad(lambda factor: make(factor)(in_jax(x))))(0.4)
+    np.testing.assert_allclose(value, make(0.4)(x), rtol=1e-5)
+    np.testing.assert_allclose(gradient, slope, rtol=1e-4)
+    if name not in ("squares", "soft"):
+        stepped = jax.jit(lambda factor: make(factor).prox(in_jax(x), 0.3))(0.4)
+        np.testing.assert_allclose(stepped, make(0.4).prox(x, 0.3), rtol=1e-5, atol=1e-6)
