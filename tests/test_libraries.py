@@ -57,7 +57,8 @@ def test_values_gradients_and_proximal_operators(library, dtype, name, layout):
         for found in (regularizer(y), both[0]):
             assert (result in str(found.dtype), tuple(found.shape)) == (True, ())
             np.testing.assert_allclose(numbers(found), value, rtol=1e-12 if result == "float64" else 2e-6)
-            assert library not in KERNELS or (library, name) in EXPRESSIONS or numbers(found) == regularizer(x)
+            if library in KERNELS and (library, name) not in EXPRESSIONS and name not in WITHOUT_PROX:
+                assert numbers(found) == regularizer(x)  # products of rows are added in another order with a gradient
         for found, scale in ((both[1], 1.0), (regularizer.grad(y), 1.0), (regularizer.grad(y, scale=-3.0), -3.0)):
             close(found, scale * gradient, dtype, like=like)
         if library == "torch, recorded":
