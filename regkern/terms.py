@@ -195,6 +195,10 @@ ADD_GRADIENT = Operation("add_gradient", False, "gradient", adds=True)
 VALUE_AND_GRADIENT = Operation("value_and_gradient", True, "gradient")
 VALUE_AND_ADD_GRADIENT = Operation("value_and_add_gradient", True, "gradient", adds=True)
 PROX = Operation("prox", False, "prox")
+# What is done instead where nothing can be added in place: the caller adds what is computed anew.
+ANEW = {ADD_GRADIENT: GRADIENT, VALUE_AND_ADD_GRADIENT: VALUE_AND_GRADIENT}
+# The factors by which a penalty is one of its two sums alone.
+EACH_SUM = ((1.0, 0.0), (0.0, 1.0))
 OPERATIONS = (VALUE, SUMS, PARTIAL, GRADIENT, ADD_GRADIENT, VALUE_AND_GRADIENT, VALUE_AND_ADD_GRADIENT, PROX)
 
 

@@ -18,7 +18,20 @@ from regkern.arrays import ADAPTERS
 from regkern.arrays.adapter import Adapter, no_partial, require
 from regkern.arrays.numpy import dtype_of
 from regkern.formulas import ABS
-from regkern.terms import GRADIENT, NONE, PARTIAL, PROX, SUMS, VALUE, Norms, Operation, Parameters, Products, Term
+from regkern.terms import (
+    EACH_SUM,
+    GRADIENT,
+    NONE,
+    PARTIAL,
+    PROX,
+    SUMS,
+    VALUE,
+    Norms,
+    Operation,
+    Parameters,
+    Products,
+    Term,
+)
 
 require("dask", dask.__version__, (2025, 1))
 
@@ -77,7 +90,7 @@ class DaskAdapter(Adapter):
             return self._products_of_whole(operation, term, p, matrices, x)
         value = written = None
         if operation is SUMS:
-            value = tuple(self._mean(term, (*factors, *p[2:]), matrices) for factors in ((1.0, 0.0), (0.0, 1.0)))
+            value = tuple(self._mean(term, (*factors, *p[2:]), matrices) for factors in EACH_SUM)
         elif operation.sums:
             value = self._mean(term, p, matrices)
         if operation.writes:
@@ -99,7 +112,7 @@ class DaskAdapter(Adapter):
         if operation is SUMS:
             value = tuple(
                 _reduce(whole, functools.partial(_values, term, (*each, *p[2:])), operator.itemgetter(0))
-                for each in ((1.0, 0.0), (0.0, 1.0))
+                for each in EACH_SUM
             )
         if operation.writes is None:
             return value, None

@@ -166,7 +166,10 @@ class ExpressionsAdapter(Adapter):
 
     def value(self, term: Term, p: Parameters, x: Any) -> Any:
         """Return the penalty."""
-        v, count = self._viewed(term, x)
+        return self._weighed(term, p, *self._viewed(term, x))
+
+    def _weighed(self, term: Term, p: Parameters, v: Any, count: float) -> Any:
+        """Return the penalty of the numbers that a view has taken."""
         terms = zip(p, self.functions(term).terms(v, p), strict=False)
         parts = [each / count * self.sum(values) for each, values in terms if not isinstance(values, float)]
         return functools.reduce(operator.add, parts) if parts else self.zero(v)
@@ -193,11 +196,11 @@ class ExpressionsAdapter(Adapter):
         if not isinstance(term.view, Norms):
             return self.differentiate(lambda x: self.value(term, p, x), x)
         x = self.detach(x)
-        v, functions = self.widen(x), self.functions(term)
+        v, weight = self.widen(x), term.view.weight(x.shape)
         norms = self._norms(term.view, v)
-        slopes = functions.derivative(norms, scaled(p, term.view.weight(x.shape)))  # type: ignore[misc]
+        slopes = self.functions(term).derivative(norms, scaled(p, weight))  # type: ignore[misc]
         gradient = v * self.quotient(slopes, norms)
-        return self.value(term, p, x), self.narrow(gradient, x)
+        return self._weighed(term, p, norms, 1.0 / weight), self.narrow(gradient, x)
 
     def prox(self, term: Term, p: Parameters, x: Any) -> Any:
         """Return the proximal operator's result, in x's dtype."""

@@ -27,6 +27,7 @@ from regkern.formulas import ABS, SQUARE
 from regkern.kernels.cpu import xla
 from regkern.kernels.cpu.xla import VALUE_AND_ONE
 from regkern.terms import (
+    EACH_SUM,
     ELEMENTS,
     GRADIENT,
     PARTIAL,
@@ -315,7 +316,7 @@ class JaxAdapter(Adapter):
         if term.view is ELEMENTS:
             sums = self._evaluate(PARTIAL, term, p, x)[0].astype(result_type(x))
             return sums[0], sums[1]
-        each = [self._evaluate(VALUE, term, (*factors, *p[2:]), x)[0] for factors in ((1.0, 0.0), (0.0, 1.0))]
+        each = [self._evaluate(VALUE, term, (*factors, *p[2:]), x)[0] for factors in EACH_SUM]
         return each[0], each[1]
 
     def captures(self, x: Any) -> bool:

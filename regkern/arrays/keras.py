@@ -15,15 +15,7 @@ from regkern.arrays.adapter import Adapter, ChoosingAdapter, require
 from regkern.arrays.expressions import ExpressionsAdapter
 from regkern.arrays.layers import distinct, through_layers
 from regkern.dtypes import DTYPES, complex_advice
-from regkern.terms import (
-    ADD_GRADIENT,
-    GRADIENT,
-    VALUE_AND_ADD_GRADIENT,
-    VALUE_AND_GRADIENT,
-    Operation,
-    Parameters,
-    Term,
-)
+from regkern.terms import ANEW, Operation, Parameters, Term
 
 require("keras", keras.__version__, (3, 8))
 
@@ -153,15 +145,12 @@ class KerasAdapter(ChoosingAdapter):
             return super().run(operation, term, p, x, out)
         if keras.backend.backend() != "jax":
             return super().run(operation, term, p, x, out.value)[0], out
-        value, written = super().run(_NEW.get(operation, operation), term, p, x)  # JAX's arrays are immutable
+        value, written = super().run(ANEW.get(operation, operation), term, p, x)  # JAX's arrays are immutable
         if operation.adds:
             out.assign_add(written)
         else:
             out.assign(written)
         return value, out
-
-
-_NEW = {ADD_GRADIENT: GRADIENT, VALUE_AND_ADD_GRADIENT: VALUE_AND_GRADIENT}
 
 
 class Expressions(KerasAdapter):

@@ -20,13 +20,11 @@ from regkern.arrays.tensorflow_graph import VIEWS
 from regkern.dtypes import DTYPES, complex_advice
 from regkern.formulas import ABS, ABS_SQUARE, SQUARE, SQUARE_SUM
 from regkern.terms import (
-    ADD_GRADIENT,
+    ANEW,
     ELEMENTS,
     GRADIENT,
     SUMS,
     VALUE,
-    VALUE_AND_ADD_GRADIENT,
-    VALUE_AND_GRADIENT,
     Operation,
     Parameters,
     Products,
@@ -223,7 +221,7 @@ class Kernels(Adapter):
             return (values[0] if operation is VALUE else tuple(values)), None
         _check_out(x, out)
         view = _view(x)
-        value, written = VIEWS.run(_NEW.get(operation, operation), term, p, view)
+        value, written = VIEWS.run(ANEW.get(operation, operation), term, p, view)
         if value is not None:
             value = _scalar(value) if operation.writes else tf.convert_to_tensor(value)
         if written is not None:
@@ -232,10 +230,6 @@ class Kernels(Adapter):
 
     def between(self, term: Term, x: Any, other: Any) -> Any:
         return VIEWS.between(term, _view(x), _view(other))
-
-
-# What is added to variables is computed anew, for tensors are immutable.
-_NEW = {ADD_GRADIENT: GRADIENT, VALUE_AND_ADD_GRADIENT: VALUE_AND_GRADIENT}
 
 
 @dataclass(frozen=True, slots=True)
@@ -403,7 +397,7 @@ class Ragged(Adapter):
                 "pass x.to_tensor(), or its x.flat_values."
             )
         _check_out(x.flat_values, out)
-        value, written = ADAPTER.run(_NEW.get(operation, operation), term, p, x.flat_values)
+        value, written = ADAPTER.run(ANEW.get(operation, operation), term, p, x.flat_values)
         return value, None if written is None else x.with_flat_values(written)
 
     def over_batch(self, penalty: Any, x: Any) -> Any:

@@ -21,7 +21,7 @@ from regkern.arrays.torch.autograd import Evaluated, Penalties
 from regkern.arrays.torch.compiled import COMPILED
 from regkern.arrays.torch.expressions import EXPRESSIONS
 from regkern.arrays.torch.kernels import kernels_of
-from regkern.arrays.torch.tensors import KERNELS, dtypes, is_plain, results
+from regkern.arrays.torch.tensors import KERNELS, Tensors, dtypes, is_plain, results
 from regkern.terms import SUMS, VALUE, Operation, Parameters, Term
 
 
@@ -34,25 +34,24 @@ class TorchAdapter(Adapter):
         return issubclass(array_type, Tensor)
 
     def run(self, operation: Operation, term: Term, p: Parameters, x: Tensor, out: Any = None) -> tuple[Any, Any]:
-        if torch.compiler.is_compiling():
-            return COMPILED.run(operation, term, p, x, out)
-        kernels = kernels_of(x)
-        if kernels is None or not kernels.serves(term):
-            return EXPRESSIONS.run(operation, term, p, x, out)
-        if x.requires_grad and torch.is_grad_enabled() and operation in (VALUE, SUMS):
-            return Evaluated.apply(x, kernels, operation, term, p), None
-        found: tuple[Any, Any] = kernels.run(operation, term, p, x, out)
+        evaluator = self._evaluator(term, x)
+        if isinstance(evaluator, Tensors) and operation in (VALUE, SUMS) and self.tracks(x):
+            return Evaluated.apply(x, evaluator, operation, term, p), None
+        found: tuple[Any, Any] = evaluator.run(operation, term, p, x, out)
         return found
 
     def value(self, term: Term, p: Parameters, x: Tensor) -> Any:
+        evaluator = self._evaluator(term, x)
+        if isinstance(evaluator, Tensors) and self.tracks(x):
+            return Evaluated.apply(x, evaluator, VALUE, term, p)
+        return evaluator.value(term, p, x)
+
+    def _evaluator(self, term: Term, x: Tensor) -> Any:
+        """Return what evaluates a penalty of a tensor now."""
         if torch.compiler.is_compiling():
-            return COMPILED.value(term, p, x)
+            return COMPILED
         kernels = kernels_of(x)
-        if kernels is None or not kernels.serves(term):
-            return EXPRESSIONS.value(term, p, x)
-        if x.requires_grad and torch.is_grad_enabled():
-            return Evaluated.apply(x, kernels, VALUE, term, p)
-        return kernels.value(term, p, x)
+        return EXPRESSIONS if kernels is None or not kernels.serves(term) else kernels
 
     def on_host(self, x: Tensor) -> tuple[HostAdapter, Any] | None:
         if torch.compiler.is_compiling() or not is_plain(x):

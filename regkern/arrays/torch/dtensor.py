@@ -11,13 +11,10 @@ from regkern.arrays.adapter import Adapter
 from regkern.arrays.torch import ADAPTER as TORCH
 from regkern.arrays.torch.expressions import EXPRESSIONS
 from regkern.terms import (
-    ADD_GRADIENT,
+    ANEW,
     ELEMENTS,
-    GRADIENT,
     PARTIAL,
     SUMS,
-    VALUE_AND_ADD_GRADIENT,
-    VALUE_AND_GRADIENT,
     Operation,
     Parameters,
     Term,
@@ -48,7 +45,7 @@ class DTensorAdapter(Adapter):
         if pieces and out is not None:
             value, _ = TORCH.run(operation, term, p, whole.to_local(), _piece(whole, out))
             return self._summed(operation, value, whole, pieces), out
-        value, written = TORCH.run(_NEW.get(operation, operation), term, p, whole.to_local())
+        value, written = TORCH.run(ANEW.get(operation, operation), term, p, whole.to_local())
         value = self._summed(operation, value, whole, pieces)
         if written is None:
             return value, None
@@ -67,10 +64,6 @@ class DTensorAdapter(Adapter):
         if operation is PARTIAL:
             return add(torch.as_tensor(value), x).to_local()
         return add(value, x)
-
-
-# What is added to arrays is computed anew, where matrices are gathered.
-_NEW = {ADD_GRADIENT: GRADIENT, VALUE_AND_ADD_GRADIENT: VALUE_AND_GRADIENT}
 
 
 def _settled(x: DTensor) -> DTensor:
