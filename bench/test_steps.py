@@ -6,11 +6,16 @@ from importlib.util import find_spec
 import pytest
 
 from bench import machine
-from bench.steps import PENALTIES, PROGRAMS, WAYS
+from bench.steps import MODELS, PENALTIES, PROGRAMS, WAYS
 from bench.steps import __main__ as steps
 
-# The other programs import frameworks for a minute each, and are measured by `python -m bench.steps`.
-CASES = [("torch", "mlp")]
+# Programs that share Keras's models share these out: each is a process that imports a framework.
+CASES = [
+    *(("torch", model) for model in MODELS),
+    *zip([name for name in PROGRAMS if name != "torch"], [*MODELS, *MODELS], strict=False),
+    ("tf_keras", "transformer"),
+    ("tf_keras", "embedding"),
+]
 
 
 @pytest.mark.parametrize(("program", "model"), dict.fromkeys(CASES))

@@ -127,11 +127,12 @@ def plot(results: dict[str, Any], path: Path) -> None:
                 axes.barh(at, max(0.0, 1e3 * taxes[way]["median"]), 0.16, none, color=colour, label=label)
                 known.add(way)
         axes.set_yticks(range(len(programs)), [PROGRAMS[name.partition(", ")[0]] for name in programs])
-        axes.set_ylim(len(programs) - 0.5, -0.5)
+        axes.set_ylim(max(1, len(programs)) - 0.5, -0.5)  # of other models alone, there is none
         axes.set_xlabel("ms for a step with L1L2 on four 2048x2048 layers, batch 32", color=INK)
         axes.grid(axis="x", color=INK, alpha=0.25, linewidth=0.6)
         tables.remove_frame(axes)
-        figure.legend(loc="outside lower center", ncols=5, frameon=False)
+        if known:
+            figure.legend(loc="outside lower center", ncols=5, frameon=False)
         tables.save(figure, path)
 
 
