@@ -92,6 +92,9 @@ def make_flat_loop(operation: Operation, formula: Formula, dtype: DType, capabil
     load, store = make_load(dtype.carrier), make_store(dtype.carrier)
     start, add_up = _make_start(accumulator), _make_add_up(total)
     sums, writes, halves = operation.sums, operation.writes, operation in _IN_HALVES
+    # Sums and old elements at once take the most registers: old elements that are loaded one by one leave
+    # room for three blocks of a multiprocessor on 12.1, where two fitted (tests/test_cuda_ptx.py).
+    singly = operation is VALUE_AND_ADD_GRADIENT
     itemsize, lanes = dtype.itemsize, lanes_of(dtype)
 
     @device
@@ -125,16 +128,24 @@ def make_flat_loop(operation: Operation, formula: Formula, dtype: DType, capabil
             if sums:
                 sums0, sums1 = add_lanes(sums0, x0, p), add_lanes(sums1, x1, p)
             if writes:
-                old0, old1 = load(out, at0), load(out, at1)
+                old0 = load(out, at0)
+                if not singly:
+                    old1 = load(out, at1)
                 store(out, at0, update_lanes(x0, old0, p))
+                if singly:
+                    old1 = load(out, at1)
                 store(out, at1, update_lanes(x1, old1, p))
             if halves:
                 x2, x3 = load(x, at2), load(x, at3)
             if sums:
                 sums2, sums3 = add_lanes(sums2, x2, p), add_lanes(sums3, x3, p)
             if writes:
-                old2, old3 = load(out, at2), load(out, at3)
+                old2 = load(out, at2)
+                if not singly:
+                    old3 = load(out, at3)
                 store(out, at2, update_lanes(x2, old2, p))
+                if singly:
+                    old3 = load(out, at3)
                 store(out, at3, update_lanes(x3, old3, p))
             j += 4 * step
         while j < vectors:
