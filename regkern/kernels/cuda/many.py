@@ -17,7 +17,6 @@ from regkern.terms import Formula, Operation
 
 # Elements of a chunk: 64 for each thread. Not measured.
 CHUNK = 1 << 14
-CHUNK_WORDS, ARRAY_WORDS = 2, 4
 
 
 def count_chunks(n: int) -> int:
