@@ -84,7 +84,7 @@ def test_training_in_half_precision():
 
 
 def test_training_on_two_replicas():
-    """In one process there is one CPU; two are in `test_tensorflow_graph.py`."""
+    """In one process there is one CPU; two are in `test_tensorflow_graph_programs.py`."""
     strategy = tf.distribute.MirroredStrategy(["CPU:0"])
     results = []
     for library in (rk, keras.regularizers):

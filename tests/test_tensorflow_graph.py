@@ -1,6 +1,8 @@
-"""The kernels inside TensorFlow's graphs: where they are, that they compute the same, and what becomes of such graphs.
+"""The kernels inside TensorFlow's graphs: where they are, and that they compute the same.
 
-What must hold of models of Keras 3 and tf_keras is in `keras_graph_checks.py`, which runs once for each.
+What becomes of such graphs is in `test_tensorflow_graph_saved.py`; programs of many threads, devices and hosts are in
+`test_tensorflow_graph_programs.py`. What must hold of models of Keras 3 and tf_keras is in `keras_graph_checks.py`,
+which runs once for each.
 """
 
 import gc
@@ -15,18 +17,10 @@ import numpy as np
 import pytest
 
 import regkern as rk
-from tests import processes
 from tests.cases import NUMPY_DTYPES
+from tests.tensorflow_graphs import ALL, REG, SHAPE, has_kernels, normal
 
 tf = pytest.importorskip("tensorflow")
-
-SHAPE = (200, 170)
-REG = rk.L1L2(1e-3, 2e-3)
-ALL = {"L1": rk.L1(1e-3), "L1L2": REG, **{m: rk.OrthogonalRegularizer(0.3, m) for m in ("rows", "columns")}}
-
-
-def normal(*shape, dtype="float64", seed=0):
-    return np.random.default_rng(seed).standard_normal(shape or SHAPE).astype(NUMPY_DTYPES[dtype])
 
 
 def by_definition(x):
@@ -42,11 +36,6 @@ def differentiated(function, x, scale=1.0):
 
 def step(regularizer):
     return tf.function(lambda x: differentiated(regularizer, x), autograph=False)
-
-
-def has_kernels(function, *args):
-    definition = function.get_concrete_function(*args).graph.as_graph_def()
-    return any(node.op.startswith("PyFunc") for each in definition.library.function for node in each.node_def)
 
 
 @pytest.mark.parametrize("dtype", NUMPY_DTYPES)
@@ -213,233 +202,6 @@ def test_functions_outlive_what_they_were_made_with():
     for one, other in zip(function(x), expected, strict=True):
         np.testing.assert_array_equal(one, other)
     np.testing.assert_array_equal(step(REG)(x)[1], expected[1])
-
-
-class Trained(tf.Module):
-    """A weight and the step that trains it, which is saved with it."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = tf.Variable(normal(dtype="float32"))
-
-    @tf.function(input_signature=[tf.TensorSpec((), tf.float32)])
-    def train(self, rate):
-        with tf.GradientTape() as tape:
-            loss = REG(self.weight) + ALL["rows"](self.weight)
-        self.weight.assign_sub(rate * tape.gradient(loss, self.weight))
-        return {"loss": loss}
-
-
-LOAD = """
-import sys
-if {without}:
-    sys.modules["regkern"] = None  # as if it were not installed
-else:
-    import regkern.arrays.tensorflow
-import numpy as np, tensorflow as tf
-module = tf.saved_model.load({path!r})
-print(float(module.train(0.1)["loss"]), float(module.signatures["serving_default"](rate=tf.constant(0.1))["loss"]))
-np.save({path!r} + "/weight.npy", module.weight.numpy())
-"""
-
-
-def after_three_steps():
-    module = Trained()
-    losses = [float(module.train(0.1)["loss"]) for _ in range(3)]
-    return losses, module.weight.numpy()
-
-
-@pytest.mark.parametrize("without", [True, False])
-def test_a_step_that_ran_is_saved_and_goes_on_elsewhere(without, tmp_path):
-    losses, weight = after_three_steps()
-    module = Trained()
-    assert float(module.train(0.1)["loss"]) == losses[0]
-    assert has_kernels(module.train)
-    tf.saved_model.save(module, str(tmp_path), signatures=module.train)
-    found = processes.run(LOAD.format(path=str(tmp_path), without=without), head="")
-    np.testing.assert_allclose([float(loss) for loss in found.split()], losses[1:], rtol=1e-6)
-    np.testing.assert_allclose(np.load(tmp_path / "weight.npy"), weight, rtol=1e-5, atol=1e-7)
-
-
-def test_what_is_traced_to_be_saved_has_operations_alone(tmp_path):
-    module = Trained()
-    tf.saved_model.save(module, str(tmp_path))
-    assert b"PyFunc" not in (tmp_path / "saved_model.pb").read_bytes()
-
-
-def test_a_saved_step_is_loaded_by_a_session_and_here(tmp_path):
-    losses, _ = after_three_steps()
-    module = Trained()
-    module.train(0.1)
-    tf.saved_model.save(module, str(tmp_path), signatures=module.train)
-    again = tf.saved_model.load(str(tmp_path))
-    np.testing.assert_allclose(again.train(0.1)["loss"], losses[1], rtol=1e-6)
-    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
-        meta = tf.compat.v1.saved_model.load(session, ["serve"], str(tmp_path))
-        signature = meta.signature_def["serving_default"]
-        found = session.run(signature.outputs["loss"].name, {signature.inputs["rate"].name: 0.1})
-    np.testing.assert_allclose(found, losses[1], rtol=1e-6)
-
-
-def test_constants_for_variables():
-    from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
-
-    variable = tf.Variable(normal())
-    frozen = convert_variables_to_constants_v2(tf.function(lambda: REG(variable)).get_concrete_function())
-    np.testing.assert_allclose(frozen()[0], REG(variable.numpy()), rtol=1e-12)
-
-
-@pytest.mark.filterwarnings("ignore")  # of the converter's own
-@pytest.mark.parametrize("form", ["function", "saved"])
-def test_conversion_to_tflite_of_a_function_that_ran(form, tmp_path):
-    class Loss(tf.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = tf.Variable(normal(dtype="float32"))
-
-        @tf.function(input_signature=[tf.TensorSpec((), tf.float32)])
-        def loss(self, scale):
-            return scale * REG(self.weight)
-
-    module = Loss()
-    expected = float(module.loss(3.0))
-    assert has_kernels(module.loss)
-    if form == "saved":
-        tf.saved_model.save(module, str(tmp_path), signatures=module.loss)
-        converter = tf.lite.TFLiteConverter.from_saved_model(str(tmp_path))
-    else:
-        converter = tf.lite.TFLiteConverter.from_concrete_functions([module.loss.get_concrete_function()], module)
-    interpreter = tf.lite.Interpreter(model_content=converter.convert())
-    interpreter.allocate_tensors()
-    interpreter.set_tensor(interpreter.get_input_details()[0]["index"], np.float32(3.0))
-    interpreter.invoke()
-    found = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-
-
-OTHER_HOST = """
-import tensorflow as tf
-import regkern as rk
-
-server = tf.distribute.Server.create_local_server()
-tf.config.experimental_connect_to_host(server.target)
-function = tf.function(rk.L1L2(0.1, 0.2))
-x = tf.ones((300, 300))
-print("PyFunc" in str(function.get_concrete_function(x).graph.as_graph_def()))
-with tf.device("/job:worker/task:0/device:CPU:0"):
-    penalty = function(x)
-print(float(penalty))
-"""
-
-
-def test_other_hosts_have_operations_alone():
-    kernels, penalty = processes.run(OTHER_HOST, head="").split()
-    assert kernels == "False"
-    assert float(penalty) == pytest.approx(27000.0, rel=1e-6)
-
-
-MESH = """
-import numpy as np
-import tensorflow as tf
-import regkern as rk
-
-dtensor = tf.experimental.dtensor
-cpus = tf.config.list_physical_devices("CPU")
-tf.config.set_logical_device_configuration(cpus[0], [tf.config.LogicalDeviceConfiguration()] * 2)
-mesh = dtensor.create_mesh([("x", 2)], devices=["CPU:0", "CPU:1"])
-weight = dtensor.call_with_layout(tf.ones, dtensor.Layout(["x", "unsharded"], mesh), shape=(300, 300))
-print(float(tf.function(rk.L1L2(0.1, 0.2))(weight)))
-"""
-
-
-def test_meshes_of_dtensors():
-    assert float(processes.run(MESH, head="")) == pytest.approx(27000.0, rel=1e-6)
-
-
-REPLICAS = """
-import numpy as np
-import tensorflow as tf
-import regkern as rk
-
-cpus = tf.config.list_physical_devices("CPU")
-tf.config.set_logical_device_configuration(cpus[0], [tf.config.LogicalDeviceConfiguration()] * 2)
-strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-reg, array = rk.L1L2(1e-3, 2e-3), np.random.default_rng(0).standard_normal((300, 300)).astype("float32")
-with strategy.scope():
-    variable = tf.Variable(array)
-
-def replica():
-    with tf.GradientTape() as tape:
-        loss = reg(variable)
-    gradient = tape.gradient(loss, variable)
-    everywhere = tf.distribute.get_replica_context().all_reduce("sum", gradient)
-    variable.assign_sub(everywhere)
-    return loss
-
-@tf.function
-def step():
-    return strategy.run(replica)
-
-for _ in range(3):
-    losses = [float(loss) for loss in step().values]
-    assert losses == [float(reg(array))] * 2, losses
-    array = array - 2 * reg.grad(array)
-    for value in variable.values:
-        np.testing.assert_allclose(value.numpy(), array, rtol=1e-6, atol=1e-8)
-print("PyFunc" in str(step.get_concrete_function().graph.as_graph_def()))
-"""
-
-
-def test_mirrored_replicas_on_two_cpus():
-    assert processes.run(REPLICAS, head="").split()[-1] == "True"
-
-
-THREADS = """
-import os, threading
-import numpy as np
-import tensorflow as tf
-import regkern as rk
-
-tf.config.threading.set_inter_op_parallelism_threads({threads})
-tf.config.threading.set_intra_op_parallelism_threads({threads})
-reg, array = rk.L1L2(1e-3, 2e-3), np.random.default_rng(0).standard_normal((300, 300)).astype("float32")
-expected = [reg(np.float32(i) * array) for i in range(40)]
-
-data = tf.data.Dataset.range(40).map(
-    lambda i: reg(tf.cast(i, tf.float32) * array), num_parallel_calls=4
-).prefetch(2)
-concrete = tf.function(reg).get_concrete_function(tf.constant(array))
-assert "PyFunc" in str(concrete.graph.as_graph_def())
-np.testing.assert_array_equal([float(value) for value in data], expected)  # beside Python, which holds the GIL
-
-@tf.function
-def many(x):
-    return tf.stack([reg(tf.cast(i, tf.float32) * x) for i in range(40)])  # side by side
-
-def work():
-    for _ in range(5):
-        np.testing.assert_array_equal(many(tf.constant(array)), expected)
-        np.testing.assert_array_equal([float(value) for value in data], expected)
-        assert reg(array) == expected[1]
-        done.append(1)
-
-done = []
-workers = [threading.Thread(target=work) for _ in range(6)]
-for worker in workers:
-    worker.start()
-for worker in workers:
-    worker.join()
-assert len(done) == 30
-endless = iter(tf.data.Dataset.range(10**9).map(lambda i: reg(tf.cast(i, tf.float32) * array)).prefetch(4))
-next(endless)
-print("done", flush=True)
-"""
-
-
-@pytest.mark.parametrize("threads", [1, 4])
-def test_threads_that_call_back_wait_for_nobody(threads):
-    """Many at once, from `tf.data` and from the graph, in pools of one thread too; the end of the program as well."""
-    assert processes.run(THREADS.format(threads=threads), head="", patience=240).split() == ["done"]
 
 
 def test_one_function_in_many_threads():

@@ -8,9 +8,11 @@ no harm where TensorFlow runs without Python. What is traced to be saved, or for
 than the host's own, has operations alone.
 """
 
+import atexit
 import functools
 import os
 import sys
+import time
 import uuid
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -32,6 +34,7 @@ except ImportError:  # of a version that moved them: operations alone
 VARIABLE = "REGKERN_TENSORFLOW_GRAPHS"
 LEAST = 1 << 15  # elements: a call of Python takes 20 to 50 us, in which operations do as many
 _ALIGNMENT = 64  # bytes: TensorFlow's operations rely on it
+_QUIET = 20  # milliseconds without a call, after which none is expected that has seen a flag
 _FLAG = f"regkern_{uuid.uuid4().hex}"
 
 
@@ -163,14 +166,23 @@ def _token(term: Term, name: str) -> Any:
     def slope(p: Any, view: Any, upstream: Any) -> Any:
         return VIEWS.run(GRADIENT, term, scaled(tuple(p.tolist()), float(upstream)), view)[1]
 
-    function = {"value": value, "slope": slope}[name]
+    function: Any = {"value": value, "slope": slope}[name]
+
+    def counted(*arguments: Any) -> Any:
+        _running.append(None)
+        try:
+            return function(*arguments)
+        finally:
+            _running.pop()
+
     with tf.Graph().as_default() as graph:
-        token = tf.numpy_function(function, [0.0], tf.float32, stateful=False).op.get_attr("token")
+        token = tf.numpy_function(counted, [0.0], tf.float32, stateful=False).op.get_attr("token")
     _kept.append(graph)  # and that keeps the function
     return token
 
 
 _kept: list[Any] = []
+_running: list[None] = []  # as long as there are calls now
 
 
 def _flags() -> Any:
@@ -180,7 +192,24 @@ def _flags() -> Any:
 
 def _raise_flag() -> None:
     """Let this process's graphs know that they have kernels: each time, for a new context has lost the flag."""
+    atexit.unregister(_lower_flags)  # once, however often this is called
+    atexit.register(_lower_flags)
     for device in tf.config.list_logical_devices("CPU"):
         with tf.device(device.name):
             if _flags() == 0:
                 tf.raw_ops.Stage(values=[tf.constant(True)], shared_name=_FLAG)
+
+
+def _lower_flags() -> None:
+    """Let this process's graphs run operations from here on, and wait for the calls that have begun.
+
+    What runs in TensorFlow's own threads, such as an endless dataset that is prefetched, goes on while Python ends. A
+    call that waits for Python then never comes back, and TensorFlow's end waits for the call.
+    """
+    for device in tf.config.list_logical_devices("CPU"):
+        with tf.device(device.name):
+            tf.raw_ops.StageClear(dtypes=[tf.bool], shared_name=_FLAG)
+    quiet = 0
+    while quiet < _QUIET:
+        time.sleep(0.001)  # without Python's lock, so that who waits for it comes in
+        quiet = 0 if _running else quiet + 1
