@@ -52,6 +52,23 @@ print(len(before) >= 3, ticks() == before)
 
 
 @linux
+def test_a_helper_on_its_callers_core_sleeps():
+    """There, it would take the time that it is to save."""
+    code = """
+import os
+from pathlib import Path
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+for _ in range(2000):
+    rk.L2(1.0)(x)
+def ticks(task):
+    return sum(map(int, Path(f"/proc/self/task/{task}/stat").read_text().rpartition(")")[2].split()[11:13]))
+caller, helper = sorted(map(int, os.listdir("/proc/self/task")))
+print(20 * ticks(helper) < ticks(caller))
+"""
+    assert run(code, NUMBA_NUM_THREADS="2", OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1") == "True\n"
+
+
+@linux
 def test_helpers_that_never_come_are_not_waited_for():
     """They have ended here, and launches still count on them: the caller runs every chunk."""
     code = """
