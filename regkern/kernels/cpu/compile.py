@@ -138,6 +138,14 @@ def inlined(function: Callable[..., Any]) -> Any:
     return numba.njit(**_INNER)(function)
 
 
+def part(function: Callable[..., Any]) -> Any:
+    """Be `numba.njit` for a function that one place in a kernel calls: it becomes a part of that, and is compiled once.
+
+    LLVM compiles each of the others by itself first, and then again in each that calls it.
+    """
+    return numba.njit(**_INNER, inline="always")(function)
+
+
 def inner(name: str, **options: Any) -> Callable[[Callable[..., Any]], Any]:
     """Make a `numba.njit` for functions that are made by a factory and called by kernels.
 

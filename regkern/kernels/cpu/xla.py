@@ -310,9 +310,10 @@ def _evaluate_gram(frame):
             mean = total / max(1.0, n * (n - 1) / 2)
         else:
             scale = factor * (_read(_argument(frame, 2), i) if kind == _GRADIENT else 1.0)
-            out_place = _data(out) + i * size
-            strides = row_stride, depth_stride
-            found, mean = mean_and_gradient(record, address, n, d, *strides, out_place, *strides, scale, 0, width)
+            into = _data(out) + i * size
+            found, mean = mean_and_gradient(
+                record, address, n, d, row_stride, depth_stride, into, row_stride, depth_stride, scale, 0, width
+            )
         if not found:
             return _failed(frame)
         if kind != _GRADIENT:

@@ -44,7 +44,7 @@ from regkern.kernels.cpu.memory import converts_float16
 from regkern.kernels.cpu.team import TASK
 
 # Multiply-adds from which launches ask how many threads there are.
-PARALLEL_FROM = 1 << 19
+PARALLEL_FROM = 1 << 20
 
 # The kernels are compiled without fast-math flags: Numba gives them to the intrinsics' instructions as well, and
 # reassociation would undo the scaling of subnormal rows. The micro kernel asks for fused multiply-adds itself.

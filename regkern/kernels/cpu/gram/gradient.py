@@ -9,7 +9,7 @@ transposed, V_j: 3 n^2 d operations in all, where forward and backward by full p
 
 from typing import Any
 
-from regkern.kernels.cpu.compile import inlined, inner
+from regkern.kernels.cpu.compile import part
 from regkern.kernels.cpu.gram import workspace as ws
 from regkern.kernels.cpu.gram.panels import make_unpack_panel, project_ir
 from regkern.kernels.cpu.gram.product import micro_kernel_ir, signs_ir
@@ -31,7 +31,7 @@ from regkern.kernels.cpu.words import (
 )
 
 
-@inlined
+@part
 def mean_and_gradient(
     record, x, n, d, row_stride, depth_stride, out, out_row_stride, out_depth_stride, factor, add, width
 ):
@@ -141,7 +141,7 @@ def _make_block_pair(vec, tile):
     sign_kernel, sign_kernel_row = (micro_kernel_ir(vec, rows, tile.vectors, nr, nr, 1) for rows in (mr, 1))
     signs = signs_ir(vec, nr)
 
-    @inner(vec.tag)
+    @part
     def pair_signs(a, b, d, diagonal, c, t):
         """The signs of one panel pair's dot products to c and, transposed, to t; the sum of their absolute values."""
         for k in range(0, d, KC):
@@ -151,7 +151,7 @@ def _make_block_pair(vec, tile):
         s = signs(c, t, diagonal)
         return 0.5 * s if diagonal else s
 
-    @inner(vec.tag)
+    @part
     def add_products(v, u, panels, d, right):
         """V += U S for one panel of V and all `panels` panels of u, whose sign tiles follow each other at right."""
         whole = d // mr * mr
@@ -162,7 +162,7 @@ def _make_block_pair(vec, tile):
             at = f * nr * size
             sign_kernel_row(panels, d * nr * size, u + at, right, nr, v + at, True, True)
 
-    @inner(vec.tag)
+    @part
     def block_pair(u, v, d, i0, i1, j0, j1, left, right):
         """All pairs of panels i0 to i1 with panels j0 to j1; left and right hold a sign tile for each pair."""
         panel, tile_bytes = d * nr * size, nr * nr * size

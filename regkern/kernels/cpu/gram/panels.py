@@ -3,7 +3,7 @@
 from llvmlite import ir
 from numba.core import cgutils
 
-from regkern.kernels.cpu.compile import inlined, inner
+from regkern.kernels.cpu.compile import inlined, part
 from regkern.kernels.cpu.gram import workspace as ws
 from regkern.kernels.cpu.gram.vectors import I64, RAW, emitter
 from regkern.kernels.cpu.words import load_words
@@ -26,7 +26,7 @@ def make_pack_panel(vec, nr, mr):
     pack_block, pack_lanes, pack_row = _pack_block(vec, nr), _pack_strided(vec, nr, True), _pack_strided(vec, nr, False)
     zero_row, normalise = _zero_row(vec, nr), _normalise(vec, nr)
 
-    @inner(vec.tag)
+    @part
     def pack_panel(x, rows, d, row_stride, depth_stride, panel, scales):
         """Widen, transpose and normalise up to NR rows at address x into the panel at address panel.
 
@@ -78,7 +78,7 @@ def make_unpack_panel(vec, nr):
     unpack_block = _unpack_block(vec, nr)
     unpack_lanes, unpack_row = _unpack_strided(vec, nr, True), _unpack_strided(vec, nr, False)
 
-    @inner(vec.tag)
+    @part
     def unpack_panel(panel, rows, d, out, row_stride, depth_stride, accumulate):
         """The inverse of `pack_panel`, without the scales."""
         full, whole = _vector_blocks(rows, d, row_stride, depth_stride, w, item)

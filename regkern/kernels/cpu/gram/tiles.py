@@ -55,7 +55,7 @@ def tile_for(features: Mapping[str, bool], itemsize: int, rows: int) -> Tile:
     width, lanes = tile.bytes, tile.bytes // itemsize
     while lanes >= 2 * rows and width > 16:
         width, lanes = width // 2, lanes // 2
-    vectors = min(tile.vectors, (rows + lanes - 1) // lanes)
+    vectors = max(1, min(tile.vectors, (2 * rows - 1) // lanes))
     return Tile(width, math.gcd(tile.mr, vectors * lanes), vectors)
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from regkern.kernels.cpu.compile import inlined, inner
+from regkern.kernels.cpu.compile import part
 from regkern.kernels.cpu.gram import workspace as ws
 from regkern.kernels.cpu.gram.product import micro_kernel_ir, triangle_sum_ir
 from regkern.kernels.cpu.gram.tiles import GROUP, KC, group_size
@@ -27,7 +27,7 @@ MAX_TASKS = 4096
 PACKED, MULTIPLIED = 1, 32
 
 
-@inlined
+@part
 def sum_pairs(record, d, x, n, row_stride, depth_stride, y, m, y_row_stride, y_depth_stride, width):
     """Return whether there was memory, and a sum of what products are folded to.
 
@@ -93,7 +93,7 @@ def _make_task_sum(vec, tile):
     nr = tile.vectors * vec.lanes
     macro_tile_sum = _make_macro_tile_sum(vec, tile)
 
-    @inner(vec.tag)
+    @part
     def task_sum(left, n, right, m, d, triangle, group, start, stop, buffer):
         """Macro tiles start to stop, numbered along the columns of the upper triangle, or of the rectangle."""
         count, columns = (n + nr - 1) // nr, (m + nr - 1) // nr
@@ -124,7 +124,7 @@ def _make_macro_tile_sum(vec, tile):
     nr = tile.vectors * w
     micro_kernel, triangle_sum = _make_micro_kernel(vec, tile, nr), triangle_sum_ir(vec, mr, nr)
 
-    @inner(vec.tag)
+    @part
     def pair_sum(rows, columns, diagonal, a, b, kc, c, first, last):
         """One panel pair over kc steps of depth; once they are the last, the absolute sum of its dot products."""
         total = 0.0
@@ -138,7 +138,7 @@ def _make_macro_tile_sum(vec, tile):
                 total += triangle_sum(tile_c, vectors - v, r - v * w) if diagonal else s
         return total
 
-    @inner(vec.tag)
+    @part
     def macro_tile_sum(left, n, right, m, d, triangle, i0, i1, j0, j1, c):
         """The absolute sum over pairs with i in the left panels i0 to i1 and j in the right panels j0 to j1.
 
@@ -171,7 +171,7 @@ def _make_micro_kernel(vec, tile, nr):
     kernels = [micro_kernel_ir(vec, tile.mr, v, nr, 1, nr) for v in range(1, tile.vectors + 1)]
 
     def choose(narrower, vectors, widest):
-        @inner(f"{vec.tag}_{vectors}")
+        @part
         def micro_kernel(width, panels, jump, a, b, k, c, accumulate, keep):
             if width >= vectors:
                 return widest(panels, jump, a, b, k, c, accumulate, keep)
@@ -181,7 +181,7 @@ def _make_micro_kernel(vec, tile, nr):
 
     one = kernels[0]
 
-    @inner(vec.tag)
+    @part
     def chosen(width, panels, jump, a, b, k, c, accumulate, keep):
         return one(panels, jump, a, b, k, c, accumulate, keep)
 
