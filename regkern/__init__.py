@@ -38,7 +38,7 @@ from regkern.serialization import (
 )
 from regkern.warm import warmup
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "L1",

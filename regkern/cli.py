@@ -362,6 +362,9 @@ def _info_lines(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     whose = "regkern's helpers" if threads["engine"] == "helpers" else f"Numba's ({threads['numba'] or 'none'})"
     quota = f"; a quota pays for {threads['quota']}" if threads["quota"] else ""
     yield "threads", f"{threads['threads']}, {whose}{quota}"
+    if found["xla"]:
+        used = "calls kernels in JAX's programs" if found["xla"]["used"] else "calls no kernels; JAX's operations do"
+        yield "XLA", f"FFI {found['xla']['ffi'] or 'of no known version'} {used}"
     state = "writable" if cache["writable"] else f"not writable: set {cache['variable']} to a folder that is"
     yield "kernel cache", f"{cache['folder']} ({cache['kernels']} kernels, {decimal(cache['bytes'])}, {state})"
     for gpu in cuda["gpus"]:

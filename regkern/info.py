@@ -39,6 +39,7 @@ def collect() -> dict[str, Any]:
         "system": platform.platform(),
         "cpu": _cpu(),
         "threads": _threads(),
+        "xla": _xla(),
         "cache": _cache(),
         "cuda": _cuda(),
         "versions": _versions(),
@@ -70,6 +71,18 @@ def _threads() -> dict[str, Any]:
     from regkern.kernels.cpu import threads
 
     return {"engine": threads.engine(), "threads": threads.width(), "quota": threads.quota(), "numba": threads.layer()}
+
+
+def _xla() -> dict[str, Any] | None:
+    """The version of XLA's foreign function interface that jaxlib has, and whether kernels are called by it."""
+    from regkern.kernels.cpu import xla
+
+    try:
+        folder = Path(str(importlib.metadata.distribution("jaxlib").locate_file("jaxlib/include")))
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    version = xla.api_version(folder)
+    return {"ffi": ".".join(map(str, version)) if version else None, "used": xla.available(version)}
 
 
 def _cache() -> dict[str, Any]:

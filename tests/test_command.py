@@ -1,5 +1,6 @@
 """The command as a whole: what it needs, what it says where something is missing, and how it ends."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -125,6 +126,9 @@ def test_info():
     assert found["threads"]["threads"] >= 1
     assert found["threads"]["engine"] in ("helpers", "numba")
     assert found["cache"]["writable"] in (True, False)
+    with_jax = importlib.util.find_spec("jaxlib") is not None
+    assert found["xla"] == ({"ffi": "0.3", "used": True} if with_jax else None)
+    assert ("calls kernels in JAX's programs" in result.stdout) == with_jax
     assert set(found["cuda"]) == {"driver", "gpus", "packages"}
     assert found["versions"]["numpy"] == np.__version__
 

@@ -8,10 +8,8 @@ XLA partitions over several devices, and in exports, JAX's own operations.
 
 import functools
 import math
-import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -236,20 +234,9 @@ def _has_its_own_memory(module: Any) -> bool:
     return True
 
 
-@functools.cache
-def _api_version() -> tuple[int, int]:
-    """Read the version of XLA's foreign function interface from the header that comes with jaxlib."""
-    try:
-        header = Path(ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
-    except OSError:
-        return (-1, -1)
-    major, minor = (re.search(rf"define XLA_FFI_API_{part} (\d+)", header) for part in ("MAJOR", "MINOR"))
-    return (int(major[1]), int(minor[1])) if major and minor else (-1, -1)
-
-
 def _register() -> bool:
     """Make the kernels known to XLA, once; whether it can call them."""
-    return xla.available(_api_version()) and _register_handlers()
+    return xla.available(xla.api_version(ffi.include_dir())) and _register_handlers()
 
 
 @functools.cache

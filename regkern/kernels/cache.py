@@ -12,7 +12,7 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 
-from numba.misc.appdirs import user_cache_dir
+from platformdirs import user_cache_dir
 
 CACHE_VARIABLE = "REGKERN_CACHE_DIR"
 
@@ -22,7 +22,7 @@ _UNUSED_SECONDS = 90 * 24 * 3600
 
 def cache_folder() -> Path:
     """Return where compiled kernels are kept: `$REGKERN_CACHE_DIR`, or the user's cache folder."""
-    folder: str = os.environ.get(CACHE_VARIABLE) or user_cache_dir("regkern", appauthor=False)
+    folder = os.environ.get(CACHE_VARIABLE) or user_cache_dir("regkern", appauthor=False)
     # A user without a home, in a container for one, has the root of the file system for it, as Docker has it.
     return Path(folder.removeprefix("~") if folder.startswith("~/") else folder)
 

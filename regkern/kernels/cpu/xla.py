@@ -7,10 +7,13 @@ a table of loaded kernels. An unknown one, or one that fails, becomes an error o
 """
 
 import ctypes
+import functools
 import hashlib
 import os
+import re
 import sys
 import threading
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -88,7 +91,18 @@ def gram_call(operation: Operation, fold: str, dtype: DType, n: int, d: int, *, 
     return Call("regkern_gram", {"columns": np.int64(columns), "kernel": key, "kind": np.int64(_KINDS[operation])})
 
 
-def available(api_version: tuple[int, int]) -> bool:
+@functools.cache
+def api_version(include: str | Path) -> tuple[int, int] | None:
+    """Read the version of XLA's foreign function interface from jaxlib's include folder; None where it says none."""
+    try:
+        header = Path(include, "xla", "ffi", "api", "c_api.h").read_text()
+    except OSError:
+        return None
+    major, minor = (re.search(rf"define XLA_FFI_API_{part} (\d+)", header) for part in ("MAJOR", "MINOR"))
+    return (int(major[1]), int(minor[1])) if major and minor else None
+
+
+def available(api_version: tuple[int, int] | None) -> bool:
     """Whether XLA can call kernels here."""
     return api_version in API_VERSIONS and not config.DISABLE_JIT and not forks.forked
 
