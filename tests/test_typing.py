@@ -1,6 +1,6 @@
-"""What a user's type checker sees: mypy checks this file, and pytest runs it.
+"""What a user's type checker sees: mypy and pyright check this file, and pytest runs it.
 
-An error that mypy must find is marked as ignored; an ignore without an error is an error in strict mode.
+An error that they must find is marked as ignored; an ignore without an error is an error in strict mode.
 """
 
 from importlib.resources import files
@@ -11,6 +11,11 @@ import numpy.typing as npt
 import pytest
 
 import regkern as rk
+
+
+class Lazy:
+    """Stands for another library's arrays, of which mypy reads none."""
+
 
 X: npt.NDArray[np.float64] = np.ones((2, 3))
 
@@ -34,10 +39,15 @@ def test_regularizers() -> None:
 
 def test_results_are_of_the_arrays_library() -> None:
     regularizer = rk.L1L2(0.1, 0.2)
-    assert_type(regularizer(X), Any)
-    assert_type(regularizer.value_and_grad(X), tuple[Any, Any])
-    assert_type(regularizer.grad(X, scale=2.0), Any)
-    assert_type(regularizer.prox(X, 0.1), Any)
+    assert_type(regularizer(X), np.floating[Any])
+    assert_type(regularizer.value_and_grad(X), tuple[np.floating[Any], npt.NDArray[Any]])
+    assert_type(regularizer.grad(X, scale=2.0), npt.NDArray[np.float64])
+    assert_type(regularizer.prox(X, 0.1, out=X.copy()), npt.NDArray[np.float64])
+    lazy = Lazy()
+    with pytest.raises(TypeError, match="Lazy"):
+        assert_type(regularizer(lazy), Lazy)
+    with pytest.raises(TypeError, match="Lazy"):
+        assert_type(regularizer.value_and_grad(lazy), tuple[Lazy, Lazy])
     assert_type(regularizer.finish(regularizer.combine([regularizer.partial(X)])), Any)
     assert_type(rk.activity_penalty(regularizer, X), Any)
     assert_type(rk.reductions.abs_sum(X), Any)

@@ -8,13 +8,20 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterable, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 from regkern import reductions, summands
 from regkern.attributes import CachedAttribute
 from regkern.numbers import Number
 from regkern.summands import Summand
 from regkern.terms import Parameters, Term
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+# An array: what is computed from one is of its kind, and of NumPy's alone a scalar is of another type than an array.
+A = TypeVar("A")
 
 # regkern's own classes by their lower-case names, `L1L2` as "l1l2" and `GroupLasso` as "group_lasso".
 FAMILY: dict[str, type[PenaltyRegularizer]] = {}
@@ -135,6 +142,10 @@ class PenaltyRegularizer(Regularizer):
             return ""
         return next((name for name, value in vars(self).items() if type(value) is not float and value is parameter), "")
 
+    @overload
+    def __call__(self, x: npt.NDArray[Any]) -> np.floating[Any]: ...
+    @overload
+    def __call__(self, x: A) -> A: ...
     def __call__(self, x: Any) -> Any:
         """Return the penalty of x.
 
@@ -216,6 +227,10 @@ class PenaltyRegularizer(Regularizer):
         """
         return summands.finish(self._summands, partial, dtype)
 
+    @overload
+    def value_and_grad(self, x: npt.NDArray[Any]) -> tuple[np.floating[Any], npt.NDArray[Any]]: ...
+    @overload
+    def value_and_grad(self, x: A) -> tuple[A, A]: ...
     def value_and_grad(self, x: Any) -> tuple[Any, Any]:
         """Return the penalty and its gradient dP/dx, in one pass over x.
 
@@ -238,7 +253,7 @@ class PenaltyRegularizer(Regularizer):
         """
         return summands.value_and_grad(self._summands, x)
 
-    def grad(self, x: Any, out: Any = None, scale: Number = 1.0, accumulate: bool = False) -> Any:
+    def grad(self, x: A, out: A | None = None, scale: Number = 1.0, accumulate: bool = False) -> A:
         """Compute ``scale * dP/dx``.
 
         Args:
@@ -262,9 +277,10 @@ class PenaltyRegularizer(Regularizer):
             >>> L2(0.5).grad(np.array([1.0, 2.0]), out=gradient, scale=2.0, accumulate=True)
             array([12., 14.])
         """
-        return summands.grad(self._summands, x, out, scale, accumulate)
+        result: A = summands.grad(self._summands, x, out, scale, accumulate)
+        return result
 
-    def prox(self, x: Any, step: Number, out: Any = None) -> Any:
+    def prox(self, x: A, step: Number, out: A | None = None) -> A:
         """Compute the proximal operator ``argmin_z step * P(z) + ||z - x||**2 / 2``, which reaches exact zeros for L1.
 
         Args:
@@ -294,7 +310,8 @@ class PenaltyRegularizer(Regularizer):
                 "prox: expected a regularizer with a proximal operator in closed form; "
                 f"got {type(self).__name__}; use its gradient."
             )
-        return summands.prox(self._summands, x, step, out)
+        result: A = summands.prox(self._summands, x, step, out)
+        return result
 
     def get_config(self) -> dict[str, Any]:
         """Return the constructor's arguments, numbers as floats, from which `from_config` makes an equal regularizer.

@@ -27,7 +27,7 @@ class L1(PenaltyRegularizer):
     Reference: https://keras.io/api/layers/regularizers/
     """
 
-    l1 = Factor(0.01)
+    l1: Factor = Factor(0.01)
 
     def __init__(self, l1: Number | None = 0.01, **old: Number) -> None:
         self.l1 = _old_spelling(l1, old)
@@ -57,7 +57,7 @@ class L2(PenaltyRegularizer):
     Reference: https://keras.io/api/layers/regularizers/
     """
 
-    l2 = Factor(0.01)
+    l2: Factor = Factor(0.01)
 
     def __init__(self, l2: Number | None = 0.01, **old: Number) -> None:
         self.l2 = _old_spelling(l2, old)
@@ -88,8 +88,8 @@ class L1L2(PenaltyRegularizer):
     the elastic net, 2005, https://doi.org/10.1111/j.1467-9868.2005.00503.x
     """
 
-    l1 = Factor(0.0)
-    l2 = Factor(0.0)
+    l1: Factor = Factor(0.0)
+    l2: Factor = Factor(0.0)
 
     def __init__(self, l1: Number | None = 0.0, l2: Number | None = 0.0) -> None:
         self.l1 = l1

@@ -68,9 +68,9 @@ class GroupLasso(PenaltyRegularizer):
     https://doi.org/10.1111/j.1467-9868.2005.00532.x
     """
 
-    factor = Factor(0.01)
-    mode = Choice(_check_mode)
-    weights = Choice(_check_weights)
+    factor: Factor = Factor(0.01)
+    mode: Choice = Choice(_check_mode)
+    weights: Choice = Choice(_check_weights)
 
     def __init__(self, factor: Number | None = 0.01, mode: Mode = "rows", weights: str | None = None) -> None:
         self.factor = factor
@@ -108,10 +108,10 @@ class SparseGroupLasso(PenaltyRegularizer):
     https://doi.org/10.1080/10618600.2012.681250
     """
 
-    l1 = Factor(0.01)
-    factor = Factor(0.01)
-    mode = Choice(_check_mode)
-    weights = Choice(_check_weights)
+    l1: Factor = Factor(0.01)
+    factor: Factor = Factor(0.01)
+    mode: Choice = Choice(_check_mode)
+    weights: Choice = Choice(_check_weights)
 
     def __init__(
         self,

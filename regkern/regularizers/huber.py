@@ -48,8 +48,8 @@ class Huber(PenaltyRegularizer):
     Reference: Huber, Robust estimation of a location parameter, 1964, https://doi.org/10.1214/aoms/1177703732
     """
 
-    factor = Factor(0.01)
-    delta = Factor(1.0, above=0.0)
+    factor: Factor = Factor(0.01)
+    delta: Factor = Factor(1.0, above=0.0)
 
     def __init__(self, factor: Number | None = 0.01, delta: Number = 1.0) -> None:
         self.factor = factor

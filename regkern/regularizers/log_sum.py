@@ -57,8 +57,8 @@ class LogSum(PenaltyRegularizer):
     https://doi.org/10.1007/s00041-008-9045-x
     """
 
-    factor = Factor(0.01)
-    eps = Factor(1.0, above=0.0)
+    factor: Factor = Factor(0.01)
+    eps: Factor = Factor(1.0, above=0.0)
 
     def __init__(self, factor: Number | None = 0.01, eps: Number = 1.0) -> None:
         self.factor = factor

@@ -59,8 +59,8 @@ class MCP(PenaltyRegularizer):
     https://doi.org/10.1214/09-AOS729
     """
 
-    factor = Factor(0.01)
-    gamma = Factor(3.0, above=1.0)
+    factor: Factor = Factor(0.01)
+    gamma: Factor = Factor(3.0, above=1.0)
 
     def __init__(self, factor: Number | None = 0.01, gamma: Number = 3.0) -> None:
         self.factor = factor

@@ -55,10 +55,10 @@ class OrthogonalRegularizer(PenaltyRegularizer):
     Reference: https://keras.io/api/layers/regularizers/
     """
 
-    factor = Factor(0.01)
-    mode = Choice(summands.check_mode)
-    leading_axes = Choice(summands.check_leading_axes)
-    power = Choice(_check_power)
+    factor: Factor = Factor(0.01)
+    mode: Choice = Choice(summands.check_mode)
+    leading_axes: Choice = Choice(summands.check_leading_axes)
+    power: Choice = Choice(_check_power)
 
     def __init__(
         self, factor: Number | None = 0.01, mode: str = "rows", leading_axes: str | None = None, power: int = 1
@@ -109,9 +109,9 @@ class SoftOrthogonal(PenaltyRegularizer):
     2018, https://arxiv.org/abs/1810.09102
     """
 
-    factor = Factor(0.01)
-    mode = Choice(summands.check_mode)
-    leading_axes = Choice(summands.check_leading_axes)
+    factor: Factor = Factor(0.01)
+    mode: Choice = Choice(summands.check_mode)
+    leading_axes: Choice = Choice(summands.check_leading_axes)
 
     def __init__(self, factor: Number | None = 0.01, mode: str = "rows", leading_axes: str | None = None) -> None:
         self.factor = factor

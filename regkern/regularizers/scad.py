@@ -64,8 +64,8 @@ class SCAD(PenaltyRegularizer):
     https://doi.org/10.1198/016214501753382273
     """
 
-    factor = Factor(0.01)
-    gamma = Factor(3.7, above=2.0)
+    factor: Factor = Factor(0.01)
+    gamma: Factor = Factor(3.7, above=2.0)
 
     def __init__(self, factor: Number | None = 0.01, gamma: Number = 3.7) -> None:
         self.factor = factor
