@@ -232,8 +232,8 @@ def masked(x: Any, mask: Any) -> Any:
     pairs = zip(mask.shape, x.shape, strict=False)
     if not 1 <= len(mask.shape) <= len(x.shape) or any(m != n for m, n in pairs if m is not None and n is not None):
         raise ValueError(
-            f"mask: expected the outputs' first axes, such as {tuple(x.shape[:2])}; got {tuple(mask.shape)} for outputs "
-            f"with shape {tuple(x.shape)}; an axis of length 1 is not repeated."
+            f"mask: expected the outputs' first axes, such as {tuple(x.shape[:2])}; got {tuple(mask.shape)} for "
+            f"outputs with shape {tuple(x.shape)}; an axis of length 1 is not repeated."
         )
     mask = mask if "bool" in dtype else mask != 0
     return adapter.masked(x, mask[(..., *[None] * (len(x.shape) - len(mask.shape)))])

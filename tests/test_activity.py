@@ -87,13 +87,13 @@ def test_masks_of_several_outputs():
     assert rk.activity_penalty(rk.L1(1.0), (a, [b, ids]), [mask, [None, None]]) == expected
     assert rk.activity_penalty(rk.L1(1.0), {"a": a, "b": b}, {"a": mask, "b": None}) == expected
     for outputs, wrong in (([a, b], mask), ([a, b], [mask]), ({"a": a}, [mask]), ({"a": a}, {"b": mask}), ([a], a)):
-        with pytest.raises(ValueError, match="^mask: expected one for each of . outputs, arranged as these are"):
+        with pytest.raises(ValueError, match=r"^mask: expected one for each of . outputs, arranged as these are"):
             rk.activity_penalty(rk.L1(1.0), outputs, wrong)
 
 
 def test_masks_that_are_none():
     x, mask = np.ones((2, 3, 4), np.float32), np.ones((2, 3), bool)
-    with pytest.raises(TypeError, match=r"^mask: expected booleans, or integers of which 0 is false; got dtype float64"):
+    with pytest.raises(TypeError, match=r"^mask: expected booleans, or integers of which 0 is false; got dtype float"):
         rk.activity_penalty(rk.L1(), x, mask.astype(float))
     for wrong in (mask[:1], mask[:, :2], np.ones((2, 3, 4, 1), bool), np.bool_(True), np.ones((), bool)):
         with pytest.raises((ValueError, TypeError), match=r"^mask: expected "):
@@ -102,7 +102,7 @@ def test_masks_that_are_none():
         rk.activity_penalty(rk.L1(), x, mask[:1])
     torch = pytest.importorskip("torch")
     for outputs, wrong in ((torch.ones(2, 3), mask), (x, torch.tensor(mask)), (x, mask.tolist()), (x, True)):
-        with pytest.raises(TypeError, match="^mask: expected an array of the outputs' library; got "):
+        with pytest.raises(TypeError, match=r"^mask: expected an array of the outputs' library; got "):
             rk.activity_penalty(rk.L1(), outputs, wrong)
 
 
