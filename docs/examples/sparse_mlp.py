@@ -81,7 +81,7 @@ def main() -> None:
     """Train, print and draw."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "pages")
     parser.add_argument("--readme", type=Path)
     arguments = parser.parse_args()
     ways: dict[str, dict[str, object]] = {
