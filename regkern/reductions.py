@@ -212,6 +212,33 @@ def check_out(x: Any, out: Any) -> None:
         read[0].check_out(read[1], out)
 
 
+def masked(x: Any, mask: Any) -> Any:
+    """Return x with zeros where a mask over its leading axes is false, or 0: a new array.
+
+    Raises:
+        TypeError: the mask is no array of x's library, or neither of booleans nor of integers.
+        ValueError: its axes are not x's first ones.
+    """
+    x = ADAPTERS[type(x)].native(x)
+    adapter = ADAPTERS[type(x)]
+    if not adapter.owns(type(mask)):
+        raise TypeError(
+            f"mask: expected an array of the outputs' library; got {type(mask).__name__} for {type(x).__name__}; "
+            "convert it."
+        )
+    dtype = str(mask.dtype)
+    if "bool" not in dtype and "int" not in dtype:
+        raise TypeError(f"mask: expected booleans, or integers of which 0 is false; got dtype {dtype}; compare it.")
+    pairs = zip(mask.shape, x.shape, strict=False)
+    if not 1 <= len(mask.shape) <= len(x.shape) or any(m != n for m, n in pairs if m is not None and n is not None):
+        raise ValueError(
+            f"mask: expected the outputs' first axes, such as {tuple(x.shape[:2])}; got {tuple(mask.shape)} for "
+            f"outputs with shape {tuple(x.shape)}; an axis of length 1 is not repeated."
+        )
+    mask = mask if "bool" in dtype else mask != 0
+    return adapter.masked(x, mask[(..., *[None] * (len(x.shape) - len(mask.shape)))])
+
+
 def over_batch(penalty: Any, x: Any) -> Any:
     """Return a penalty divided by the length of x's first axis, which is not 0, or not known yet."""
     return ADAPTERS[type(x)].over_batch(penalty, x)

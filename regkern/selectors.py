@@ -13,6 +13,10 @@ _RANK = re.compile(r"@rank(<=|>=|<|>|=)(\d+)")
 _LAYER = re.compile(r"@layer=(.+)")
 _NO_DECAY = "@no_decay"
 
+# PyTorch's, which replace a module's class by one of their own: ParametrizedLinear, FSDPLinear.
+_MAKERS_OF_CLASSES = ("torch.nn.utils.parametrize", "torch.distributed.fsdp")
+_IN_PARAMETRIZATION = re.compile(r"(?:(.*?)\.)?parametrizations\.")
+
 
 def is_selector(rule: str) -> bool:
     """Whether a rule is one of these, and no glob.
@@ -67,6 +71,11 @@ def _meaning(rule: str) -> Callable[[str, int, str], bool]:
     return lambda name, rank, kind: rank < 2 or "norm" in kind.lower() or "bias" in re.split("[./]", name)[-1]
 
 
+def _own_class(module: Any) -> type:
+    """Return the class that a program gave a module of PyTorch: not the one that was made of it meanwhile."""
+    return next(cls for cls in type(module).__mro__ if not cls.__module__.startswith(_MAKERS_OF_CLASSES))
+
+
 def _held(node: Any, seen: set[int]) -> Iterator[tuple[Any, str]]:
     """Yield the arrays that modules and layers hold themselves, with the names of their classes."""
     if id(node) in seen or isinstance(node, str | bytes):
@@ -81,9 +90,12 @@ def _held(node: Any, seen: set[int]) -> Iterator[tuple[Any, str]]:
                 for variable in vars(layer).get(variables) or ():
                     yield variable, type(layer).__name__
     elif hasattr(node, "named_modules"):  # PyTorch
-        for _, module in node.named_modules():
+        modules = dict(node.named_modules())
+        for path, module in modules.items():
+            inside = _IN_PARAMETRIZATION.match(path)  # what makes a layer's weight is the layer's
+            owner = modules.get(inside[1] or "", module) if inside else module
             for parameter in module._parameters.values():
-                yield parameter, type(module).__name__
+                yield parameter, _own_class(owner).__name__
     elif any(cls.__name__ == "Module" for cls in type(node).__mro__):  # Flax's NNX, Equinox, TensorFlow
         for value in vars(node).values():
             for child in value if isinstance(value, list | tuple) else (value,):

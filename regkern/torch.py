@@ -45,7 +45,8 @@ def attach(
     to both model and optimizer later, and those that are replaced in both, are found.
 
     Args:
-        optimizer: an optimizer of PyTorch, or one that derives from `torch.optim.Optimizer`.
+        optimizer: an optimizer of PyTorch, or one that derives from `torch.optim.Optimizer`; of a wrapper that has it
+            as its `optimizer`, as Accelerate's and Lightning's, the one inside.
         model: what `Penalty` takes: a module, whose trained parameters are meant, or a mapping of names to parameters,
             for example to the float32 masters of a module in bfloat16.
         rules: globs over names and their regularizers, or a `Penalty`; None for no gradients.
@@ -77,6 +78,7 @@ def attach(
 
     Reference: Parikh and Boyd, Proximal Algorithms, 2014, section 4.2, https://doi.org/10.1561/2400000003
     """
+    optimizer = _inside(optimizer)
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer: expected a torch.optim.Optimizer; got {type(optimizer).__name__}; pass one.")
     if rules is None and prox is None:
@@ -89,6 +91,12 @@ def attach(
     handle = Handle(optimizer, model, _penalty(rules, prox), _penalty(prox, rules))
     _attached.add(optimizer)
     return handle
+
+
+def _inside(optimizer: Any) -> Any:
+    """Return the optimizer whose step is the update: Accelerate and Lightning wrap it, and call it in theirs."""
+    inner = getattr(optimizer, "optimizer", None)
+    return _inside(inner) if isinstance(inner, Optimizer) and inner is not optimizer else optimizer
 
 
 def _penalty(rules: Mapping[str, Any] | Penalty | None, others: Any) -> Penalty | None:

@@ -378,6 +378,46 @@ def test_ragged_activities(name):
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
 
+@needs_fit
+def test_a_layer_that_penalises_what_its_mask_leaves():
+    """Keras's own activity regularizers see neither masks nor what is no number; a layer can."""
+
+    class Penalised(layers.Layer):
+        def __init__(self, regularizer, **options):
+            super().__init__(**options)
+            self.regularizer, self.supports_masking = regularizer, True
+
+        def call(self, x, mask=None):
+            masks = None if mask is None else [mask, None]
+            self.add_loss(rk.activity_penalty(self.regularizer, [x, integers_like(x)], masks))
+            return x
+
+    ids = np.array([[1, 2, 0, 0], [3, 0, 0, 0], [1, 1, 1, 2]])
+    model = keras.Sequential(
+        [
+            inputs((4,)),
+            layers.Embedding(5, 2, mask_zero=True, embeddings_initializer="ones"),
+            Penalised(rk.L1(0.5)),
+            layers.GlobalAveragePooling1D(),
+        ]
+    )
+    expected = 0.5 * 2 * (ids != 0).sum() / len(ids)
+    model(tensor(ids))
+    assert sum(float(numbers(loss)) for loss in model.losses) == pytest.approx(expected)
+    model.compile(keras.optimizers.SGD(0.0), lambda y, prediction: 0.0 * (prediction - prediction)[:, 0])
+    loss = model.fit(ids, np.zeros((3, 2)), batch_size=3, verbose=0).history["loss"][0]
+    assert float(loss) == pytest.approx(expected)
+
+
+def integers_like(x):
+    """Integers beside an output, as indices are."""
+    if LIBRARY == "tf_keras":
+        import tensorflow as tf
+
+        return tf.cast(x, "int32")
+    return keras.ops.cast(x, "int32")
+
+
 def test_variables_of_one_name_are_refused():
     class Twins(layers.Layer):
         def build(self, shape):

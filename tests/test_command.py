@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 import regkern as rk
-from regkern.cli import COMPILING, _progress
 from regkern.report import evaluate
 from regkern.rules import parse_rules
+from regkern.terminal import COMPILING, progress
 from regkern.text import elided
 from regkern.weights import open_weights
 from tests.commands import DEMO, command, run, run_process
@@ -39,7 +39,7 @@ def test_wrong_use(arguments):
 
 def test_progress_is_silent_without_a_terminal(tmp_path, capfd):
     np.save(tmp_path / "x.npy", np.zeros(4))
-    with open_weights(tmp_path / "x.npy") as tensors, _progress(tensors, cosine=True) as done:
+    with open_weights(tmp_path / "x.npy") as tensors, progress(tensors, cosine=True) as done:
         report = evaluate(tensors, parse_rules(["*=l1"]), done=done)
     assert report.totals.zeros == 4
     assert capfd.readouterr() == ("", "")
@@ -66,6 +66,37 @@ def test_progress_on_a_terminal(tmp_path):
     os.close(leader)
     assert content["files"][0]["totals"]["zeros"] == 80_000_000
     assert b"320.0" in drawn
+
+
+def test_demo():
+    """The table of zeros, in a process that has NumPy alone."""
+    libraries = "torch", "jax", "keras", "tensorflow", "scipy", "sklearn", "matplotlib"
+    result = run_process("demo", prelude=f"sys.modules.update(dict.fromkeys({libraries}))")
+    assert (result.returncode, result.stderr) == (0, "")
+    rows = [line.split() for line in result.stdout.splitlines() if "%" in line]
+    zeros = {row[0]: row[-4] for row in rows}
+    assert zeros == {"no": "0.0%", "L1(0.1)": "0.0%", "L1(0.1).prox": "97.8%", "MCP(0.2).prox": "98.0%"}
+    assert rows[-1][1:4] == ["98.0%", "20/20", "0"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
+def test_demo_on_a_terminal():
+    """Its progress is live on stderr, and the table alone is on stdout."""
+    import pty
+
+    leader, follower = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    with subprocess.Popen(
+        command("demo"), stdout=subprocess.PIPE, stderr=follower, env=environment, text=True
+    ) as process:
+        os.close(follower)
+        drawn = b""
+        with suppress(OSError):  # Linux's way to say that the other end is closed
+            while part := os.read(leader, 1 << 16):
+                drawn += part
+        assert process.stdout.read().count("prox") == 3
+    os.close(leader)
+    assert b"zeros" in drawn
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,10 @@
 import doctest
 import importlib
 import inspect
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,10 +68,39 @@ def test_public_docstrings_are_complete(name):
         assert re.search(r"^Returns?:?\s", doc, re.MULTILINE) or "NotImplementedError: always" in doc
 
 
+# A mark before a block: it needs packages that the tests may lack, or several processes, and runs in one of its own.
+BLOCK = re.compile(r"(?:<!-- (needs|processes): (.*?) -->\n)?```python\n(.*?)```", re.DOTALL)
+ALONE = {
+    f"{page.stem}, {mark}: {value}": (mark, value, code)
+    for page in PAGES
+    for mark, value, code in BLOCK.findall(page.read_text())
+    if mark
+}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_pages(page):
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    assert blocks or page.stem == "reference"
+    blocks = [code for mark, _, code in BLOCK.findall(page.read_text()) if not mark]
+    assert blocks or page.stem in ("reference", "gallery")
+    assert page.read_text().count("```python") == len(BLOCK.findall(page.read_text()))
     namespace: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_blocks_of_their_own(name, tmp_path):
+    mark, value, code = ALONE[name]
+    command = [sys.executable]
+    if mark == "needs":
+        for package in value.split(", "):
+            pytest.importorskip(package, exc_type=ImportError)
+    else:
+        pytest.importorskip("torch")
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", value]
+    (tmp_path / "block.py").write_text(code)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*command, "block.py"], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-4000:]

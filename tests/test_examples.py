@@ -11,9 +11,12 @@ ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not (ROOT / "docs" / "examples").is_dir(), reason="a source distribution has none")
 EXAMPLES = {
     "sparse_mlp": (["--epochs", "1"], "| no penalty | 0.0 % |", "zeros.svg"),
-    "removed_filters": (["--epochs", "4"], " of 32 filters are left", None),
+    "removed_filters": (["--epochs", "4"], " of 32 filters are left", "removed_filters.svg"),
     "data_parallel": ([], "2 processes have the weights of one; ", None),
     "lasso_path": ([], "30 alphas, 10 features: the largest difference is", "lasso_path.svg"),
+    "deep_orthogonal": (["--steps", "20"], "through 30 layers; singular values", "deep_orthogonal.svg"),
+    "transformer_report": ([], "penalty: *[Nn]orm* = none", "transformer_report.svg"),
+    "larger_than_memory": (["--gigabytes", "1"], "1.0 GB evaluated in at most 0.", "larger_than_memory.svg"),
 }
 
 
@@ -24,7 +27,7 @@ def test_every_example_is_here():
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples(name, tmp_path):
     arguments, text, picture = EXAMPLES[name]
-    for needed in ("sklearn", "matplotlib", "keras", "torch"):
+    for needed in ("sklearn", "matplotlib", "keras", "torch", "dask", "psutil"):
         pytest.importorskip(needed)
     command = [sys.executable, str(ROOT / "docs" / "examples" / f"{name}.py"), *arguments]
     if picture:

@@ -68,6 +68,20 @@ def test_modules_of_torch():
         torch.compile(penalty, backend="eager", fullgraph=True)(net)
 
 
+def test_modules_whose_class_was_replaced():
+    """Parametrizations and fully_shard make classes of their own; rules mean those that the program wrote."""
+    torch = pytest.importorskip("torch")
+    nn = torch.nn
+    from torch.nn.utils import parametrizations
+
+    net = nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 4)), parametrizations.orthogonal(nn.Linear(4, 4)))
+    names = ["0.bias", "0.parametrizations.weight.original0", "0.parametrizations.weight.original1"]
+    assert named("@layer=Linear", net) == [*names, "1.bias", "1.parametrizations.weight.original"]
+    alone = parametrizations.weight_norm(nn.Conv1d(3, 4, 2))
+    assert len(named("@layer=Conv1d", alone)) == 3
+    assert rk.Penalty({"@layer=Par*": L2, "*": None}).unused(net) == ["@layer=Par*"]
+
+
 def test_models_of_keras():
     keras = pytest.importorskip("keras")
     layers = keras.layers

@@ -100,6 +100,34 @@ def test_wrappers_have_the_names_inside():
     assert list(handle.per_tensor()) == ["a/0.weight", "a/2.weight", "a/4.weight"]
 
 
+def test_an_optimizer_inside_of_a_wrapper():
+    """As Accelerate has it: an Optimizer that never called its base's constructor, and calls the one inside."""
+
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+        param_groups = property(lambda self: self.optimizer.param_groups)
+
+        def step(self):
+            self.optimizer.step(None)
+
+    model, expected = small(), small()
+    handle = attach(wrapper := Wrapper(OPTIMIZERS["sgd"](model)), model, RULES)
+    other = OPTIMIZERS["sgd"](expected)
+    mean_square(model, batches(1)[0]).backward()
+    mean_square(expected, batches(1)[0]).backward()
+    add_by_hand(expected.named_parameters())
+    wrapper.step()
+    other.step()
+    for x, y in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(x, y)
+    handle.remove()
+    attach(wrapper.optimizer, model, RULES)
+    with pytest.raises(ValueError, match="expected one without penalties"):
+        attach(wrapper, model, RULES)
+
+
 COMPILED = {
     "the step": lambda model, optimizer: torch.compile(optimizer.step, backend="aot_eager"),
     "a function with the step": lambda model, optimizer: torch.compile(lambda: optimizer.step(), backend="aot_eager"),

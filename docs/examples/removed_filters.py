@@ -1,6 +1,6 @@
 """A group lasso that removes whole filters of a convolution, and the smaller network that is left.
 
-    python docs/examples/removed_filters.py [--epochs 30]
+    python docs/examples/removed_filters.py [--epochs 30] [--out FOLDER]
 
 The proximal step of the group lasso over the last axis makes filters exactly zero. A filter that is zero gives its bias
 everywhere; with a bias of zero as well, it can be cut out, together with what reads it, and the outputs stay.
@@ -8,15 +8,21 @@ everywhere; with a bias of zero as well, it can be cut out, together with what r
 
 import argparse
 import os
+from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
 import keras
+import matplotlib as mpl
 import numpy as np
 from sklearn.datasets import load_digits
 
 import regkern as rk
 import regkern.keras
+
+mpl.use("Agg")
+mpl.rcParams["svg.hashsalt"] = "regkern"
+import matplotlib.pyplot as plt  # noqa: E402
 
 TRAINED = 1347
 
@@ -43,10 +49,23 @@ def smaller(model: keras.Model) -> keras.Model:
     return small
 
 
+def draw(kernel: np.ndarray, path: Path) -> None:
+    """Draw the filters, those that are left first."""
+    order = np.argsort(-np.square(kernel).sum(axis=(0, 1, 2)), kind="stable")
+    figure, axes = plt.subplots(2, 16, figsize=(9, 1.6), layout="constrained")
+    most = abs(kernel).max()
+    for each, i in zip(axes.flat, order, strict=True):
+        each.imshow(kernel[:, :, 0, i], cmap="RdBu", vmin=-most, vmax=most)
+        each.set(xticks=[], yticks=[])
+    figure.suptitle("32 filters: those that are white are exactly zero", fontsize=9)
+    figure.savefig(path, metadata={"Date": None})
+
+
 def main() -> None:
     """Train, cut out, and compare."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "pages")
     arguments = parser.parse_args()
     keras.utils.set_random_seed(0)
     x, y = load_digits(return_X_y=True)
@@ -62,6 +81,7 @@ def main() -> None:
     accuracy = model.evaluate(x[TRAINED:], y[TRAINED:], verbose=0)[1]
     left = small.get_layer("filters").filters
     print(f"{left} of 32 filters are left, {small.count_params()} of {model.count_params()} weights; {accuracy:.3f}")
+    draw(keras.ops.convert_to_numpy(model.get_layer("filters").kernel), arguments.out / "removed_filters.svg")
 
 
 if __name__ == "__main__":

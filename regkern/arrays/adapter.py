@@ -126,6 +126,13 @@ class Adapter(ABC):
         """Return a penalty divided by the length of x's first axis; 0 where a length that is open yet becomes 0."""
         return penalty / x.shape[0]
 
+    def masked(self, x: Any, mask: Any) -> Any:
+        """Return a new array: x where a mask of the same rank holds, and zeros elsewhere."""
+        raise TypeError(
+            f"outputs: expected an array that a mask can be of; got {type(x).__name__}, which has none; "
+            "leave the mask out."
+        )
+
 
 class KernelAdapter(Adapter):
     """What adapters share that run kernels over their arrays' memory, wherever it is."""

@@ -35,6 +35,9 @@ class CupyAdapter(DeviceAdapter):
             self.check_out(x, out)
         return EXPRESSIONS.run(operation, term, p, x, out)
 
+    def masked(self, x: Any, mask: Any) -> Any:
+        return cupy.where(mask, x, cupy.zeros((), x.dtype))
+
     def expressions(self) -> Adapter:
         return EXPRESSIONS
 

@@ -130,6 +130,9 @@ class DaskAdapter(Adapter):
         total = _tree(list(_cosine_sums(x.T if view.columns else x)))
         return da.from_delayed(_finish(total, finish, _result(x)), (), meta=_scalar_meta(x, _result(x)))
 
+    def masked(self, x: Any, mask: Any) -> Any:
+        return da.where(mask, x, np.zeros((), x.dtype))
+
     def over_batch(self, penalty: Any, x: Any) -> Any:
         if not math.isnan(x.shape[0]):
             return penalty / x.shape[0]

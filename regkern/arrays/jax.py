@@ -321,6 +321,9 @@ class JaxAdapter(Adapter):
     def expressions(self) -> Adapter:
         return EXPRESSIONS
 
+    def masked(self, x: Any, mask: Any) -> Any:
+        return jnp.where(mask, x, jnp.zeros((), x.dtype))
+
     def beside(self, value: Any, other: Any) -> Any:
         if isinstance(value, jax.core.Tracer) or isinstance(other, jax.core.Tracer) or not isinstance(other, jax.Array):
             return value

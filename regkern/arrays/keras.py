@@ -137,6 +137,9 @@ class KerasAdapter(ChoosingAdapter):
     def number(self, number: Any, x: Any) -> Any:
         return ops.cast(number, OPERATIONS.widened(x)) if isinstance(x, KerasTensor) else super().number(number, x)
 
+    def masked(self, x: Any, mask: Any) -> Any:
+        return ops.where(mask, x, ops.zeros((), x.dtype))
+
     def expressions(self) -> Adapter:
         return EXPRESSIONS
 

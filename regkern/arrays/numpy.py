@@ -83,6 +83,9 @@ class NumpyAdapter(HostAdapter):
             )
         return flat
 
+    def masked(self, x: Any, mask: Any) -> Any:
+        return np.where(mask, x, np.zeros((), x.dtype))
+
     def check_out(self, x: Any, out: Any) -> None:
         if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
             raise TypeError(

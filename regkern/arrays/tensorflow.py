@@ -380,6 +380,12 @@ class TensorflowAdapter(ChoosingAdapter):
     def number(self, number: Any, x: Any) -> Any:
         return tf.cast(number, _results[x.dtype]) if isinstance(number, tf.Tensor | tf.Variable) else None
 
+    def masked(self, x: Any, mask: Any) -> Any:
+        if isinstance(x, tf.RaggedTensor):
+            return super().masked(x, mask)
+        tensor = tf.convert_to_tensor(x)
+        return tf.where(mask, tensor, tf.zeros((), tensor.dtype))
+
     def expressions(self) -> Adapter:
         return EXPRESSIONS
 

@@ -82,6 +82,9 @@ class TorchAdapter(Adapter):
     def expressions(self) -> Adapter:
         return COMPILED if torch.compiler.is_compiling() else EXPRESSIONS
 
+    def masked(self, x: Tensor, mask: Tensor) -> Tensor:
+        return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
+
     def beside(self, value: Tensor, other: Any) -> Tensor:
         # The host's scalars can be added as they are, and to bring one there would wait for its device.
         return value.to(other.device) if isinstance(other, Tensor) and value.is_cuda and other.is_cuda else value
