@@ -54,7 +54,9 @@ class Case:
 
     Attributes:
         kind: which functions of `peers/`: value, value_and_grad, accumulate, prox, gram, gram_columns, gram_and_grad,
-            row_lasso, row_lasso_prox and the same of columns;
+            row_lasso, row_lasso_and_grad, row_lasso_prox and the same of columns, torch_row_lasso of a tensor;
+            huber, mcp, scad, log_sum and their proximal operators, coefficients_prox MCP's of a design's coefficients;
+            distance to a reference; soft_orthogonal and squared_cosine, with gradients too;
             jax_value_and_grad and jax_gram_and_grad are those of a jitted JAX program, jax_autodiff is differentiated
             there by JAX; torch_backward and torch_gram_backward are a forward and a backward pass in PyTorch,
             tensorflow_tape the same under TensorFlow's gradient tape, tensorflow_graph in a `tf.function`. Of
@@ -241,13 +243,68 @@ MANY = (
 )
 
 _GROUP_PEERS = ("numpy", "einsum", "torch")
-GROUPS = tuple(
-    Case(kind, shape, _GROUP_PEERS, targets=tuple(over(peer, 1.0, f"no slower than {peer}") for peer in _GROUP_PEERS))
-    for shape in ((10, 10), (1024, 1024), (2304, 256))  # the last is a convolution kernel's, 3 x 3 x 256 x 256
-    for kind in ("row_lasso", "column_lasso")
-) + tuple(Case(kind, (1024, 1024), _GROUP_PEERS) for kind in ("row_lasso_prox", "column_lasso_prox"))
+_NO_SLOWER = tuple(over(peer, 1.0, f"no slower than {peer}") for peer in _GROUP_PEERS)
+_FASTER = (Target(_GROUP_PEERS, 1.2, "1.2x the fastest of NumPy and torch"),)
+GROUPS = (
+    *(
+        Case(kind, shape, _GROUP_PEERS, targets=_NO_SLOWER)
+        for shape in ((10, 10), (2304, 256))  # the last is a convolution kernel's, 3 x 3 x 256 x 256
+        for kind in ("row_lasso", "column_lasso")
+    ),
+    *(
+        Case(f"{kind}{rest}", (1024, 1024), _GROUP_PEERS, targets=_FASTER)
+        for kind in ("row_lasso", "column_lasso")
+        for rest in ("", "_and_grad", "_prox")
+    ),
+    *(
+        Case("torch_row_lasso", shape, ("torch",), targets=(over("torch", 1.0, "no slower than torch"),))
+        for shape in ((10, 10), (100, 100))
+    ),
+)
 
-CASES = (*ELEMENTWISE, *GRAM, *GROUPS, *TORCH, *TENSORFLOW, *MANY)
+_FAMILY = ("huber", "mcp", "scad", "log_sum")
+FAMILY = (
+    *(
+        Case(
+            kind,
+            (4096, 4096),
+            ("numpy", "torch", "bare read"),
+            targets=(over("numpy", 10), over("torch", 3), over("bare read", 0.8, "0.8 of read bandwidth")),
+        )
+        for kind in _FAMILY
+    ),
+    *(
+        Case(
+            f"{kind}_prox",
+            (4096, 4096),
+            ("numpy", "torch", "bare copy"),
+            targets=(over("numpy", 10), over("torch", 3), over("bare copy", 0.8, "0.8 of copy bandwidth")),
+        )
+        for kind in _FAMILY
+    ),
+    Case("coefficients_prox", (1, 1_000_000), ("skglm",), dtype="float64", targets=(over("skglm", 3),)),
+    Case("distance", (4096, 4096), ("numpy", "torch", "bare read of both")),
+)
+
+_GRAM_SIDES = ("torch, larger Gram", "torch, smaller Gram")
+SOFT = (
+    *(
+        Case(
+            kind,
+            shape,
+            _GRAM_SIDES,
+            targets=(over(_GRAM_SIDES[0], 3), over(_GRAM_SIDES[1], 1.3)),
+        )
+        for shape in ((8192, 256), (256, 8192))
+        for kind in ("soft_orthogonal", "soft_orthogonal_and_grad")
+    ),
+    *(
+        Case(kind, (4096, 1024), ("|cosine|",), targets=(over("|cosine|", 1 / 1.03, "within 1.03x of |cosine|"),))
+        for kind in ("squared_cosine", "squared_cosine_and_grad")
+    ),
+)
+
+CASES = (*ELEMENTWISE, *FAMILY, *GRAM, *SOFT, *GROUPS, *TORCH, *TENSORFLOW, *MANY)
 
 
 @dataclass(frozen=True)

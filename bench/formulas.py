@@ -81,3 +81,76 @@ def tensorflow_orthogonal(x):
 def _mean_cosine(product, eye):
     size = len(product)
     return 0.01 * 0.5 * abs(product * (1.0 - eye)).sum() / (size * (size - 1) / 2)
+
+
+def torch_soft_orthogonal(x, larger):
+    """``0.01 * ||x @ x.T - I||**2`` by either Gram matrix: their squares have the same sum, and so many ones differ."""
+    import torch
+
+    rows, columns = x.shape
+    by_rows = larger == (rows >= columns)
+    gram = x @ x.T if by_rows else x.T @ x
+    less = gram - torch.eye(len(gram), dtype=x.dtype, device=x.device)
+    return 0.01 * (less.square().sum() + (0 if by_rows else rows - columns))
+
+
+# The family's arguments: such that weights of deviation 0.05 fall to all of a formula's pieces.
+SIZES = {"huber": (0.01, 0.05), "mcp": (0.02, 3.0), "scad": (0.02, 3.7), "log_sum": (0.01, 0.1)}
+
+
+def huber(library, x):
+    factor, delta = SIZES["huber"]
+    v = library.abs(x)
+    return factor * library.where(v <= delta, 0.5 * x * x, delta * (v - 0.5 * delta)).sum()
+
+
+def huber_prox(library, x, step):
+    factor, delta = SIZES["huber"]
+    near = library.abs(x) <= delta * (1 + step * factor)
+    return library.where(near, x / (1 + step * factor), x - step * factor * delta * library.sign(x))
+
+
+def mcp(library, x):
+    factor, gamma = SIZES["mcp"]
+    v = library.abs(x)
+    return library.where(v <= gamma * factor, factor * v - v * v / (2 * gamma), gamma * factor**2 / 2).sum()
+
+
+def mcp_prox(library, x, step):
+    factor, gamma = SIZES["mcp"]
+    v = library.abs(x)
+    soft = library.sign(x) * (v - step * factor).clip(min=0) / (1 - step / gamma)
+    return library.where(v <= gamma * factor, soft, x)
+
+
+def scad(library, x):
+    factor, gamma = SIZES["scad"]
+    v = library.abs(x)
+    middle = (2 * gamma * factor * v - v * v - factor**2) / (2 * (gamma - 1))
+    beyond = library.where(v <= gamma * factor, middle, factor**2 * (gamma + 1) / 2)
+    return library.where(v <= factor, factor * v, beyond).sum()
+
+
+def scad_prox(library, x, step):
+    factor, gamma = SIZES["scad"]
+    v, sign = library.abs(x), library.sign(x)
+    middle = ((gamma - 1) * x - sign * (step * gamma * factor)) / (gamma - 1 - step)
+    beyond = library.where(v <= gamma * factor, middle, x)
+    return library.where(v <= factor * (1 + step), sign * (v - step * factor).clip(min=0), beyond)
+
+
+def log_sum(library, x):
+    factor, eps = SIZES["log_sum"]
+    return factor * library.log1p(library.abs(x) / eps).sum()
+
+
+def log_sum_prox(library, x, step):
+    """The larger root, or 0, where no root is complex: 4 * step * factor <= eps**2."""
+    factor, eps = SIZES["log_sum"]
+    v = library.abs(x)
+    root = (v - eps + library.sqrt((v + eps) ** 2 - 4 * step * factor)) / 2
+    return library.sign(x) * root.clip(min=0)
+
+
+FAMILY = {"huber": huber, "mcp": mcp, "scad": scad, "log_sum": log_sum}
+FAMILY_PROX = {"huber": huber_prox, "mcp": mcp_prox, "scad": scad_prox, "log_sum": log_sum_prox}

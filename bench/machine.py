@@ -10,7 +10,7 @@ from typing import Any
 import numba
 from llvmlite import binding
 
-PACKAGES = ("regkern", "numpy", "numba", "scipy", "numexpr", "keras", "torch", "jax", "tensorflow")
+PACKAGES = ("regkern", "numpy", "numba", "scipy", "numexpr", "skglm", "keras", "torch", "jax", "tensorflow")
 FEATURES = ("f16c", "fma", "avx2", "avx512f", "avx512vl", "avx512bf16", "neon", "sve", "fullfp16")
 
 

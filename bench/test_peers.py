@@ -5,7 +5,7 @@ import pytest
 from bench import peers
 from bench.cases import CASES
 
-LIMITS = ("bare read", "bare copy", "peak FMA")
+LIMITS = ("bare read", "bare read of both", "bare copy", "peak FMA", "|cosine|")  # and what is another penalty
 KINDS = {case.kind for case in CASES if not case.kind.endswith(("accumulate", "prox"))}  # those that return a value
 # NumPy adds bfloat16 in bfloat16, and is off by tens of per cent at a thousand values.
 COMPARED = [case for case in CASES if case.kind in KINDS and case.dtype not in ("float16", "bfloat16")]

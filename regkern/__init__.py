@@ -7,8 +7,9 @@ import importlib
 import sys
 
 from regkern import reductions
+from regkern.bound import BoundPenalty
 from regkern.imports import after_import
-from regkern.penalty import BoundPenalty, Penalty
+from regkern.penalty import Penalty
 from regkern.regularizers import (
     L1,
     L1L2,

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from regkern import reductions, summands
+from regkern.anchored import Anchored
 
 if TYPE_CHECKING:
     from regkern.arrays.adapter import Adapter
@@ -54,8 +55,13 @@ class Tensors:
         self._recorded = recorded
         groups: dict[Any, list[tuple[int, reductions.Reading]]] = {}
         for i in self._counted(arrays, count_tied):
-            planned = _planned(self._regularizers[i]) is not None
-            reading = reductions.reading(arrays[i], recorded=recorded) if planned else None
+            regularizer, operands = self._regularizers[i], ()
+            if isinstance(regularizer, Anchored):
+                with _naming(self._names[i]):
+                    regularizer.check(arrays[i])
+                operands = regularizer.operands
+            planned = _planned(regularizer) is not None
+            reading = reductions.reading(arrays[i], recorded=recorded, operands=operands) if planned else None
             if reading is None:
                 self._others.append(i)
             else:
@@ -63,7 +69,8 @@ class Tensors:
             self.reusable = self.reusable and reading is not None and reading.itself
         for (recorder, _), group in groups.items():
             indices = [i for i, _ in group]
-            if recorder is None or len(group) >= _RECORDED_TOGETHER:
+            anchored = bool(group[0][1].operands)  # if one is, all are; a call of each makes a plan as well
+            if recorder is None or anchored or len(group) >= _RECORDED_TOGETHER:
                 self._plans.append(_Planned(indices, self._plan(group), recorder))
             else:
                 self._others += indices
@@ -87,9 +94,12 @@ class Tensors:
         members = []
         for i, reading in group:
             regularizer = self._regularizers[i]
+            if isinstance(regularizer, Anchored):
+                regularizer = regularizer.regularizer
             if regularizer not in self._distinct:
                 self._distinct.append(regularizer)
-            members.append((self._names[i], reading.adapter, reading.array, self._distinct.index(regularizer)))
+            place = self._distinct.index(regularizer)
+            members.append((self._names[i], reading.adapter, reading.array, place, reading.operands))
         return reductions.plan(members)
 
     def fit(self, names: list[Any], arrays: Sequence[Any]) -> bool:

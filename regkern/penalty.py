@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Self
 
 from regkern import reductions
+from regkern.anchored import anchor, check_anchored
+from regkern.bound import BoundPenalty, as_floats
 from regkern.evaluation import Tensors
 from regkern.names import matches_any, nearest
-from regkern.numbers import Number
 from regkern.rules import RuleError, Rules
 from regkern.selectors import is_selector, select
 from regkern.serialization import deserialize, get, serialize
-from regkern.text import html_table, number
 
 
 class Penalty:
@@ -53,6 +54,8 @@ class Penalty:
             )
         self.rules = Rules({_glob(glob): _regularizer(glob, identifier) for glob, identifier in rules.items()})
         self.count_tied = count_tied
+        self._to: dict[str, Any] | None = None
+        self._weights: dict[str, Any] | None = None
         self._forget()
 
     def __call__(self, named: Any) -> Any:
@@ -106,7 +109,7 @@ class Penalty:
         else:
             tensors, arrays = self._tensors(named)
             values = tensors.values(arrays)
-        return _as_floats(values) if floats else values
+        return as_floats(values) if floats else values
 
     def bind(self, named: Any) -> BoundPenalty:
         """Look up names, memory and layouts once, for tensors that stay where they are: as in a training loop.
@@ -121,6 +124,46 @@ class Penalty:
             TypeError: a penalised tensor's dtype is not supported, or `named` is no collection of arrays.
         """
         return BoundPenalty(self, named)
+
+    def anchored(self, to: Any, weights: Any = None) -> Penalty:
+        """Return the same rules for what tensors differ from a reference by: ``P_name(x - x0)`` for ``P_name(x)``.
+
+        With `L2`, ``factor * ||x - x0||**2`` keeps a model near to what it was trained to be (L2-SP), and with weights
+        ``factor * sum(w * (x - x0)**2)``, near to it where that mattered (elastic weight consolidation, w being Fisher
+        information). The proximal operator, ``x0 + prox(x - x0)``, makes exact copies of x0's elements with `L1`. All
+        element-wise regularizers of regkern's own can be used.
+
+        Args:
+            to: tensors, as for a call, each with the shape, dtype and library of what it is subtracted from. They are
+                no parameters, are kept alive, and are not copied: pass a copy of what is trained, for a module
+                ``copy.deepcopy(model)``, or what its state_dict was in a file.
+            weights: likewise, non-negative and finite, by which each element's factor is multiplied; None for 1.
+
+        Returns:
+            A `Penalty`, which training loops take as any other. It has no config.
+
+        Raises:
+            TypeError, ValueError: `to` is no collection of arrays, or a rule's regularizer is no element-wise one of
+                regkern's own. Evaluations raise them where a tensor has no array here, or one that does not fit or is
+                in the same memory.
+
+        Examples:
+            >>> import numpy as np
+            >>> import regkern as rk
+            >>> start = {"kernel": np.array([1.0, 2.0])}
+            >>> penalty = Penalty({"*": rk.L2(0.5)}).anchored(to=start)
+            >>> float(penalty({"kernel": np.array([1.0, 4.0])}))
+            2.0
+
+        Reference: Li, Grandvalet and Davoine, Explicit inductive bias for transfer learning, 2018,
+        https://arxiv.org/abs/1802.01483; Kirkpatrick et al., Overcoming catastrophic forgetting in neural networks,
+        2017, https://doi.org/10.1073/pnas.1611835114
+        """
+        check_anchored(self.rules.regularizers)
+        anchored = copy.copy(self)
+        anchored._to = reductions.named_arrays(to)
+        anchored._weights = None if weights is None else reductions.named_arrays(weights)
+        return anchored
 
     def unused(self, named: Any) -> list[str]:
         """Return the globs that match no name, those with None too; one whose names earlier rules take matches them.
@@ -142,7 +185,16 @@ class Penalty:
         return self._unused(named, reductions.named_arrays(named))
 
     def get_config(self) -> dict[str, Any]:
-        """Return ``{"rules": {glob: config or None}, "count_tied": bool}``, which JSON can hold."""
+        """Return ``{"rules": {glob: config or None}, "count_tied": bool}``, which JSON can hold.
+
+        Raises:
+            NotImplementedError: the penalty is anchored to arrays.
+        """
+        if self._to is not None:
+            raise NotImplementedError(
+                "get_config: expected a penalty without a reference, whose arrays are no config; got an anchored one; "
+                "save the config of what it was made of, and the arrays, or pickle it."
+            )
         rules = {glob: serialize(regularizer) for glob, regularizer in self.rules.regularizers.items()}
         return {"rules": rules, "count_tied": self.count_tied}
 
@@ -170,7 +222,8 @@ class Penalty:
 
     def __repr__(self) -> str:
         rules = ", ".join(f"{glob!r}: {regularizer!r}" for glob, regularizer in self.rules.regularizers.items())
-        return f"Penalty({{{rules}}}{', count_tied=True' * self.count_tied})"
+        anchored = "" if self._to is None else f".anchored(to={len(self._to)} arrays)"
+        return f"Penalty({{{rules}}}{', count_tied=True' * self.count_tied}){anchored}"
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what makes the penalty: addresses mean nothing in another process, or to a copy."""
@@ -194,10 +247,11 @@ class Penalty:
                 )
         named = reductions.named_arrays(tree)
         rules = self.rules.among(named)
+        found = self._anchor({name: rules.find(name)[1] for name in named})
         values: dict[str, Any] = {}
         seen: list[Any] = []
         for name, x in named.items():
-            regularizer = rules.find(name)[1]
+            regularizer = found[name]
             if regularizer is None or (not self.count_tied and any(x is each for each in seen)):
                 continue
             seen.append(x)
@@ -244,7 +298,25 @@ class Penalty:
             for glob in self._unused(tree, named, globs):
                 if self.rules.regularizers[glob] is not None and self._is_new(glob, "rule"):
                     warnings.warn(_unused_text(glob, names), stacklevel=4)
-        return [regularizer for _, regularizer in found]
+        return list(self._anchor({name: each for name, (_, each) in zip(names, found, strict=True)}).values())
+
+    def _anchor(self, found: dict[str, Any]) -> dict[str, Any]:
+        """Return regularizers by name, those of distances to a reference where there is one."""
+        return found if self._to is None else anchor(found, self._to, self._weights)
+
+    def _chosen(self, tree: Any) -> dict[str, Any]:
+        """Return the regularizers of the names in a tree that have one, and tell nothing."""
+        named = reductions.named_arrays(tree)
+        rules = self._rules(tree, named)
+        found = self._anchor({name: rules.find(name)[1] for name in named})
+        return {name: regularizer for name, regularizer in found.items() if regularizer is not None}
+
+    def _completed(self) -> Penalty:
+        """Return the same penalty with None for every name that no rule matches."""
+        completed = copy.copy(self)
+        regularizers = self.rules.regularizers
+        completed.rules = Rules({**regularizers, "*": regularizers.get("*")})
+        return completed
 
     def _unused(self, tree: Any, named: Mapping[str, Any], used: Collection[str | None] = ()) -> list[str]:
         unused = [glob for glob in self.rules.regularizers if glob not in set(used)]
@@ -256,156 +328,6 @@ class Penalty:
         new = (kind, what) not in self._told
         self._told.add((kind, what))
         return new
-
-
-class BoundPenalty:
-    """A penalty of tensors that stay where they are, made by `Penalty.bind`.
-
-    Names and layouts were looked up once, as in an FFT's plan, so an evaluation is one launch. The tensors are kept
-    alive. Factors of the regularizers may change between evaluations. Nothing is recorded for a framework's
-    differentiation.
-
-    Args:
-        penalty: the rules.
-        named: tensors, as for a call of the penalty.
-
-    Examples:
-        >>> import numpy as np
-        >>> weights = {"kernel": np.ones(3), "bias": np.ones(3)}
-        >>> bound = Penalty({"*bias": None, "*": "l2"}).bind(weights)
-        >>> bound.value()
-        np.float64(0.03)
-        >>> gradients = {"kernel": np.zeros(3)}
-        >>> bound.add_grad(gradients, scale=0.5)
-        >>> gradients["kernel"]
-        array([0.01, 0.01, 0.01])
-    """
-
-    def __init__(self, penalty: Penalty, named: Any) -> None:
-        self._penalty, self._named = penalty, named
-        tree = reductions.Tree(named)
-        self._bind(tree, penalty._find(named, tree.arrays))
-
-    def _bind(self, tree: reductions.Tree, regularizers: Sequence[Any]) -> Tensors:
-        self._arrays, self._names, self._watch = list(tree.arrays.values()), list(tree.arrays), tree.watch()
-        count_tied = self._penalty.count_tied
-        self._tensors: Tensors | None = Tensors(tree.arrays, regularizers, count_tied=count_tied, recorded=False)
-        return self._tensors
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what was bound to what: addresses mean nothing in another process, or to a copy."""
-        looked_up = "_arrays", "_names", "_watch", "_tensors"
-        return {name: value for name, value in vars(self).items() if name not in looked_up}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._tensors = None  # until the first use: a model that holds its own bound penalty is being copied still
-
-    def value(self) -> Any:
-        """Return the penalty, as a call of the `Penalty` does.
-
-        Returns:
-            A 0-d scalar.
-
-        Raises:
-            RuntimeError: a tensor was replaced, added, taken out, frozen or trained again since it was bound, or its
-                memory resized, reshaped or replaced.
-        """
-        return self._checked().value(self._arrays)
-
-    def per_tensor(self, floats: bool = False) -> dict[str, Any]:
-        """Return each penalised tensor's penalty by name.
-
-        Args:
-            floats: give Python floats, which logs and JSON take; devices are waited for.
-
-        Returns:
-            A dict of 0-d scalars, as of `Penalty.per_tensor`.
-
-        Raises:
-            RuntimeError: as for `value`.
-        """
-        values = self._checked().values(self._arrays)
-        return _as_floats(values) if floats else values
-
-    def _repr_html_(self) -> str:
-        """Return a table of the tensors' penalties as they are now: what a notebook shows."""
-        tensors = self._checked()
-        values = _as_floats(tensors.values(self._arrays))
-        rows = [(name, repr(tensors.regularizer(name)), number(value)) for name, value in values.items()]
-        return html_table(("tensor", "regularizer", "penalty"), [*rows, ("total", "", number(sum(values.values())))])
-
-    def value_and_grad(self) -> tuple[Any, dict[str, Any]]:
-        """Return the penalty and, by name, each penalised tensor's gradient.
-
-        Returns:
-            A 0-d scalar, and a dict of new arrays with their tensors' shapes and dtypes.
-
-        Raises:
-            RuntimeError: as for `value`.
-            TypeError: a user's callable has no `value_and_grad`; it names the tensor.
-        """
-        return self._checked().value_and_grad(self._arrays)
-
-    def add_grad(self, grads: Mapping[str, Any], scale: Number = 1.0) -> None:
-        """Add ``scale * dP/dx`` to every penalised tensor's array in `grads`, without a temporary.
-
-        Args:
-            grads: arrays by name, each with its tensor's shape and dtype, nested or not; further names do no harm.
-            scale: a finite number, or a 0-d array whose value can be read.
-
-        Raises:
-            RuntimeError: as for `value`.
-            ValueError, TypeError: a name is missing, an array does not fit, a user's callable has no `grad`, or scale
-                is not finite. Nothing was written then.
-        """
-        scale = reductions.as_float("scale", reductions.finite("scale", scale))
-        self._checked().add_grad(self._arrays, grads, scale)
-
-    def prox_(self, step: Number) -> None:
-        """Replace every penalised tensor by ``argmin_z step * P(z) + ||z - x||**2 / 2``, in place.
-
-        Args:
-            step: the step size, non-negative and finite: a number, or a 0-d array whose value can be read.
-
-        Raises:
-            RuntimeError: as for `value`.
-            ValueError, TypeError: a tensor cannot be written to, a regularizer has no proximal operator, or step is
-                negative or not finite. Nothing was written then.
-        """
-        step = reductions.as_float("step", reductions.step_size(step))
-        self._checked().prox(self._arrays, step)
-
-    def _checked(self) -> Tensors:
-        """Return how the tensors are evaluated. Bind a copy to what was copied; what there was to tell has been told.
-
-        Raises:
-            RuntimeError: the tree does not hold the same tensors, or they are not where they were.
-        """
-        tensors = self._tensors
-        if tensors is None:
-            tree = reductions.Tree(self._named)
-            return self._bind(tree, self._penalty._find(self._named, tree.arrays, tell=False))
-        if self._watch.changed():
-            tree = reductions.Tree(self._named)
-            before = dict(zip(self._names, self._arrays, strict=True))
-            for name in {**before, **tree.arrays}:
-                if tree.arrays.get(name) is not before.get(name):
-                    change = _change(name, before, tree.arrays)
-                    raise RuntimeError(f"{name}: expected what was bound; got {change}; bind the penalty again.")
-            self._watch = tree.watch()  # something that is no tensor was replaced
-        tensors.check(self._arrays)
-        return tensors
-
-
-def _as_floats(values: Mapping[str, Any]) -> dict[str, float]:
-    return {name: reductions.as_float(name, value) for name, value in values.items()}
-
-
-def _change(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    if name not in now:
-        return "nothing, since it was taken out, renamed or frozen"
-    return "another in its place" if name in before else "a new one, or one that is trained now"
 
 
 def _unused_text(glob: str, names: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ scalars of the array's library, float64 for float64 and float32 for the rest. Na
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from regkern.arrays import ADAPTERS
@@ -20,7 +20,7 @@ from regkern.arrays.numbers import step_size as step_size
 from regkern.arrays.trees import Tree as Tree
 from regkern.formulas import ABS, ABS_SUM, BOTH_SUMS, COUNTED, SQUARE_SUM
 from regkern.summands import check_mode, check_rank
-from regkern.terms import NONE, PARTIAL, SUMS, Products, Term
+from regkern.terms import NONE, PARTIAL, SUMS, Operation, Parameters, Products, Term
 
 if TYPE_CHECKING:
     from regkern.arrays.adapter import Adapter, KernelAdapter
@@ -157,6 +157,7 @@ class Reading(NamedTuple):
         array: the array as that adapter takes it.
         home: what arrays of one plan have in common.
         itself: whether that is so as long as the array is where it is: no other adapter decides anew at each call.
+        operands: a reference and weights of its elements, where the penalty is one of the distance to that, likewise.
     """
 
     recorder: Adapter | None
@@ -164,14 +165,16 @@ class Reading(NamedTuple):
     array: Any
     home: Hashable
     itself: bool
+    operands: tuple[Any, ...] = ()
 
 
-def reading(x: Any, *, recorded: bool) -> Reading | None:
+def reading(x: Any, *, recorded: bool, operands: tuple[Any, ...] = ()) -> Reading | None:
     """Return how kernels read an array's memory; None where they cannot.
 
     Args:
         x: an array.
         recorded: respect a gradient that its library is recording.
+        operands: a reference and weights, which kernels read beside it, in the host's memory alone.
     """
     own = ADAPTERS[type(x)]
     tracked = recorded and own.tracks(x)
@@ -179,11 +182,39 @@ def reading(x: Any, *, recorded: bool) -> Reading | None:
     if read is None:
         return None
     adapter, array = read
-    return Reading(own if tracked else None, adapter, array, adapter.home(array), array is x and adapter is own)
+    itself = array is x and adapter is own
+    beside = [own.reader(each) for each in operands]
+    if operands and (adapter.home(array) != "host" or any(each is None or each[0] is not adapter for each in beside)):
+        return None
+    found = tuple(each[1] for each in beside if each is not None)
+    return Reading(own if tracked else None, adapter, array, adapter.home(array), itself, found)
 
 
-def plan(members: Sequence[tuple[str, KernelAdapter, Any, int]]) -> Plan:
-    """Look many arrays of one home up for joint evaluations: name, adapter, array, and which penalty each has."""
+def check_operands(x: Any, arguments: Mapping[str, Any]) -> None:
+    """Raise TypeError or ValueError unless arrays, by the names of arguments, can be compared with x.
+
+    And unless the first is another: the distance of an array to itself, which is changed in place, is always zero.
+    """
+    own = ADAPTERS[type(x)]
+    for argument, operand in arguments.items():
+        own.check_operand(argument, x, operand)
+    argument, reference = next(iter(arguments.items()))
+    if not own.is_immutable(x) and place(x) == place(reference):
+        raise ValueError(
+            f"{argument}: expected memory of its own, which stays as it is; got x's, whose distance to itself is "
+            "always zero; pass a copy."
+        )
+
+
+def anchored(
+    operation: Operation, term: Term, p: Parameters, x: Any, operands: tuple[Any, ...], out: Any = None
+) -> tuple[Any, Any]:
+    """Do an operation with a distance to a reference by the library's own operations, as its adapter does."""
+    return ADAPTERS[type(x)].anchored(operation, term, p, x, operands, out)
+
+
+def plan(members: Sequence[tuple[str, KernelAdapter, Any, int, tuple[Any, ...]]]) -> Plan:
+    """Look many arrays of one home up for joint evaluations: name, adapter, array, which penalty each has, operands."""
     from regkern.arrays.plan import Member  # brings Numba, which only evaluations need
 
     return members[0][1].plan([Member(*member) for member in members])

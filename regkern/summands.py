@@ -23,6 +23,7 @@ from regkern.terms import (
     VALUE,
     VALUE_AND_GRADIENT,
     Norms,
+    Operation,
     Parameters,
     Products,
     View,
@@ -140,6 +141,31 @@ def prox(summands: Summands, x: Any, step: Any, out: Any) -> Any:
         adapter, p = _scaled(summand, x, "step", step)
         _, x = adapter.run(PROX, summand.term, p, x, out)
     return x
+
+
+def distance(
+    operation: Operation,
+    summand: Summand,
+    x: Any,
+    operands: tuple[Any, ...],
+    out: Any = None,
+    name: str = "",
+    scale: Any = 1.0,
+) -> tuple[Any, Any]:
+    """Do an operation with a penalty of x's distance to a reference, by the library's own operations.
+
+    Args:
+        operation: VALUE, or one that writes.
+        summand: of elements.
+        x: the array.
+        operands: a reference and, if any, weights of its elements.
+        out: where to write.
+        name: of the scale, for errors.
+        scale: what the factors are multiplied by, a scale or a step.
+    """
+    adapter = ADAPTERS[type(x)]
+    p = taken(summand, adapter, x, recorded=True) if operation is VALUE else scaled(summand, x, name, scale)[1]
+    return adapter.anchored(operation, summand.term, p, x, operands, out)
 
 
 def has_prox(summands: Summands) -> bool:

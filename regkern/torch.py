@@ -104,9 +104,7 @@ def _penalty(rules: Mapping[str, Any] | Penalty | None, others: Any) -> Penalty 
     if rules is None:
         return None
     penalty = rules if isinstance(rules, Penalty) else Penalty(rules)
-    if others is None:
-        return penalty
-    return Penalty({**penalty.rules.regularizers, "*": penalty.rules.regularizers.get("*")}, penalty.count_tied)
+    return penalty if others is None else penalty._completed()
 
 
 class _Side:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from regkern import reductions
 from regkern.names import nearest
 from regkern.penalty import Penalty
 from regkern.rules import RuleError
-from regkern.selectors import select
 
 
 def completed(rules: Any) -> Penalty:
@@ -21,13 +19,7 @@ def completed(rules: Any) -> Penalty:
     Raises:
         TypeError, RuleError: as for `Penalty`.
     """
-    if isinstance(rules, Penalty):
-        rules, count_tied = rules.rules.regularizers, rules.count_tied
-    else:
-        count_tied = False
-    if isinstance(rules, Mapping) and "*" not in rules:
-        rules = {**rules, "*": None}
-    return Penalty(rules, count_tied=count_tied)
+    return (rules if isinstance(rules, Penalty) else Penalty(rules))._completed()
 
 
 def penalised(penalty: Penalty, tree: Any) -> dict[str, Any]:
@@ -57,12 +49,4 @@ def penalised(penalty: Penalty, tree: Any) -> dict[str, Any]:
             raise RuleError(
                 f"rule {glob!r}: expected a glob that matches a trained tensor's name; it matches none; {advice}."
             )
-    return chosen(penalty, tree)
-
-
-def chosen(penalty: Penalty, tree: Any) -> dict[str, Any]:
-    """Return the regularizers of the names that have one."""
-    named = reductions.named_arrays(tree)
-    rules = penalty.rules.among(named, select(penalty.rules.regularizers, tree, named))
-    found = {name: rules.find(name)[1] for name in named}
-    return {name: regularizer for name, regularizer in found.items() if regularizer is not None}
+    return penalty._chosen(tree)

@@ -4,7 +4,18 @@ Each library has a file. Arrays are converted to the peer's own type beforehand,
 Every peer runs on its default number of threads. One that is not installed raises ImportError, and is left out.
 """
 
-from bench.peers import groups, jax, limits, many, numpy, regkern, tensorflow, torch  # noqa: F401  they register their peers
+from bench.peers import (  # noqa: F401  they register their peers
+    family,
+    groups,
+    jax,
+    limits,
+    many,
+    numpy,
+    regkern,
+    soft,
+    tensorflow,
+    torch,
+)
 from bench.peers.registry import peer
 
 prepare = peer.prepare

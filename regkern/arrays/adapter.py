@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from regkern.arrays import ADAPTERS
 from regkern.arrays.layout import View
 from regkern.terms import VALUE, Operation, Parameters, Products, Term
 
@@ -55,6 +56,42 @@ class Adapter(ABC):
     def value(self, term: Term, p: Parameters, x: Any) -> Any:
         """Return the penalty, as `run` does."""
         return self.run(VALUE, term, p, x)[0]
+
+    def anchored(
+        self, operation: Operation, term: Term, p: Parameters, x: Any, operands: tuple[Any, ...], out: Any = None
+    ) -> tuple[Any, Any]:
+        """Do an operation with a penalty of elements of ``x - x0``, by the library's own operations.
+
+        Args:
+            operation: VALUE, GRADIENT, one that adds a gradient or gives the value with it, or PROX.
+            term: the penalty.
+            p: its parameters.
+            x: the array.
+            operands: x0 and, where elements have weights, these, as `check_operand` lets them be.
+            out: as for `run`, whose results these are.
+        """
+        adapter = self.expressions()
+        if adapter is None:
+            raise no_distance(x)
+        return adapter.anchored(operation, term, p, x, operands, out)
+
+    def check_operand(self, argument: str, x: Any, operand: Any) -> None:
+        """Raise TypeError or ValueError unless x can be compared with an array element by element."""
+        if ADAPTERS[type(operand)] is not self:
+            raise TypeError(
+                f"{argument}: expected an array of x's library, {type(x).__module__.partition('.')[0]}; "
+                f"got {type(operand).__name__}; convert one of them."
+            )
+        if tuple(operand.shape) != tuple(x.shape):
+            raise ValueError(
+                f"{argument}: expected x's shape {tuple(x.shape)}; got {tuple(operand.shape)}; pass one that fits."
+            )
+        if operand.dtype != x.dtype:
+            raise TypeError(f"{argument}: expected x's dtype {x.dtype}; got {operand.dtype}; convert one of them.")
+
+    def is_immutable(self, x: Any) -> bool:
+        """Whether an array stays what it is, so that it may be compared with itself."""
+        return False
 
     def loss(self, term: Term, p: Parameters, x: Any) -> Any:
         """Return the penalty where it is known to be a part of a loss whose value counts, as well as its gradient."""
@@ -209,6 +246,12 @@ class ChoosingAdapter(Adapter):
         adapter, x = self.choose(x)
         return adapter.between(term, x, self.choose(other)[1])
 
+    def anchored(
+        self, operation: Operation, term: Term, p: Parameters, x: Any, operands: tuple[Any, ...], out: Any = None
+    ) -> tuple[Any, Any]:
+        adapter, x = self.choose(x)
+        return adapter.anchored(operation, term, p, x, tuple(self.choose(each)[1] for each in operands), out)
+
     def tracks(self, x: Any) -> bool:
         adapter, x = self.choose(x)
         return adapter.tracks(x)
@@ -231,6 +274,14 @@ def no_partial(x: Any) -> NotImplementedError:
     return NotImplementedError(
         f"x: expected an array in the host's memory for partial sums of cosines; got {type(x).__name__}; "
         "call the regularizer itself."
+    )
+
+
+def no_distance(x: Any) -> TypeError:
+    """Return the error that says that a library has no way to evaluate distances to a reference."""
+    return TypeError(
+        f"x: expected an array of NumPy, CuPy, PyTorch, JAX, TensorFlow or Keras for a distance to a reference; "
+        f"got {type(x).__name__}; call the regularizer on the difference."
     )
 
 

@@ -28,6 +28,12 @@ class Expressions(ExpressionsAdapter):
         found: tuple[Any, Any] = on(x.data.device_id, super().run, operation, term, p, x, out)
         return found
 
+    def anchored(
+        self, operation: Operation, term: Term, p: Parameters, x: Any, operands: tuple[Any, ...], out: Any = None
+    ) -> tuple[Any, Any]:
+        found: tuple[Any, Any] = on(x.data.device_id, super().anchored, operation, term, p, x, operands, out)
+        return found
+
     def widen(self, x: Any) -> Any:
         return x.astype(dtype_of(x.dtype).result, copy=False)
 

@@ -202,6 +202,24 @@ class ExpressionsAdapter(Adapter):
         gradient = v * self.quotient(slopes, norms)
         return self._weighed(term, p, norms, 1.0 / weight), self.narrow(gradient, x)
 
+    def anchored(
+        self, operation: Operation, term: Term, p: Parameters, x: Any, operands: tuple[Any, ...], out: Any = None
+    ) -> tuple[Any, Any]:
+        origin, *weights = (self.widen(self.detach(each)) for each in operands)
+        own: Parameters = (p[0] * weights[0], p[1] * weights[0], *p[2:]) if weights else p
+        functions, difference = self.functions(term), self.widen(x if operation is VALUE else self.detach(x)) - origin
+        value = written = None
+        if operation.sums:
+            terms = zip(p, functions.terms(self.magnitude(difference), p), strict=False)
+            counted = ((each, values) for each, values in terms if not isinstance(values, float))
+            parts = [each * self.sum(values * weights[0] if weights else values) for each, values in counted]
+            value = functools.reduce(operator.add, parts) if parts else self.zero(difference)
+        if operation.writes == "prox":
+            written = origin + functions.prox(difference, own)  # type: ignore[misc]
+        elif operation.writes:
+            written = functions.derivative(difference, own)  # type: ignore[misc]
+        return value, None if written is None else self.write(self.narrow(written, x), out, operation.adds)
+
     def prox(self, term: Term, p: Parameters, x: Any) -> Any:
         """Return the proximal operator's result, in x's dtype."""
         v, functions = self.widen(self.detach(x)), self.functions(term)

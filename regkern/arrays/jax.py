@@ -324,6 +324,9 @@ class JaxAdapter(Adapter):
     def masked(self, x: Any, mask: Any) -> Any:
         return jnp.where(mask, x, jnp.zeros((), x.dtype))
 
+    def is_immutable(self, x: Any) -> bool:
+        return True
+
     def beside(self, value: Any, other: Any) -> Any:
         if isinstance(value, jax.core.Tracer) or isinstance(other, jax.core.Tracer) or not isinstance(other, jax.Array):
             return value
@@ -346,6 +349,13 @@ def _by_operations(operation: Operation, term: Term, p: Parameters, x: Any) -> t
     return OPERATIONS.run(operation, term, p, x)
 
 
+@functools.partial(jax.jit, static_argnames=("operation", "term"), inline=True)
+def _distance_by_operations(
+    operation: Operation, term: Term, p: Parameters, x: Any, operands: tuple[Any, ...]
+) -> tuple[Any, Any]:
+    return OPERATIONS.anchored(operation, term, p, x, operands)
+
+
 class Expressions(JaxAdapter):
     """Takes arrays and tracers for parameters, by JAX's own operations, which differentiate and map them too."""
 
@@ -353,6 +363,14 @@ class Expressions(JaxAdapter):
         if operation.writes:
             _refuse(out, operation.adds)
         found: tuple[Any, Any] = _by_operations(operation, term, p, _checked(x))
+        return found
+
+    def anchored(
+        self, operation: Operation, term: Term, p: Parameters, x: Any, operands: tuple[Any, ...], out: Any = None
+    ) -> tuple[Any, Any]:
+        if operation.writes:
+            _refuse(out, operation.adds)
+        found: tuple[Any, Any] = _distance_by_operations(operation, term, p, _checked(x), operands)
         return found
 
 

@@ -144,16 +144,26 @@ class KerasAdapter(ChoosingAdapter):
         return EXPRESSIONS
 
     def run(self, operation: Operation, term: Term, p: Parameters, x: Any, out: Any = None) -> tuple[Any, Any]:
-        if not isinstance(out, Variable):
-            return super().run(operation, term, p, x, out)
-        if keras.backend.backend() != "jax":
-            return super().run(operation, term, p, x, out.value)[0], out
-        value, written = super().run(ANEW.get(operation, operation), term, p, x)  # JAX's arrays are immutable
-        if operation.adds:
-            out.assign_add(written)
-        else:
-            out.assign(written)
-        return value, out
+        return _written(super().run, operation, term, p, x, out=out)
+
+    def anchored(
+        self, operation: Operation, term: Term, p: Parameters, x: Any, operands: tuple[Any, ...], out: Any = None
+    ) -> tuple[Any, Any]:
+        return _written(super().anchored, operation, term, p, x, operands, out=out)
+
+
+def _written(run: Callable[..., tuple[Any, Any]], operation: Operation, *arguments: Any, out: Any) -> tuple[Any, Any]:
+    """Do an operation whose result is written to `out`, which may be a variable."""
+    if not isinstance(out, Variable):
+        return run(operation, *arguments, out)
+    if keras.backend.backend() != "jax":
+        return run(operation, *arguments, out.value)[0], out
+    value, written = run(ANEW.get(operation, operation), *arguments, None)  # JAX's arrays are immutable
+    if operation.adds:
+        out.assign_add(written)
+    else:
+        out.assign(written)
+    return value, out
 
 
 class Expressions(KerasAdapter):

@@ -37,35 +37,39 @@ def loops(shape: tuple[int, ...], x: Strides, out: Strides) -> tuple[int, int, i
         Byte offsets of the first elements to visit in x and in out; how often each element is repeated by axes that
         are broadcast in both; and an int64 array of three rows: lengths, strides of x, strides of out.
     """
+    (x_start, out_start), repeats, layout = merged(shape, x, out)
+    return x_start, out_start, repeats, layout
+
+
+@lru_cache(maxsize=1024)
+def merged(shape: tuple[int, ...], *strides: Strides) -> tuple[tuple[int, ...], int, np.ndarray[Any, Any]]:
+    """Do the same for any number of arrays of a shape, of which the first says in what order elements are visited."""
     if 0 in shape:  # whatever the strides: no element is there, not even at the address
-        return 0, 0, 1, np.zeros((3, 1), np.int64)
-    x_start = out_start = 0
-    repeats = 1
-    dimensions = []
-    for length, x_stride, out_stride in zip(shape, x, out, strict=True):
-        if x_stride == out_stride == 0:
+        return (0,) * len(strides), 1, np.zeros((1 + len(strides), 1), np.int64)
+    starts, repeats, dimensions = [0] * len(strides), 1, []
+    for length, *steps in zip(shape, *strides, strict=True):
+        if not any(steps):
             repeats *= length
             continue
         if length == 1:
             continue
-        if x_stride < 0:  # visit from the other end
-            x_start += (length - 1) * x_stride
-            out_start += (length - 1) * out_stride
-            x_stride, out_stride = -x_stride, -out_stride
-        dimensions.append((length, x_stride, out_stride))
-    # Axes that are broadcast in x alone go outermost, where the repeated rows are still in the cache.
+        if steps[0] < 0:  # visit from the other end
+            starts = [start + (length - 1) * step for start, step in zip(starts, steps, strict=True)]
+            steps = [-step for step in steps]
+        dimensions.append((length, *steps))
+    # Axes that are broadcast in the first alone go outermost, where the repeated rows are still in the cache.
     dimensions.sort(key=lambda dimension: dimension[1] or float("inf"), reverse=True)
 
-    merged: list[tuple[int, int, int]] = []
-    for length, x_stride, out_stride in dimensions:
-        outer = merged[-1] if merged else None
-        if outer and outer[1:] == (length * x_stride, length * out_stride):
-            merged[-1] = (outer[0] * length, x_stride, out_stride)
+    found: list[tuple[int, ...]] = []
+    for length, *steps in dimensions:
+        outer = found[-1] if found else None
+        if outer and list(outer[1:]) == [length * step for step in steps]:
+            found[-1] = (outer[0] * length, *steps)
         else:
-            merged.append((length, x_stride, out_stride))
+            found.append((length, *steps))
     # A single element is one dimension as well.
-    layout = np.array(merged or [(1, 0, 0)], np.int64).T.copy()
-    return x_start, out_start, repeats, layout
+    layout = np.array(found or [(1, *[0] * len(strides))], np.int64).T.copy()
+    return tuple(starts), repeats, layout
 
 
 class Walk(NamedTuple):

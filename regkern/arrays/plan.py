@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
 
 import numpy as np
 
-from regkern.arrays.layout import View, loops
+from regkern.arrays.layout import Strides, View, loops, merged
 from regkern.dtypes import FLOAT32, FLOAT64
+from regkern.kernels.cpu import anchored
 from regkern.kernels.cpu.elementwise import kernels
 from regkern.kernels.cpu.many import Entry, Table
 from regkern.terms import (
@@ -34,12 +35,21 @@ Weighted = tuple[Term, Parameters]
 
 
 class Member(NamedTuple):
-    """One array of a plan: its name, for errors; the adapter that reads it; which of the plan's penalties it has."""
+    """One array of a plan.
+
+    Attributes:
+        name: its name, for errors.
+        adapter: the adapter that reads it: of a HostPlan a HostAdapter, of a DevicePlan a DeviceAdapter.
+        array: the array.
+        penalty: which of the plan's penalties it has.
+        operands: where the penalty is one of its distance to a reference: that, and weights of its elements if any.
+    """
 
     name: str
-    adapter: Any  # a KernelAdapter: of a HostPlan a HostAdapter, of a DevicePlan a DeviceAdapter
+    adapter: Any
     array: Any
     penalty: int
+    operands: tuple[Any, ...] = ()
 
 
 class Known:
@@ -109,8 +119,11 @@ class Plan(ABC):
     """
 
     def __init__(self, members: Sequence[Member]) -> None:
-        self._names, self._adapters, arrays, self._penalties = zip(*members, strict=True)
+        self._names, self._adapters, arrays, self._penalties, self.operands = zip(*members, strict=True)
         self._arrays = Known(self._adapters, arrays)
+        pairs = [(member, each) for member in members for each in member.operands]
+        self._beside = [each for _, each in pairs]
+        self._operands = Known([member.adapter for member, _ in pairs], self._beside)
         self._targets: dict[bool, Known] = {}
         dtypes = {view.dtype for view in self._arrays.views}
         self.dtype = FLOAT64 if FLOAT64 in dtypes else FLOAT32
@@ -120,7 +133,7 @@ class Plan(ABC):
 
     def fits(self, arrays: Sequence[Any]) -> bool:
         """Whether these are the plan's arrays, where they were."""
-        return self._arrays.are(arrays)
+        return self._arrays.are(arrays) and self._operands.first_moved(self._beside) < 0
 
     def check(self, arrays: Sequence[Any]) -> None:
         """Raise RuntimeError unless the arrays, the same ones, are where they were."""
@@ -130,12 +143,17 @@ class Plan(ABC):
                 f"{self._names[moved]}: expected memory that stays as it was; got an array that was resized, reshaped "
                 "or given other memory; bind the penalty again."
             )
+        if self._operands.first_moved(self._beside) >= 0:
+            raise RuntimeError(
+                "to: expected arrays that stay as they were; got one that was resized, reshaped or given other memory; "
+                "bind the penalty again."
+            )
 
     def over(self, arrays: Sequence[Any]) -> Self:
         """Return the plan for these arrays: this one, if they lie where its own were."""
-        if self._arrays.first_moved(arrays) < 0:
+        if self._arrays.first_moved(arrays) < 0 and self._operands.first_moved(self._beside) < 0:
             return self
-        return type(self)(list(map(Member, self._names, self._adapters, arrays, self._penalties)))
+        return type(self)(list(map(Member, self._names, self._adapters, arrays, self._penalties, self.operands)))
 
     def weighted(self, penalties: Sequence[Weighted]) -> list[Weighted]:
         """Return each array's penalty."""
@@ -173,7 +191,8 @@ class Plan(ABC):
             TypeError, ValueError: one cannot take a result of its array, or two are in one place.
         """
         known = self._targets.get(outs is arrays)
-        if known is None or not (known.are(outs) if outs is arrays else known.take(outs, self._arrays.views)):
+        others = [*self._arrays.views, *self._operands.views]
+        if known is None or not (known.are(outs) if outs is arrays else known.take(outs, others)):
             self._check_outs(arrays, outs)
             known = self._targets[outs is arrays] = Known(self._adapters, outs, written=True)
         return Targets(outs, known.views)
@@ -202,6 +221,8 @@ class Plan(ABC):
         addresses = [view.address for view in views if 0 not in view.shape]
         if len(set(addresses)) < len(addresses):
             raise ValueError("out: expected memory of its own for each array; got the same memory twice; pass copies.")
+        if not {view.address for view in self._operands.views if 0 not in view.shape}.isdisjoint(addresses):
+            raise ValueError("out: expected memory beside the reference's; got its own; pass copies.")
 
     def _wrote(self, outs: Sequence[Any]) -> None:
         for adapter, out in zip(self._adapters, outs, strict=True):
@@ -267,9 +288,26 @@ class HostPlan(Plan):
         entries = []
         for i, view in enumerate(self._arrays.views):
             out = view if outs is None else outs[i]
-            offset, out_offset, repeats, layout = loops(view.shape, view.strides, out.strides)
-            in_place = bool(operation.writes) and outs is None
-            run = kernels(operation, formulas[self._penalties[i]], view.dtype, in_place).run
+            formula, kept = formulas[self._penalties[i]], None
+            if self.operands[i]:
+                offset, out_offset, repeats, layout, kept = self._anchored(i, operation, formula, out.strides)
+                run = int(kept[0].ctypes.data)
+            else:
+                offset, out_offset, repeats, layout = loops(view.shape, view.strides, out.strides)
+                in_place = bool(operation.writes) and outs is None
+                run = kernels(operation, formula, view.dtype, in_place).run
             start, itemsize = view.address + offset, view.dtype.itemsize
-            entries.append(Entry(run, start, out_offset, layout, repeats, itemsize, self._penalties[i]))
+            entries.append(Entry(run, start, out_offset, layout, repeats, itemsize, self._penalties[i], kept))
         return Table(entries)
+
+    def _anchored(self, i: int, operation: Operation, formula: Formula, out: Strides) -> tuple[Any, ...]:
+        """Return how array i is walked together with its operands, as `loops` does, and what describes that."""
+        view, adapter = self._arrays.views[i], self._adapters[i]
+        operands = [adapter.view(each) for each in self.operands[i]]
+        strides = [each.strides for each in operands]
+        starts, repeats, layout = merged(view.shape, view.strides, out, *strides)
+        places = [each.address + start for each, start in zip(operands, starts[2:], strict=True)]
+        others = np.stack([layout[0], layout[3], layout[-1]])
+        reference, weights = (*places, 0)[:2]
+        run = anchored.describe(operation, formula, view.dtype, reference, weights, others)
+        return *starts[:2], repeats, layout[:3].copy(), (run, others)

@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from regkern.arrays import tensorflow_graph as graph
-from regkern.arrays.adapter import Adapter, ChoosingAdapter, require
+from regkern.arrays.adapter import Adapter, ChoosingAdapter, no_distance, require
 from regkern.arrays.expressions import ExpressionsAdapter
 from regkern.arrays.layers import distinct, through_layers
 from regkern.arrays.tensorflow_graph import VIEWS
@@ -367,6 +367,13 @@ class TensorflowAdapter(ChoosingAdapter):
             return KERNELS, tensor
         return (IN_GRAPHS if graph.takes(tensor) else OPERATIONS), tensor
 
+    def anchored(
+        self, operation: Operation, term: Term, p: Parameters, x: Any, operands: tuple[Any, ...], out: Any = None
+    ) -> tuple[Any, Any]:
+        if isinstance(x, tf.RaggedTensor):
+            raise no_distance(x)
+        return EXPRESSIONS.anchored(operation, term, p, x, operands, out)
+
     def captures(self, x: Any) -> bool:
         return not tf.executing_eagerly()
 
@@ -388,6 +395,9 @@ class TensorflowAdapter(ChoosingAdapter):
 
     def expressions(self) -> Adapter:
         return EXPRESSIONS
+
+    def is_immutable(self, x: Any) -> bool:
+        return not isinstance(x, tf.Variable)
 
 
 class Ragged(Adapter):

@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from regkern import reductions
+from regkern.bound import BoundPenalty
 from regkern.keras.rates import optimizers_of, rate_of_last_step, steps_done
 from regkern.keras.registration import library_of
 from regkern.numbers import real
-from regkern.penalty import BoundPenalty, Penalty
+from regkern.penalty import Penalty
 from regkern.serialization import keras_libraries
-from regkern.training import chosen, completed, penalised
+from regkern.training import completed, penalised
 
 # Up to how many elements zeros are counted after each proximal step, and after how many steps in larger models: a pass
 # over a million takes 0.1 ms.
@@ -133,7 +134,7 @@ class ProximalCallback(_Callback):
         """
         named = reductions.named_arrays(self.model)
         if {id(variable) for variable in named.values()} != self._trained:
-            self._look(named, chosen(self._penalty, self.model))
+            self._look(named, self._penalty._chosen(self.model))
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Take the proximal step, if one is due.

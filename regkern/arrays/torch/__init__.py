@@ -53,6 +53,11 @@ class TorchAdapter(Adapter):
         kernels = kernels_of(x)
         return EXPRESSIONS if kernels is None or not kernels.serves(term) else kernels
 
+    def check_operand(self, argument: str, x: Tensor, operand: Any) -> None:
+        super().check_operand(argument, x, operand)
+        if operand.device != x.device:
+            raise ValueError(f"{argument}: expected x's device {x.device}; got {operand.device}; move one of them.")
+
     def on_host(self, x: Tensor) -> tuple[HostAdapter, Any] | None:
         if torch.compiler.is_compiling() or not is_plain(x):
             return None

@@ -66,15 +66,21 @@ class Penalties(torch.autograd.Function):
         if _can_use(ctx.kernels, upstream, *tensors):
             gradients = ctx.plan.over(tensors).scaled_grads(ctx.penalties, tensors, upstream)
             return None, None, *gradients
-        pairs = zip(tensors, ctx.plan.weighted(ctx.penalties), strict=True)
+        each = zip(tensors, ctx.plan.weighted(ctx.penalties), ctx.plan.operands, strict=True)
         return (
             None,
             None,
             *(
-                _by_expressions(functools.partial(EXPRESSIONS.value, term, p, x), x, upstream.to(_result(x)))
-                for x, (term, p) in pairs
+                _by_expressions(functools.partial(_value, term, p, x, operands), x, upstream.to(_result(x)))
+                for x, (term, p), operands in each
             ),
         )
+
+
+def _value(term: Term, p: Parameters, x: Tensor, operands: tuple[Tensor, ...]) -> Any:
+    if operands:
+        return EXPRESSIONS.anchored(VALUE, term, p, x, operands)[0]
+    return EXPRESSIONS.value(term, p, x)
 
 
 def _result(x: Tensor) -> torch.dtype:

@@ -62,15 +62,20 @@ class Kernels:
         itemsize: bytes per element.
     """
 
-    def __init__(self, operation: Operation, formula: Formula, dtype: DType, in_place: bool) -> None:
+    def __init__(
+        self, operation: Operation, formula: Formula, dtype: DType, in_place: bool, weighted: bool = False
+    ) -> None:
         self._arguments = operation, formula, dtype, in_place
-        self.name = "-".join([operation.name, formula.name, dtype.name] + ["in_place"] * in_place)
+        self._weighted = weighted
+        parts = [operation.name, formula.name, dtype.name] + ["in_place"] * in_place + ["weighted"] * weighted
+        self.name = "-".join(parts)
         self.itemsize, self.version = dtype.itemsize, formula.digest
 
     @CachedAttribute
     def contiguous_run(self) -> int:
         """The run's address."""
-        return compile_function(_make_run(self.name, *self._arguments), RUN, self.name, version=self.version)
+        run = _make_run(self.name, *self._arguments, self._weighted)
+        return compile_function(run, RUN, self.name, version=self.version)
 
     @CachedAttribute
     def _description(self) -> Any:
@@ -101,19 +106,19 @@ class Kernels:
 
 
 @functools.cache
-def kernels(operation: Operation, formula: Formula, dtype: DType, in_place: bool) -> Kernels:
+def kernels(operation: Operation, formula: Formula, dtype: DType, in_place: bool, weighted: bool = False) -> Kernels:
     """Return what is compiled for one operation, formula and dtype; in place, it writes to x and not to out.
 
     That is compiled by itself because LLVM's overlap check would send an out that is x to a scalar loop, which takes 27
-    times as long.
+    times as long. Weighted, each element's factors are multiplied by what is in out, of float64, before it is written.
     """
-    return Kernels(operation, formula, dtype, in_place)
+    return Kernels(operation, formula, dtype, in_place, weighted)
 
 
-def _make_run(name: str, operation: Operation, formula: Formula, dtype: DType, in_place: bool):
+def _make_run(name: str, operation: Operation, formula: Formula, dtype: DType, in_place: bool, weighted: bool):
     """Make a run: its signature is `RUN`."""
     if operation.sums:
-        return _make_sum_run(name, operation, formula, dtype, in_place)
+        return _make_sum_run(name, operation, formula, dtype, in_place, weighted)
     view, itemsize = make_view(dtype.carrier), dtype.itemsize
     widen, narrow, adds = make_widen(dtype), make_narrow(dtype), operation.adds
     change = inner(name)(_change(operation, formula.make(scalars)))
@@ -122,7 +127,8 @@ def _make_run(name: str, operation: Operation, formula: Formula, dtype: DType, i
     def loop(x, out, n, p):
         target = x if in_place else out
         for i in range(n):
-            new = change(widen(x[i]), p)
+            own = (p[0] * out[i], p[1] * out[i], p[2], p[3]) if weighted else p
+            new = change(widen(x[i]), own)
             target[i] = narrow(widen(target[i]) + new if adds else new)
 
     def run(x, out, n, p0, p1, p2, p3, lane, lanes):
@@ -137,11 +143,11 @@ def _change(operation: Operation, functions: Functions) -> Any:
     return functions.derivative if operation.writes == "gradient" else functions.prox
 
 
-def _make_sum_run(name: str, operation: Operation, formula: Formula, dtype: DType, in_place: bool):
+def _make_sum_run(name: str, operation: Operation, formula: Formula, dtype: DType, in_place: bool, weighted: bool):
     """Make a run that adds an element at index i to lane i % LANES, the first of them to any lane."""
     writes, itemsize, prefer_vectors = operation.writes, dtype.itemsize, make_prefer_vectors(dtype)
-    element = _make_element(name, operation, formula, dtype)
-    visit = make_visit(element, dtype, writes=bool(writes), adds=operation.adds, in_place=in_place)
+    element = _make_element(name, operation, formula, dtype, weighted)
+    visit = make_visit(element, dtype, writes=bool(writes), reads=operation.adds or weighted, in_place=in_place)
 
     def run(x, out, n, p0, p1, p2, p3, lane, lanes):
         prefer_vectors()
@@ -162,7 +168,7 @@ def _make_sum_run(name: str, operation: Operation, formula: Formula, dtype: DTyp
     return run
 
 
-def _make_element(name: str, operation: Operation, formula: Formula, dtype: DType):
+def _make_element(name: str, operation: Operation, formula: Formula, dtype: DType, weighted: bool):
     """Make ``element(x, old, *p, sum0, sum1) -> (new, sum0, sum1)``; the old element is one of out."""
     functions, add_square, squares = formula.make(scalars), make_add_square(dtype), formula in (SQUARE, ABS_SQUARE)
     widen, narrow, magnitude = make_widen(dtype), make_narrow(dtype), make_magnitude(dtype)
@@ -172,13 +178,15 @@ def _make_element(name: str, operation: Operation, formula: Formula, dtype: DTyp
     # A term that a formula lacks is zero, which need not be added: sums are no negative zeros.
     @inner(name, fastmath={"nsz"}, forceinline=True)
     def element(x, old, p0, p1, p2, p3, sum0, sum1):
-        p = (p0, p1, p2, p3)
+        p = (p0 * old, p1 * old, p2, p3) if weighted else (p0, p1, p2, p3)
         size = abs(widen(x)) if writes else magnitude(x)
         term0, term1 = terms(size, p)
         new = x
         if writes:
             slope = change(widen(x), p)
             new = narrow(widen(old) + slope if adds else slope)
+        if weighted:
+            return new, sum0 + old * term0, sum1 + old * term1
         return new, sum0 + term0, add_square(size, sum1) if squares else sum1 + term1
 
     return element

@@ -126,7 +126,7 @@ else:
         return types.float64(types.float64, types.float64, types.float64), codegen
 
 
-def make_visit(element, dtype: DType, *, writes, adds, in_place):
+def make_visit(element, dtype: DType, *, writes, reads, in_place):
     """Make ``visit(x, out, lanes, count, *p)``, which adds elements to as many lanes, one to each.
 
     Its loop has no sum, so LLVM makes vector code of it. Where the count is LANES, it becomes code without a loop; in a
@@ -136,11 +136,11 @@ def make_visit(element, dtype: DType, *, writes, adds, in_place):
         element: ``(x, old, *p, sum0, sum1) -> (new, sum0, sum1)`` of one element in the dtype's carrier, compiled.
         dtype: of x and out.
         writes: whether what is new is written to out.
-        adds: whether what is there is read as the old element.
+        reads: whether what is there is read as the old element.
         in_place: whether that is x.
     """
     if config.DISABLE_JIT:
-        return _interpreted_visit(element, dtype, writes, adds)
+        return _interpreted_visit(element, dtype, writes, reads)
     value, double = getattr(types, dtype.carrier), types.float64
 
     @intrinsic(prefer_literal=True)
@@ -159,7 +159,7 @@ def make_visit(element, dtype: DType, *, writes, adds, in_place):
                 cells = [builder.gep(lanes, [each]) for each in (i, builder.add(i, _WORD(LANES)))]
                 sums = [_alone(builder.load(cell, align=8), own[2]) for cell in cells]
                 element = _alone(builder.load(builder.gep(x, [i]), align=1), own[0])
-                old = _alone(builder.load(builder.gep(out, [i]), align=1), own[1]) if adds else element
+                old = _alone(builder.load(builder.gep(out, [i]), align=1), own[1]) if reads else element
                 new, *sums = cgutils.unpack_tuple(builder, call(builder, [element, old, *p, *sums]), 3)
                 if writes:
                     new = context.cast(builder, new, called.return_type[0], value)
@@ -175,7 +175,7 @@ def make_visit(element, dtype: DType, *, writes, adds, in_place):
     return visit
 
 
-def _interpreted_visit(element, dtype, writes, adds):
+def _interpreted_visit(element, dtype, writes, reads):
     view, doubles = make_view(dtype.carrier), make_view("float64")
 
     def visit(x, out, lanes, count, *p):
@@ -183,7 +183,7 @@ def _interpreted_visit(element, dtype, writes, adds):
         sums = [doubles(lanes + 8 * LANES * s, count, 8) for s in range(2)]
         for i in range(count):
             new, sums[0][i], sums[1][i] = element(
-                source[i], target[i] if adds else source[i], *p, sums[0][i], sums[1][i]
+                source[i], target[i] if reads else source[i], *p, sums[0][i], sums[1][i]
             )
             if writes:
                 target[i] = new

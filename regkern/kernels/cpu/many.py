@@ -40,6 +40,7 @@ class Entry(NamedTuple):
         repeats: how often every element counts.
         itemsize: bytes per element.
         parameters: which row of the parameters is its own.
+        kept: what the run's description refers to, to be kept alive.
     """
 
     run: int
@@ -49,6 +50,7 @@ class Entry(NamedTuple):
     repeats: int
     itemsize: int
     parameters: int
+    kept: Any = None
 
 
 # The columns of the table: those of `elementwise`'s words of an array, then which chunk is its first, and the rest.
@@ -59,7 +61,7 @@ class Table:
     """Arrays in the form that the kernel reads. It holds addresses: whoever runs it keeps the arrays alive."""
 
     def __init__(self, entries: Sequence[Entry]) -> None:
-        layouts = [entry.layout for entry in entries]
+        layouts, self._kept = [entry.layout for entry in entries], [entry.kept for entry in entries]
         dims = np.array([layout.shape[1] for layout in layouts])
         self._layouts = np.concatenate([layout.ravel() for layout in layouts])
         self._rows = rows = np.empty((len(entries) + 1, 8), np.int64)

@@ -30,8 +30,9 @@ RUN = _INT(_INT, _INT, _INT, *PARAMETERS, _INT, _INT)
 WALK = _INT(*[_INT] * 7, *PARAMETERS, _INT)
 call_run, _call_walk = make_call(RUN), make_call(WALK)
 
-# What a run does with out: nothing, write, write where x is, read and write.
-READS, WRITES, IN_PLACE, ADDS = range(4)
+# What a run does with out: nothing, write, write where x is, read and write. The last has more operands than x, and
+# brings the address of what walks over all.
+READS, WRITES, IN_PLACE, ADDS, ANCHORED = range(5)
 # Elements that are copied at once, a multiple of LANES.
 PACK = 1 << 10
 # Elements of rows that are visited where they lie: shorter ones take longer than a copy (measured on Ice Lake).
@@ -86,7 +87,7 @@ def _copy(source, source_stride, target, target_stride, n, itemsize):
 
 
 @inlined
-def _pack(array, out, layout, dims, first, n, packed, itemsize, back):
+def pack(array, out, layout, dims, first, n, packed, itemsize, back):
     """Copy n elements of an array, which is x or out, from the first on, or back to there."""
     length = load_word(layout + 8 * (dims - 1))
     stride = load_word(layout + 8 * (dims - 1) + 8 * dims * (2 if out else 1))
@@ -109,6 +110,8 @@ def _pack(array, out, layout, dims, first, n, packed, itemsize, back):
 def _walk(run, x, out, layout, dims, first, n, p0, p1, p2, p3, lanes):
     p = (p0, p1, p2, p3)
     function, itemsize, kind = load_words(run, 3)
+    if kind == ANCHORED:
+        return _call_walk(load_word(run + 24), (run, x, out, layout, dims, first, n, *p, lanes))
     last = layout + 8 * (dims - 1)
     length, x_stride, out_stride = load_word(last), load_word(last + 8 * dims), load_word(last + 16 * dims)
     done = 0
@@ -128,12 +131,12 @@ def _walk(run, x, out, layout, dims, first, n, p0, p1, p2, p3, lanes):
     target = packed if kind == IN_PLACE else packed + _PLACE
     while done < n:
         count = n - done if n - done < PACK else PACK
-        _pack(x, False, layout, dims, first + done, count, packed, itemsize, False)
+        pack(x, False, layout, dims, first + done, count, packed, itemsize, False)
         if kind == ADDS:
-            _pack(out, True, layout, dims, first + done, count, target, itemsize, False)
+            pack(out, True, layout, dims, first + done, count, target, itemsize, False)
         call_run(function, (packed, target, count, *p, 0, lanes))
         if kind != READS:
-            _pack(out, True, layout, dims, first + done, count, target, itemsize, True)
+            pack(out, True, layout, dims, first + done, count, target, itemsize, True)
         done += count
     return 0
 
