@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -26,17 +20,14 @@ from regkern.report import AS_WRITTEN, evaluate
 from regkern.rows import SORTS, Report, Row
 from regkern.rules import RuleError, Rules, parse_rules, selected
 from regkern.tables import CHANGE_SORTS, View
+from regkern.terminal import bold, compiling_said, console, print_lines, progress
 from regkern.text import decimal, elided, printable
 from regkern.weights import Tensor, Tensors, WeightsError, open_weights
 
 _DEMO = Path(__file__).parent / "data" / "demo.safetensors"
 _DEFAULT_RULE = "*=l1_l2"
 
-# Below this much work, a bar would be gone before it is seen.
-_LONG_BYTES, _LONG_PRODUCTS = 1 << 28, 1e10
-_NARROWEST = 64
 _MOST_ERRORS = 10  # of one file; how many more there are is said
-COMPILING = "Compiling kernels for this machine, which is done once."
 _GATE = 3  # the exit status where a gate did not hold
 
 # Click keeps the lines after \b as they are.
@@ -49,7 +40,9 @@ Files can be larger than memory: they are read piece by piece. Cosines and ortho
 --compare, need a tensor in memory as a whole.
 
 A rule is GLOB=none or GLOB=REGULARIZER[:factor=value,...], where the regularizer is l1, l2, l1_l2 (both factors 0.01
-unless given) or orthogonal_regularizer (2-D tensors alone). A glob that is a tensor's name is that tensor's alone.
+unless given), orthogonal_regularizer (2-D tensors alone) or another of regkern's. A glob that is a tensor's name is
+that tensor's alone. In a glob's place, @rank>=2 (or <, <=, =, >) stands for tensors with so many axes, and @no_decay
+for biases, by their names, and all tensors with less than two axes.
 
 The state of optimizers and metrics is listed apart, and tied tensors count once. A tensor that cannot be read is
 listed as such.
@@ -201,6 +194,8 @@ def _checked(files: Sequence[Path], options: Mapping[str, Any]) -> Rules:
         raise click.UsageError("expected a FILE, or --demo.")
     if options["as_json"] and options["as_csv"]:
         raise click.UsageError("expected --json or --csv; got both.")
+    if options["max_penalty"] is not None and not options["max_penalty"] >= 0:
+        raise click.UsageError(f"expected --max-penalty of at least 0; got {options['max_penalty']}.")
     try:
         if options["plot"] is not None:
             check_target(options["plot"])
@@ -212,9 +207,9 @@ def _checked(files: Sequence[Path], options: Mapping[str, Any]) -> Rules:
 def _evaluate(path: Path, rules: Rules, options: Mapping[str, Any]) -> Report:
     chosen = {key: options[key] for key in ("cosine", "filters", "stats", "compare", "state")}
     try:
-        with open_weights(path) as found, _compiling_said():
+        with open_weights(path) as found, compiling_said():
             tensors = _selected(found, options)
-            with _progress(tensors, options["cosine"]) as done:
+            with progress(tensors, options["cosine"]) as done:
                 return evaluate(tensors, rules, done=done, **chosen)
     except MemoryError as error:
         raise _Failure(
@@ -226,7 +221,7 @@ def _evaluate(path: Path, rules: Rules, options: Mapping[str, Any]) -> Report:
 
 
 def _selected(tensors: Tensors, options: Mapping[str, Any]) -> Tensors:
-    names = selected((tensor.name for tensor in tensors), options["only"], options["exclude"])
+    names = selected(tensors, options["only"], options["exclude"])
     return Tensors((tensor for tensor in tensors if tensor.name in names), tensors.metadata)
 
 
@@ -249,15 +244,12 @@ def _say_unread(path: Path, report: Report) -> bool:
 def _warn_of_unused(rules: Rules, reports: Mapping[Path, Report]) -> None:
     used = {row.rule for report in reports.values() for row in report.rows}
     for report in reports.values():  # a rule is also used by what has no penalty: another dtype, say
-        bound = rules.among(row.name for row in report.rows)
+        bound = rules.of_file(report.rows)
         used |= {bound.find(row.name)[0] for row in report.rows}
     for glob in rules.regularizers if reports else ():
         if glob not in used:
-            click.echo(
-                f"Warning: rule '{printable(glob)}' falls to no tensor; "
-                "a glob matches a whole name, as '*kernel*' does.",
-                err=True,
-            )
+            advice = "" if glob.startswith("@") else "; a glob matches a whole name, as '*kernel*' does"
+            click.echo(f"Warning: rule '{printable(glob)}' falls to no tensor{advice}.", err=True)
 
 
 def _gates(reports: Mapping[Path, Report], options: Mapping[str, Any]) -> bool:
@@ -276,7 +268,8 @@ def _gates(reports: Mapping[Path, Report], options: Mapping[str, Any]) -> bool:
             click.echo(f"Warning: {printable(str(path))}: not looked at for NaN: {names}.", err=True)
         most, penalty = options["max_penalty"], report.totals.penalty
         if most is not None and not penalty <= most:  # NaN fails as well
-            click.echo(f"Failed: {printable(str(path))}: the penalty is {penalty!r}, more than {most!r}.", err=True)
+            beyond = f"more than {most!r}" if penalty > most else f"and not at most {most!r}"
+            click.echo(f"Failed: {printable(str(path))}: the penalty is {penalty!r}, {beyond}.", err=True)
             failed = True
     return failed
 
@@ -307,7 +300,7 @@ def diff(first: Path, second: Path, **options: Any) -> None:
             check_target(options["plot"])
         with open_weights(first) as a, open_weights(second) as b:
             changes = difference(*(_weights(tensors, options) for tensors in (a, b)))
-    except PlotError as error:
+    except (PlotError, RuleError) as error:
         raise _WrongUse(str(error)) from error
     except WeightsError as error:
         raise _Failure(str(error)) from error
@@ -331,11 +324,11 @@ def _weights(tensors: Tensors, options: Mapping[str, Any]) -> list[Tensor]:
 
 
 def _print_changes(first: Path, second: Path, changes: Changes, rows: Sequence[Any]) -> None:
-    console = _console()
-    _print(console, [f"A: {printable(str(first))}", f"B: {printable(str(second))}"], bold=(0, 1))
-    lines = tables.changes_table(changes, rows, console.width)
-    _print(console, lines, bold=_bold(lines))
-    _print(console, [*tables.changes_notes(changes, rows), ""])
+    terminal = console()
+    print_lines(terminal, [f"A: {printable(str(first))}", f"B: {printable(str(second))}"], bold=(0, 1))
+    lines = tables.changes_table(changes, rows, terminal.width)
+    print_lines(terminal, lines, bold=bold(lines))
+    print_lines(terminal, [*tables.changes_notes(changes, rows), ""])
 
 
 @cli.command()
@@ -351,7 +344,7 @@ def info(as_json: bool) -> None:
     grid = Table.grid(padding=(0, 2))
     for label, value in _info_lines(found):
         grid.add_row(Text(label, "bold"), Text(printable(value), overflow="fold"))
-    _console().print(grid)
+    console().print(grid)
 
 
 def _info_lines(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -377,93 +370,20 @@ def _info_lines(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "not installed", ", ".join(name for name, version in versions.items() if not version) or "none"
 
 
-class _Compiling(logging.Handler):
-    """Says once that kernels are being compiled, when that has gone on for a second."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._since: float | None = None
-
-    def emit(self, record: logging.LogRecord) -> None:
-        now = time.monotonic()
-        if self._since is None:
-            self._since = now
-        elif now - self._since > 1.0:
-            self._since = float("inf")
-            click.echo(COMPILING, err=True)
-
-
-@contextmanager
-def _compiling_said() -> Iterator[None]:
-    logger, handler = logging.getLogger("regkern"), _Compiling()
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-
-
-@contextmanager
-def _progress(tensors: Sequence[Tensor], cosine: bool) -> Iterator[Callable[[Tensor, int], None]]:
-    """Show a bar of bytes on stderr where that is a terminal and the work is long."""
-    nbytes = sum(tensor.nbytes for tensor in tensors)
-    matrices = [tensor.shape for tensor in tensors if cosine and tensor.evaluated and len(tensor.shape) == 2]
-    long = nbytes > _LONG_BYTES or sum(rows**2 * columns for rows, columns in matrices) > _LONG_PRODUCTS
-    console = Console(stderr=True)
-    if not (long and console.is_terminal):
-        yield lambda tensor, nbytes: None
-        return
-    name = TextColumn("{task.description}", markup=False)
-    columns = (SpinnerColumn(), BarColumn(), DownloadColumn(), TimeElapsedColumn(), name)
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=nbytes)
-        yield lambda tensor, nbytes: progress.update(
-            task, advance=nbytes, description=elided(printable(tensor.name), 40)
-        )
-
-
-def _console() -> Console:
-    console = Console(highlight=False, emoji=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = 10_000  # a pipe or a file has no edge
-    console.width = max(console.width, _NARROWEST)
-    return console
-
-
-def _print(console: Console, lines: Sequence[str], bold: Iterable[int] = ()) -> None:
-    """Print lines as they are, some of them bold on a terminal; rich would take seconds for thousands of them."""
-    start = 0
-    for i in [*bold, len(lines)]:
-        if start < i:
-            console.file.write("\n".join([*lines[start:i], ""]))
-        if i < len(lines):
-            console.print(Text(lines[i], "bold"), soft_wrap=True)
-        start = i + 1
-
-
-def _bold(lines: Sequence[str]) -> tuple[int, ...]:
-    """Return which lines of a table are bold: its header, and the totals after its second rule."""
-    head, foot = (i for i, line in enumerate(lines) if line.startswith("----") and not line.strip("-"))
-    return (*range(head), foot + 1)
-
-
 def _print_report(path: Path, rules: Rules, report: Report, view: View) -> None:
-    console = _console()
-    _print(console, [printable(str(path)), f"penalty: {printable(str(rules))}"], bold=(0,))
+    terminal = console()
+    print_lines(terminal, [printable(str(path)), f"penalty: {printable(str(rules))}"], bold=(0,))
     if report.metadata:
-        _print(console, [tables.metadata_line(report.metadata)])
-    weights, *state = tables.report_tables(report, view, console.width)
-    _print(console, weights, bold=_bold(weights))
+        print_lines(terminal, [tables.metadata_line(report.metadata)])
+    weights, *state = tables.report_tables(report, view, terminal.width)
+    print_lines(terminal, weights, bold=bold(weights))
     for lines in state:
-        _print(console, ["", *lines])
+        print_lines(terminal, ["", *lines])
     for note in tables.notes(report, view):
-        console.print(Text(note))
+        terminal.print(Text(note))
     if report.comparison:
-        _print(console, ["", *tables.comparison(report), f"{AS_WRITTEN}: np.abs(x).sum(), np.square(x).sum()"])
-    _print(console, [""])
+        print_lines(terminal, ["", *tables.comparison(report), f"{AS_WRITTEN}: np.abs(x).sum(), np.square(x).sum()"])
+    print_lines(terminal, [""])
 
 
 def _plot(path: Path, save: Callable[[], None]) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from click.testing import CliRunner
 
 import regkern as rk
-from regkern.cli import COMPILING, cli
+from regkern.cli import cli
+from regkern.terminal import COMPILING
 
 DEMO = Path(rk.__file__).parent / "data" / "demo.safetensors"
 

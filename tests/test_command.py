@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import regkern as rk
-from regkern.cli import COMPILING, _progress
 from regkern.report import evaluate
 from regkern.rules import parse_rules
+from regkern.terminal import COMPILING, progress
 from regkern.text import elided
 from regkern.weights import open_weights
 from tests.commands import DEMO, command, run, run_process
@@ -38,7 +38,7 @@ def test_wrong_use(arguments):
 
 def test_progress_is_silent_without_a_terminal(tmp_path, capfd):
     np.save(tmp_path / "x.npy", np.zeros(4))
-    with open_weights(tmp_path / "x.npy") as tensors, _progress(tensors, cosine=True) as done:
+    with open_weights(tmp_path / "x.npy") as tensors, progress(tensors, cosine=True) as done:
         report = evaluate(tensors, parse_rules(["*=l1"]), done=done)
     assert report.totals.zeros == 4
     assert capfd.readouterr() == ("", "")
