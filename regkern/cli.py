@@ -41,7 +41,9 @@ Files can be larger than memory: they are read piece by piece. Cosines and ortho
 --compare, need a tensor in memory as a whole.
 
 A rule is GLOB=none or GLOB=REGULARIZER[:factor=value,...], where the regularizer is l1, l2, l1_l2 (both factors 0.01
-unless given) or orthogonal_regularizer (2-D tensors alone). A glob that is a tensor's name is that tensor's alone.
+unless given), orthogonal_regularizer (2-D tensors alone) or another of regkern's. A glob that is a tensor's name is
+that tensor's alone. In a glob's place, @rank>=2 (or <, <=, =, >) stands for tensors with so many axes, and @no_decay
+for biases, by their names, and all tensors with less than two axes.
 
 The state of optimizers and metrics is listed apart, and tied tensors count once. A tensor that cannot be read is
 listed as such.
@@ -193,6 +195,8 @@ def _checked(files: Sequence[Path], options: Mapping[str, Any]) -> Rules:
         raise click.UsageError("expected a FILE, or --demo.")
     if options["as_json"] and options["as_csv"]:
         raise click.UsageError("expected --json or --csv; got both.")
+    if options["max_penalty"] is not None and not options["max_penalty"] >= 0:
+        raise click.UsageError(f"expected --max-penalty of at least 0; got {options['max_penalty']}.")
     try:
         if options["plot"] is not None:
             check_target(options["plot"])
@@ -218,7 +222,7 @@ def _evaluate(path: Path, rules: Rules, options: Mapping[str, Any]) -> Report:
 
 
 def _selected(tensors: Tensors, options: Mapping[str, Any]) -> Tensors:
-    names = selected((tensor.name for tensor in tensors), options["only"], options["exclude"])
+    names = selected(tensors, options["only"], options["exclude"])
     return Tensors((tensor for tensor in tensors if tensor.name in names), tensors.metadata)
 
 
@@ -241,15 +245,12 @@ def _say_unread(path: Path, report: Report) -> bool:
 def _warn_of_unused(rules: Rules, reports: Mapping[Path, Report]) -> None:
     used = {row.rule for report in reports.values() for row in report.rows}
     for report in reports.values():  # a rule is also used by what has no penalty: another dtype, say
-        bound = rules.among(row.name for row in report.rows)
+        bound = rules.of_file(report.rows)
         used |= {bound.find(row.name)[0] for row in report.rows}
     for glob in rules.regularizers if reports else ():
         if glob not in used:
-            click.echo(
-                f"Warning: rule '{printable(glob)}' falls to no tensor; "
-                "a glob matches a whole name, as '*kernel*' does.",
-                err=True,
-            )
+            advice = "" if glob.startswith("@") else "; a glob matches a whole name, as '*kernel*' does"
+            click.echo(f"Warning: rule '{printable(glob)}' falls to no tensor{advice}.", err=True)
 
 
 def _gates(reports: Mapping[Path, Report], options: Mapping[str, Any]) -> bool:
@@ -268,7 +269,8 @@ def _gates(reports: Mapping[Path, Report], options: Mapping[str, Any]) -> bool:
             click.echo(f"Warning: {printable(str(path))}: not looked at for NaN: {names}.", err=True)
         most, penalty = options["max_penalty"], report.totals.penalty
         if most is not None and not penalty <= most:  # NaN fails as well
-            click.echo(f"Failed: {printable(str(path))}: the penalty is {penalty!r}, more than {most!r}.", err=True)
+            beyond = f"more than {most!r}" if penalty > most else f"and not at most {most!r}"
+            click.echo(f"Failed: {printable(str(path))}: the penalty is {penalty!r}, {beyond}.", err=True)
             failed = True
     return failed
 
@@ -299,7 +301,7 @@ def diff(first: Path, second: Path, **options: Any) -> None:
             check_target(options["plot"])
         with open_weights(first) as a, open_weights(second) as b:
             changes = difference(*(_weights(tensors, options) for tensors in (a, b)))
-    except PlotError as error:
+    except (PlotError, RuleError) as error:
         raise _WrongUse(str(error)) from error
     except WeightsError as error:
         raise _Failure(str(error)) from error

@@ -123,7 +123,7 @@ def evaluate(
         RuleError: a rule gives a tensor that is not 2-D the orthogonal regularizer; nothing was computed then.
     """
     metadata = getattr(tensors, "metadata", {})
-    rules = rules.among(tensor.name for tensor in tensors)
+    rules = rules.of_file(tensors)
     if state:
         tensors = [replace(tensor, state=False) if tensor.state else tensor for tensor in tensors]
     _check_ranks(tensors, rules)

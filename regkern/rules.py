@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
+from regkern.selectors import is_selector, select
 from regkern.serialization import get
 
 _EXPECTED = "expected 'GLOB=none' or 'GLOB=IDENTIFIER:factor=value,...', as in '*kernel*=l1_l2:l1=1e-5,l2=1e-4'"
@@ -65,6 +66,15 @@ class Rules:
         """
         return Rules(self.regularizers, self.regularizers.keys() & set(names), selected)
 
+    def of_file(self, tensors: Iterable[Any]) -> Rules:
+        """Return the rules for what a file holds: names and shapes tell what selectors mean, but for no exact name.
+
+        Args:
+            tensors: tensors with names and shapes.
+        """
+        named = {tensor.name: tensor for tensor in tensors}
+        return self.among(named, select(self.regularizers.keys() - named.keys(), (), named))
+
     def find(self, name: str) -> tuple[str | None, Any]:
         """Return the first glob that matches the name, and its regularizer; (None, None) where none does."""
         for glob, regularizer in self.regularizers.items():
@@ -85,17 +95,23 @@ class Rules:
         return "; ".join(rules)
 
 
-def selected(names: Iterable[str], only: Iterable[str], exclude: Iterable[str]) -> set[str]:
-    """Return the names that a glob of `only` matches, or all without one, and none of `exclude`; as in `Rules.among`.
+def selected(tensors: Iterable[Any], only: Iterable[str], exclude: Iterable[str]) -> set[str]:
+    """Return the names that a glob of `only` matches, or all without one, and none of `exclude`.
 
-    Examples:
-        >>> sorted(selected(["a.bias", "a.kernel", "b.kernel"], ["a.*"], ["*bias"]))
-        ['a.kernel']
+    Args:
+        tensors: what a file holds, as for `Rules.of_file`.
+        only: globs, or selectors; none stand for all.
+        exclude: globs, or selectors.
+
+    Raises:
+        RuleError: one is neither.
     """
-    names = list(names)
-    taken = Rules(dict.fromkeys(only or ("*",), True)).among(names)
-    left = Rules(dict.fromkeys(exclude, True)).among(names)
-    return {name for name in names if taken.find(name)[1] and not left.find(name)[1]}
+    tensors = list(tensors)
+    for glob in (*only, *exclude):
+        _check_selector(glob)
+    taken = Rules(dict.fromkeys(only or ("*",), True)).of_file(tensors)
+    left = Rules(dict.fromkeys(exclude, True)).of_file(tensors)
+    return {tensor.name for tensor in tensors if taken.find(tensor.name)[1] and not left.find(tensor.name)[1]}
 
 
 def parse_rules(texts: Iterable[str]) -> Rules:
@@ -132,6 +148,7 @@ def parse_rule(text: str) -> tuple[str, Any]:
     glob, regularizer = _split(text)
     if not (glob and regularizer):
         raise RuleError(f"rule {text!r}: {_EXPECTED}.")
+    _check_selector(glob)
     if regularizer.lower() == "none":
         return glob, None
     identifier, colon, keywords = regularizer.partition(":")
@@ -141,6 +158,19 @@ def parse_rule(text: str) -> tuple[str, Any]:
         return glob, type(defaults).from_config({**defaults.get_config(), **arguments})
     except (ValueError, TypeError) as error:
         raise RuleError(f"rule {text!r}: {error}") from error
+
+
+def _check_selector(rule: str) -> None:
+    """Refuse what begins as a selector and is none, or one that no file can answer."""
+    try:
+        of_layers = is_selector(rule) and rule.startswith("@layer")
+    except ValueError as error:
+        raise RuleError(str(error)) from error
+    if of_layers:
+        raise RuleError(
+            f"rule {rule!r}: expected a glob, '@rank>=2' or '@no_decay'; got one by the classes of layers, which "
+            "weight files do not hold; write a glob over names, such as '*conv*'."
+        )
 
 
 def _split(text: str) -> tuple[str, str]:

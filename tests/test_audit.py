@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import unicodedata
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -44,6 +45,8 @@ def reported(*arguments):
         (["--only", "*bias", "--only", "head*"], ["encoder.0.bias", "head.weight"]),
         (["--exclude", "*weight"], ["encoder.0.bias", "steps"]),
         (["--only", "encoder.*", "--exclude", "*.1.*", "--exclude", "*bias"], ["encoder.0.weight"]),
+        (["--only", "@rank=1"], ["encoder.0.bias", "steps"]),
+        (["--only", "encoder.*", "--exclude", "@no_decay"], ["encoder.0.weight", "encoder.1.weight"]),
     ],
 )
 def test_selections(model, options, names):
@@ -53,10 +56,42 @@ def test_selections(model, options, names):
 
 
 def test_selections_that_are_names():
-    names = ["x[0]", "x0", "y"]
-    assert selected(names, ["x[0]"], []) == {"x[0]"}
-    assert selected(names, [], ["x[0]"]) == {"x0", "y"}
-    assert selected(["x0", "y"], ["x[0]"], []) == {"x0"}
+    tensors = [SimpleNamespace(name=name, shape=(3,)) for name in ("x[0]", "x0", "y", "@rank=2")]
+    assert selected(tensors, ["x[0]"], []) == {"x[0]"}
+    assert selected(tensors, [], ["x[0]"]) == {"x0", "y", "@rank=2"}
+    assert selected(tensors[1:], ["x[0]"], []) == {"x0"}
+    assert selected(tensors, ["@rank=2"], []) == {"@rank=2"}
+    assert selected(tensors, ["@rank=1"], []) == {tensor.name for tensor in tensors}
+
+
+def test_rules_by_what_a_tensor_is(model):
+    rules = ["--rule", "@no_decay=none", "--rule", "@rank>=2=l2:l2=0.5", "--rule", "@rank=7=l1"]
+    result = run("report", model, "--no-cosine", "--json", *rules)
+    penalties = {tensor["name"]: tensor["penalty"] for tensor in json.loads(result.stdout)["files"][0]["tensors"]}
+    matrices = [name for name, x in MODEL.items() if x.ndim == 2]
+    right = rk.Penalty({"@no_decay": None, "@rank>=2": rk.L2(0.5)}).per_tensor({name: MODEL[name] for name in matrices})
+    assert penalties == {**dict.fromkeys(MODEL), **{name: pytest.approx(value) for name, value in right.items()}}
+    assert result.stderr == "Warning: rule '@rank=7' falls to no tensor.\n"
+
+
+@pytest.mark.parametrize("limit", ["nan", "-1"])
+def test_a_penalty_is_never_below_such_a_limit(model, limit):
+    result = run("report", model, f"--max-penalty={limit}")
+    assert result.exit_code == 2
+    assert f"expected --max-penalty of at least 0; got {float(limit)}." in result.stderr
+
+
+@pytest.mark.parametrize("command", ["report --rule {}=l2", "report --only {}", "diff --only {}"])
+@pytest.mark.parametrize(
+    ("rule", "text"),
+    [("@layer=Conv*", "got one by the classes of layers, which weight files do not hold"), ("@rnak>1", "for one that")],
+)
+def test_rules_that_a_file_cannot_answer(model, command, rule, text):
+    name, *options = command.format(rule).split()
+    result = run(name, *options, model, *([model] if name == "diff" else []))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"Error: rule '{rule}': expected ")
+    assert text in result.stderr
 
 
 def test_a_selection_of_nothing(model):
@@ -219,7 +254,7 @@ def test_all_finite_is_said_of_what_was_looked_at_alone(tmp_path):
         ({"optimizer.m": np.array([np.inf]), "w": np.ones(1)}, ["--fail-on", "nonfinite"], 3, "in optimizer.m"),
         ({"w": np.ones(2)}, ["--max-penalty", "0.04"], 0, ""),
         ({"w": np.ones(2)}, ["--max-penalty", "0.0399"], 3, "the penalty is 0.04, more than 0.0399"),
-        ({"w": np.array([np.nan])}, ["--max-penalty", "1e9"], 3, "the penalty is nan"),
+        ({"w": np.array([np.nan])}, ["--max-penalty", "1e9"], 3, "the penalty is nan, and not at most 1000000000.0"),
         ({"w": np.ones(2), "q": np.ones(2, np.int8)}, ["--fail-on", "nonfinite"], 0, ""),
     ],
 )

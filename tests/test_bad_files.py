@@ -94,7 +94,7 @@ BAD = {
     "module.pt": (lambda: torch_saved(torch.nn.Linear(2, 2)), "torch.save(model.state_dict(), path)"),
     "pickle.bin": (lambda: pickle.dumps({"w": 1}), "not what torch.save writes"),
     "nothing.pt": (lambda: torch_saved({"epoch": 1}), "got one without any"),
-    "nothing.npz": (lambda: zipped(readme__txt=b"hello"), "got one without any"),
+    "nothing.npz": (lambda: zipped(readme__txt=b"hello"), "got a zip archive; unpack it"),
     "nothing.safetensors": (lambda: safetensors({}, b""), "got one without any"),
     "length.safetensors": (lambda: struct.pack("<Q", 1 << 60) + b"{}", "SafetensorError"),
     "shape.safetensors": (lambda: safetensors({"w": {**ENTRY, "shape": [400]}}, bytes(16)), "SafetensorError"),
@@ -206,9 +206,9 @@ def test_shards_of_torch(tmp_path):
 FLOAT = np.ones(2, np.float32)
 BAD_INDEXES = {
     "empty": (b"", "empty file"),
-    "garbage": (b"garbage", "JSONDecodeError"),
+    "garbage": (b"garbage", "got a text that begins"),
     "not utf-8": (b'{"weight_map": {"\xff\xfe": "s.safetensors"}}', "UnicodeDecodeError"),
-    "deep": (b"[" * 200_000, "RecursionError"),
+    "deep": (b'{"a":' * 200_000, "RecursionError"),
     "huge": (b" " * ((1 << 26) + 1), "more than 64 MiB"),
     "a list": (b"[]", "JSON of another form"),
     "no map": (b'{"metadata": {}}', "JSON of another form"),

@@ -53,6 +53,7 @@ def encode(text, encoding):
         (encode("x", "utf-32"), "_codecs.encode"),
         (encode("x", "unicode_escape"), "_codecs.encode"),
         (Call(eval, "1"), "builtins.eval"),
+        (range(3), "builtins.range"),  # which protocol 2 calls xrange
         (np.float64(0.5), "numpy._core.multiarray.scalar"),
         (Path("x"), "pathlib."),
         (torch.nn.Linear(2, 2), "torch.nn.modules.linear.Linear"),
@@ -77,6 +78,27 @@ def test_other_pickles(tmp_path):
         for name, data in members.items():
             archive.writestr(name, data.replace(b"FloatStorage", b"Float99Storage"))
     assert "pip install --upgrade torch" in refusal(path)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, on prototypes and what it deprecates
+def test_tensors_that_are_packed_or_of_several_lengths(tmp_path):
+    pairs = torch.tensor([[0x00, 0x02], [0x70, 0x20]], dtype=torch.uint8)  # 0 0 1 0 and 0 6 0 1
+    scales, points = torch.tensor([0.5, 2.0]), torch.tensor([3, 0])
+    content = {
+        "pairs": pairs.view(torch.float4_e2m1fn_x2),
+        "quantized": torch.quantize_per_tensor(torch.tensor([0.0, 1.0, -2.0, 0.0]), 0.5, 3, torch.qint8),
+        "by channel": torch.quantize_per_channel(torch.eye(2), scales, points, 0, torch.quint8),
+        "nested": torch.nested.nested_tensor([torch.ones(2), torch.full((3,), -2.0)]),
+    }
+    report = evaluated(saved(tmp_path / "x.pt", content), stats=True)
+    rows = rows_of(report)
+    assert (rows["pairs"].shape, rows["pairs"].dtype, rows["pairs"].nbytes) == ((2, 4), "float4_e2m1fn", 4)
+    assert (rows["pairs"].abs_sum, rows["pairs"].zeros) == (8, 5)
+    assert (rows["quantized"].dtype, rows["quantized"].zeros, rows["quantized"].minimum) == ("qint8", 2, -2)
+    assert (rows["by channel"].dtype, rows["by channel"].nbytes) == ("quint8", 4)
+    assert rows["by channel"].zeros == (content["by channel"].dequantize() == 0).sum() >= 2
+    assert [rows["nested.0"].abs_sum, rows["nested.1"].abs_sum] == [2, 6]
+    assert (report.totals.tensors, report.totals.unseen) == (3, 0)
 
 
 def test_elements_of_torch_files_are_read_where_they_lie(tmp_path):

@@ -139,14 +139,19 @@ def test_the_operators_keep_what_they_declare():
         torch.library.opcheck(torch.ops.regkern.gradient, (x, f"abs {view}", p), test_utils=checks[::2])
 
 
-@pytest.mark.slow
-def test_a_graph_may_be_the_first_to_see_a_tensor():
-    code = """
+@pytest.mark.parametrize("first", [pytest.param("rk.L2(0.5), net.weight", marks=pytest.mark.slow), "penalty, net"])
+def test_a_graph_may_be_the_first_to_see_a_tensor(first):
+    code = f"""
 import torch, regkern as rk
-x = torch.ones(3, 3, requires_grad=True)
-print(torch.compile(rk.L2(0.5), fullgraph=True, backend="aot_eager")(x).item())
+net, penalty = torch.nn.Linear(3, 3), rk.Penalty({{"bias": None, "*": rk.L2(0.5)}})
+torch.nn.init.ones_(net.weight)
+def compiled(function, x):
+    return torch.compile(lambda x: 1.0 * function(x), fullgraph=True, backend="aot_eager")(x)
+loss = compiled({first})
+loss.backward()
+print(loss.item(), net.weight.grad.sum().item())
 """
-    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "4.5\n"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "4.5 9.0\n"
 
 
 def test_without_gradients():

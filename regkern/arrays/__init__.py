@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from regkern.kernels import forks
 
@@ -39,8 +39,7 @@ class _Adapters(dict[type, "Adapter"]):
         module = owner(array_type)
         if module is None:
             raise no_array(array_type)
-        adapter: Adapter = sys.modules[module].ADAPTER
-        self[array_type] = adapter
+        self[array_type] = adapter = adapter_in(module)
         return adapter
 
 
@@ -89,6 +88,16 @@ def owner(array_type: type) -> str | None:
 # see a tensor, and imports cannot be traced.
 import_for._dynamo_marked_constant = True  # type: ignore[attr-defined]
 owner._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def adapter_in(module: str) -> Adapter:
+    """Return the adapter of a module that is imported; a graph that is being traced has `sys.modules` as it began."""
+    found: Any = sys.modules[__name__]
+    for part in module.removeprefix(f"{__name__}.").split("."):
+        found = getattr(found, part)
+    adapter: Adapter = found.ADAPTER
+    return adapter
+
 
 ADAPTERS = _Adapters()
 

@@ -10,7 +10,7 @@ from itertools import chain
 from operator import call
 from typing import Any
 
-from regkern.arrays import ADAPTERS, import_for, no_array, owner
+from regkern.arrays import ADAPTERS, adapter_in, import_for, no_array, owner
 
 # A function that gives what a part of a tree holds now.
 Look = Callable[[], Iterable[Any]]
@@ -107,7 +107,7 @@ def _adapters_of(node: Any) -> Iterator[Any]:
     if arrays is not None and not isinstance(node, (Mapping, list, tuple)):
         modules |= dict.fromkeys(import_for(arrays))
     for module in modules:
-        yield sys.modules[module].ADAPTER
+        yield adapter_in(module)
 
 
 def _part(key: Hashable, name: str) -> str:

@@ -27,18 +27,18 @@ class Format(NamedTuple):
     read: Callable[[Path, ExitStack], Tensors]
 
 
-_TORCH = Format("a PyTorch file", ("torch", "old torch", "zip"), torch.read)
+_TORCH = Format("a PyTorch file", ("torch", "old torch", "cut zip"), torch.read)
 _HDF5 = Format("an HDF5 file", ("hdf5",), hdf5.read)
 
 
 # A new format is a reader in a file of its own, and a line here.
 FORMATS = {
     ".npy": Format("a NumPy .npy file", ("npy",), numpy.read_npy),
-    ".npz": Format("a NumPy .npz file", ("npz", "zip"), numpy.read_npz),
+    ".npz": Format("a NumPy .npz file", ("npz", "cut zip"), numpy.read_npz),
     ".safetensors": Format("a safetensors file", ("safetensors",), safetensors.read),
     ".h5": _HDF5,
     ".hdf5": _HDF5,
-    ".keras": Format("a Keras model, a zip", ("keras", "zip"), keras.read),
+    ".keras": Format("a Keras model, a zip", ("keras", "zip", "cut zip"), keras.read),
     ".pt": _TORCH,
     ".pth": _TORCH,
     ".bin": _TORCH,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickletools
 import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -14,8 +15,6 @@ from regkern.text import elided
 _GROWING = {"_codecs.encode", "builtins.bytearray"}
 # Encodings under which a text takes at most four bytes for each of its own.
 _ENCODINGS = {"latin1", "latin-1", "utf-8", "utf8", "ascii"}
-# Python 2's names.
-_RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 # torch.save without a zip writes three pickles before that of the object, and one after it.
 _PICKLES = 5
 _STRINGS = {"BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE"}
@@ -120,9 +119,13 @@ def _resolved(kind: str, argument: Any, memo: dict[int, _Op], recent: list[_Op])
     if kind in _STRINGS:
         return "text", argument
     if kind == "GLOBAL":
-        module, _, name = argument.partition(" ")
-        return "name", f"{_RENAMED.get(module, module)}.{name}"
+        return "name", _python3(*argument.split(" ", 1))
     if kind == "STACK_GLOBAL" and len(recent) > 1 and recent[-1][0] == recent[-2][0] == "text":
-        module = recent[-2][1]
-        return "name", f"{_RENAMED.get(module, module)}.{recent[-1][1]}"
+        return "name", _python3(recent[-2][1], recent[-1][1])
     return kind, None
+
+
+def _python3(module: str, name: str = "") -> str:
+    """Return a global's full name in Python 3, of which pickles of protocol 2 have Python 2's."""
+    module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+    return f"{module}.{name}"

@@ -20,6 +20,7 @@ from regkern.weights.pieces import Array, ranges
 from regkern.weights.tensors import (
     Tensor,
     Tensors,
+    halves,
     in_natural_order,
     made,
     small_float,
@@ -52,33 +53,35 @@ _SMALL = {
 
 def read(path: Path, stack: ExitStack) -> Tensors:
     """Return the tensors, which are read where they lie, and the header's metadata."""
-    start, header, newer = _header(path)
+    start, header, known = _header(path)
     source = Source(path, stack)
     metadata = header.pop("__metadata__", {})
     tensors = []
     for name, entry in header.items():
         shape, tag, (begin, end) = tuple(entry["shape"]), entry["dtype"], entry["data_offsets"]
-        if newer and not _fits(entry, path.stat().st_size - start):
+        if known and not _fits(entry, path.stat().st_size - start):
             raise ValueError(f"{name} is not where the header says")
-        tensors.append(_tensor(source, name, shape, tag, start + begin, end - begin, newer))
+        tensors.append(_tensor(source, name, shape, tag, start + begin, end - begin, known))
     return Tensors(in_natural_order(tensors), metadata)
 
 
-def _header(path: Path) -> tuple[int, dict[str, Any], str]:
-    """Return where elements begin, the header, and a tag that the library does not know, if there is one."""
-    newer = ""
+def _header(path: Path) -> tuple[int, dict[str, Any], set[str]]:
+    """Return where elements begin, the header, and the tags that the library knows, if there is one that it does not.
+
+    It names them where it meets the first that it does not know.
+    """
+    known: set[str] = set()
     try:
         # Opening checks the whole header: lengths against shapes, offsets against each other and the file.
         library("safetensors", path, "report").safe_open(path, framework="numpy").__enter__().__exit__(None, None, None)
     except Exception as error:
-        found = re.search(r"unknown variant `(\w+)`", str(error))
-        if found is None:
+        if "unknown variant `" not in str(error):
             raise
-        newer = found[1]
+        known = {*_DTYPES, *_SMALL, *re.findall(r"`(\w+)`", str(error))[1:]}
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
-    return 8 + length, header, newer
+    return 8 + length, header, known
 
 
 def _fits(entry: dict[str, Any], nbytes: int) -> bool:
@@ -92,7 +95,7 @@ def _fits(entry: dict[str, Any], nbytes: int) -> bool:
 
 
 def _tensor(
-    source: Source, name: str, shape: tuple[int, ...], tag: str, offset: int, nbytes: int, newer: str
+    source: Source, name: str, shape: tuple[int, ...], tag: str, offset: int, nbytes: int, known: set[str]
 ) -> Tensor:
     path = source.path
     dtype = np.dtype(_DTYPES[tag]) if tag in _DTYPES else small_float(path, _SMALL[tag]) if tag in _SMALL else None
@@ -107,7 +110,7 @@ def _tensor(
         return made(path, name, shape, elements, nbytes=nbytes)
     if dtype is not None:
         return stored(source, name, shape, dtype, offset)
-    if newer and tag == newer:
+    if known and tag not in known:
         version = library("safetensors", path, "report").__version__
         error = WeightsError(
             path,
@@ -122,10 +125,9 @@ def _tensor(
 def _nibbles(
     source: Source, dtype: np.dtype[Any], offset: int, start: int, end: int, shape: tuple[int, ...] = (-1,)
 ) -> Array:
-    """Return elements of four bits, two in a byte, the first in its lower half; start is even."""
+    """Return elements of four bits; start is even."""
     packed = source.read(offset + start // 2, (end - start + 1) // 2)
-    both = np.stack([packed & 15, packed >> 4], axis=-1).reshape(-1)[: end - start]
-    return both.view(dtype).reshape(shape)
+    return halves(packed, dtype)[: end - start].reshape(shape)
 
 
 def _nibble_pieces(source: Source, dtype: np.dtype[Any], offset: int, size: int) -> Iterator[Array]:

@@ -44,8 +44,8 @@ def _weight_map(path: Path) -> dict[str, str]:
     expected = 'a JSON object whose "weight_map" gives for each tensor the file that it is in'
     if path.stat().st_size > _LONGEST_INDEX:
         raise WeightsError(path, expected, f"more than {_LONGEST_INDEX >> 20} MiB", "check that it is an index")
-    # Of what is no text, JSON begins with a brace at least.
-    kinds = ("text", "unknown") if path.read_bytes()[:1] == b"{" else ("text",)
+    # What does not begin with a brace is no such object, damaged or not.
+    kinds = ("text", "unknown") if path.read_bytes().lstrip()[:1] == b"{" else ()
     with explained(path, expected, kinds):
         index = json.loads(path.read_bytes(), object_pairs_hook=_unrepeated)
     names = index.get("weight_map") if isinstance(index, dict) else None

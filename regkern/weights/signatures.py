@@ -102,10 +102,12 @@ def _zip(path: Path) -> Kind:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        names = []
+        return Kind("cut zip", "a zip archive that is damaged or cut short", "get it again")
     for end, kind in _ZIPS:
         if any(name.endswith(end) for name in names):
             return kind
+    if not names:
+        return Kind("empty zip", "an empty zip archive", "save the weights again")
     return Kind("zip", "a zip archive", _UNPACK)
 
 

@@ -190,6 +190,12 @@ def small_float(path: Path, name: str) -> np.dtype[Any] | None:
     return None if found is None else np.dtype(found)
 
 
+def halves(packed: Array, dtype: np.dtype[Any]) -> Array:
+    """Return elements of four bits, two in a byte, the first in its lower half, along the last axis."""
+    both: Array = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1).view(dtype)
+    return both
+
+
 def bfloat16(path: Path) -> np.dtype[Any]:
     """Return bfloat16, whose name NumPy knows from then on."""
     dtype = small_float(path, "bfloat16")

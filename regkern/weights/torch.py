@@ -21,7 +21,7 @@ from regkern.weights import pickles
 from regkern.weights.elements import Decoded, Elements, Source, Stored
 from regkern.weights.errors import WeightsError, library
 from regkern.weights.pieces import Array
-from regkern.weights.tensors import WIDENED, Tensor, Tensors, is_state, made, small_float, without_elements
+from regkern.weights.tensors import WIDENED, Tensor, Tensors, halves, is_state, made, small_float, without_elements
 from regkern.weights.zips import window
 
 # PyTorch's dtypes that NumPy, or ml_dtypes, has under the same name.
@@ -29,6 +29,8 @@ _DTYPES = {
     *("float16", "float32", "float64", "complex64", "complex128", "bool"),
     *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)),
 }
+# Two elements in a byte, the first in its lower half.
+_PAIRS = "float4_e2m1fn_x2"
 
 
 class _Found(NamedTuple):
@@ -121,6 +123,8 @@ def _needs_code(path: Path, what: str) -> WeightsError:
 
 def _flatten(torch: Any, item: Any, keys: tuple[str, ...], seen: set[int], state: bool) -> Iterator[_Found]:
     """Yield the tensors of containers by their paths; a container that comes twice counts once."""
+    if isinstance(item, torch.Tensor) and item.is_nested:
+        item = item.unbind()
     if isinstance(item, torch.Tensor):
         yield _Found(".".join(keys), item, state)
     elif isinstance(item, Mapping | list | tuple | set) and id(item) not in seen:
@@ -139,6 +143,14 @@ def _tensor(torch: Any, source: Source, places: dict[int, int], found: _Found) -
     if tensor.device.type == "meta":  # a shape without elements
         return without_elements(path, name, shape, "meta")
     nbytes = math.prod(shape) * tensor.element_size()
+    if tensor.is_quantized:  # zeros are the elements that stand for 0.0
+        values = Decoded(np.dtype("float32"), lambda: tensor.dequantize().numpy(), packed=False)
+        return Tensor(path, name, shape, dtype, nbytes, values, state=found.state or is_state(name))
+    pair = small_float(path, _PAIRS.removesuffix("_x2")) if dtype == _PAIRS else None
+    if pair is not None:
+        both = Decoded(pair, partial(_pairs, torch, tensor, pair), packed=False)
+        state = found.state or is_state(name)
+        return made(path, name, (*shape[:-1], 2 * shape[-1]), both, nbytes=nbytes, state=state)
     if dtype in _DTYPES:
         numpy_dtype: np.dtype[Any] | None = np.dtype(dtype)
     else:
@@ -193,6 +205,10 @@ def _from_memory(torch: Any, tensor: Any, dtype: np.dtype[Any]) -> Array:
         return array
     bits: Array = plain.view(torch.uint8 if dtype.itemsize == 1 else torch.int16).numpy()
     return bits.view(dtype)  # unknown to torch's NumPy, so it crosses as its bits
+
+
+def _pairs(torch: Any, tensor: Any, dtype: np.dtype[Any]) -> Array:
+    return halves(tensor.detach().contiguous().view(torch.uint8).numpy(), dtype)
 
 
 def _places(path: Path, keys: list[str], storages: list[Any]) -> dict[int, int]:
