@@ -1,8 +1,8 @@
 """Turns results into tables and pictures: `python -m bench.tables [RESULTS.json]`.
 
-It writes the README's table, the tables of bench/README.md, each between `<!-- bench:start -->` and
-`<!-- bench:end -->`, and docs/bench.svg and growth.svg; of the latest results of a GPU the tables, between markers of
-`bench-gpu`.
+It writes the table of docs/pages/speed.md, the tables of bench/README.md, each between `<!-- bench:start -->` and
+`<!-- bench:end -->`, and bench.svg and growth.svg beside the former; of the latest results of a GPU the tables, between
+markers of `bench-gpu`.
 """
 
 import json
@@ -15,12 +15,13 @@ from bench.cases import BARE_PRODUCTS, CASES, CHECKS, Case, Target
 from bench.gpu_cases import GPU_CASES, GPU_CHECKS, GpuCase
 
 ROOT = Path(__file__).parent.parent
+SPEED = ROOT / "docs/pages/speed.md"
 CPU, GPU = "bench", "bench-gpu"  # names of markers
 NOT_YET = "Not yet measured."
 OTHERS = ("programs-", "steps-")  # results that have tables of their own
 Results = dict[str, Any]
 
-# The README's rows and columns. A cell is empty where a peer was not asked for.
+# The page's rows and columns. A cell is empty where a peer was not asked for.
 HEADLINES = {
     "value 10x10": "penalty of 10 x 10",
     "value 256x256": "256 x 256",
@@ -116,7 +117,7 @@ def machine_line(results: Results) -> str:
 
 
 def headlines(results: Results) -> str:
-    """The README's table: how many times longer the peers take."""
+    """The page's table: how many times longer the peers take."""
     rows = []
     for name, text in HEADLINES.items():
         if name in results["cases"]:
@@ -308,9 +309,9 @@ def write(path: Path) -> None:
         markers, own = GPU, targets_table(results)
     else:
         markers, own = CPU, f"{headlines(results)}\n\n{targets_met(results)}"
-        plot(results, ROOT / "docs/bench.svg")
-        plot_growth(results, ROOT / "docs/growth.svg")
-    put_between_markers(ROOT / "README.md", markers, f"{own}\n\n{machine_line(results)}")
+        plot(results, ROOT / "docs/pages/bench.svg")
+        plot_growth(results, ROOT / "docs/pages/growth.svg")
+    put_between_markers(SPEED, markers, f"{own}\n\n{machine_line(results)}")
     put_between_markers(ROOT / "bench/README.md", markers, full_tables(results))
 
 
@@ -325,7 +326,7 @@ def main() -> None:
     for file in latest.values():
         write(file)
     if True not in latest and not named:
-        for page in (ROOT / "README.md", ROOT / "bench/README.md"):
+        for page in (SPEED, ROOT / "bench/README.md"):
             put_between_markers(page, GPU, NOT_YET)
 
 

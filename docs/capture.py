@@ -1,4 +1,4 @@
-"""Draws what the command shows in a terminal, docs/report.svg: `python docs/capture.py` from the repository's root."""
+"""Draws what the command shows in a terminal, docs/pages/report.svg: run it from the repository's root."""
 
 import os
 import re

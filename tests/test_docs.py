@@ -3,8 +3,10 @@
 import doctest
 import importlib
 import inspect
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ import regkern.keras
 import regkern.optax
 import regkern.torch
 from regkern.regularizers import PenaltyRegularizer
+from tests.commands import run as commands_run
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "pages").glob("*.md"))]
@@ -81,11 +84,29 @@ ALONE = {
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_pages(page):
     blocks = [code for mark, _, code in BLOCK.findall(page.read_text()) if not mark]
-    assert blocks or page.stem in ("reference", "gallery")
+    assert blocks or page.stem in ("reference", "gallery", "options", "speed", "weight_files")
     assert page.read_text().count("```python") == len(BLOCK.findall(page.read_text()))
     namespace: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, str(page), "exec"), namespace)
+
+
+def test_commands_of_weight_files(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+    safetensors = pytest.importorskip("safetensors.torch")
+    weights = {"attn.weight": torch.ones(20, 30), "attn.bias": torch.ones(20), "head": torch.zeros(5, 20)}
+    for name in ("model", "before", "after"):
+        safetensors.save_file(weights, tmp_path / f"{name}.safetensors")
+    torch.save(weights, tmp_path / "model.pt")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "model.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    monkeypatch.chdir(tmp_path)
+    block = re.search(r"```sh\n(.*?)```", (ROOT / "docs/pages/weight_files.md").read_text(), re.DOTALL)[1]
+    commands = [shlex.split(line.partition(" > ")[0], comments=True) for line in block.splitlines()]
+    for program, *arguments in commands:
+        result = commands_run(*arguments)
+        assert (program, result.exit_code, result.stderr) == ("regkern", 0, "")
+    assert {command[1] for command in commands} == {"report", "diff", "demo", "info"}
 
 
 @pytest.mark.parametrize("name", ALONE)

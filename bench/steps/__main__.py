@@ -1,4 +1,4 @@
-"""Times training steps, and writes the results, the tables of README.md and bench/README.md, and docs/steps.svg."""
+"""Times training steps, and writes the results, the tables of README.md and bench/README.md, and the picture."""
 
 import argparse
 import json
@@ -29,7 +29,7 @@ HEADER = (
     "own / regkern",
     "floor / regkern",
 )
-PICTURE = "![What each program's step takes, without a penalty and with it](docs/steps.svg)"
+PICTURE = "![What each program's step takes, without a penalty and with it](docs/pages/steps.svg)"
 # At least: own tax over regkern's, floor over regkern's tax; of L1L2 on the layers, batch 32.
 TARGETS = {
     "torch": (6.0, 0.6),
@@ -143,7 +143,7 @@ def write(results: dict[str, Any]) -> None:
     tables.put_between_markers(tables.ROOT / "README.md", "bench-steps", f"{own}\n\n{PICTURE}\n\n{line}")
     parts = [f"{label}:\n\n{table(results, results['steps'], penalty)}" for penalty, label in PENALTIES.items()]
     tables.put_between_markers(tables.ROOT / "bench/README.md", "bench-steps", "\n\n".join([line, *parts]))
-    plot(results, tables.ROOT / "docs/steps.svg")
+    plot(results, tables.ROOT / "docs/pages/steps.svg")
 
 
 def main() -> None:
