@@ -27,6 +27,7 @@ class BoundPenalty:
 
     Examples:
         >>> import numpy as np
+        >>> from regkern import Penalty
         >>> weights = {"kernel": np.ones(3), "bias": np.ones(3)}
         >>> bound = Penalty({"*bias": None, "*": "l2"}).bind(weights)
         >>> bound.value()

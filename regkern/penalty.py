@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 from regkern import reductions
 from regkern.anchored import anchor, check_anchored
@@ -15,6 +15,10 @@ from regkern.names import matches_any, nearest
 from regkern.rules import RuleError, Rules
 from regkern.selectors import is_selector, select
 from regkern.serialization import deserialize, get, serialize
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 
 class Penalty:
@@ -58,6 +62,10 @@ class Penalty:
         self._weights: dict[str, Any] | None = None
         self._forget()
 
+    @overload
+    def __call__(self, named: Mapping[str, npt.NDArray[Any]]) -> np.floating[Any]: ...
+    @overload
+    def __call__(self, named: Any) -> Any: ...
     def __call__(self, named: Any) -> Any:
         """Return the penalty of all tensors.
 
@@ -86,6 +94,10 @@ class Penalty:
         tensors, arrays = self._tensors(named)
         return tensors.value(arrays)
 
+    @overload
+    def per_tensor(self, named: Any, floats: Literal[True]) -> dict[str, float]: ...
+    @overload
+    def per_tensor(self, named: Any, floats: bool = False) -> dict[str, Any]: ...
     def per_tensor(self, named: Any, floats: bool = False) -> dict[str, Any]:
         """Return each penalised tensor's penalty by name.
 

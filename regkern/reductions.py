@@ -8,7 +8,7 @@ scalars of the array's library, float64 for float64 and float32 for the rest. Na
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 
 from regkern.arrays import ADAPTERS
 from regkern.arrays import compiling as compiling
@@ -23,12 +23,22 @@ from regkern.summands import check_mode, check_rank
 from regkern.terms import NONE, PARTIAL, SUMS, Operation, Parameters, Products, Term
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from regkern.arrays.adapter import Adapter, KernelAdapter
     from regkern.arrays.plan import Plan
 
 __all__ = ["abs_square_sums", "abs_sum", "gram_offdiagonal_mean", "square_sum"]
 
 
+A = TypeVar("A")  # an array of any library
+
+
+@overload
+def abs_sum(x: npt.NDArray[Any]) -> np.floating[Any]: ...
+@overload
+def abs_sum(x: A) -> A: ...
 def abs_sum(x: Any) -> Any:
     """Return ``sum(|x_i|)``, the L1 norm of all elements.
 
@@ -49,6 +59,10 @@ def abs_sum(x: Any) -> Any:
     return ADAPTERS[type(x)].value(ABS_SUM, (1.0, 0.0, 0.0, 0.0), x)
 
 
+@overload
+def square_sum(x: npt.NDArray[Any]) -> np.floating[Any]: ...
+@overload
+def square_sum(x: A) -> A: ...
 def square_sum(x: Any) -> Any:
     """Return ``sum(x_i**2)``, the square of the L2 norm of all elements.
 
@@ -69,6 +83,10 @@ def square_sum(x: Any) -> Any:
     return ADAPTERS[type(x)].value(SQUARE_SUM, (0.0, 1.0, 0.0, 0.0), x)
 
 
+@overload
+def abs_square_sums(x: npt.NDArray[Any]) -> tuple[np.floating[Any], np.floating[Any]]: ...
+@overload
+def abs_square_sums(x: A) -> tuple[A, A]: ...
 def abs_square_sums(x: Any) -> tuple[Any, Any]:
     """Return ``(sum(|x_i|), sum(x_i**2))`` in one pass over x.
 
@@ -108,6 +126,10 @@ def zero_and_nonfinite_counts(x: Any) -> tuple[int, int]:
     return int(zeros), int(nonfinite)
 
 
+@overload
+def gram_offdiagonal_mean(x: npt.NDArray[Any], mode: str = "rows") -> np.floating[Any]: ...
+@overload
+def gram_offdiagonal_mean(x: A, mode: str = "rows") -> A: ...
 def gram_offdiagonal_mean(x: Any, mode: str = "rows") -> Any:
     """Return the mean over unordered pairs i < j of ``|cos(x_i, x_j)|``, x_i being the rows or the columns of a matrix.
 

@@ -50,13 +50,16 @@ def test_results_are_of_the_arrays_library() -> None:
         assert_type(regularizer.value_and_grad(lazy), tuple[Lazy, Lazy])
     assert_type(regularizer.finish(regularizer.combine([regularizer.partial(X)])), Any)
     assert_type(rk.activity_penalty(regularizer, X), Any)
-    assert_type(rk.reductions.abs_sum(X), Any)
-    assert_type(rk.reductions.abs_square_sums(X), tuple[Any, Any])
+    assert_type(rk.reductions.abs_sum(X), np.floating[Any])
+    assert_type(rk.reductions.abs_square_sums(X), tuple[np.floating[Any], np.floating[Any]])
+    assert_type(rk.reductions.gram_offdiagonal_mean(X, mode="columns"), np.floating[Any])
 
 
 def test_whole_models() -> None:
     penalty = rk.Penalty({"*bias": None, "*": "l2"})
+    assert_type(penalty({"kernel": X}), np.floating[Any])
     assert_type(penalty.per_tensor({"kernel": X}), dict[str, Any])
+    assert_type(penalty.per_tensor({"kernel": X}, floats=True), dict[str, float])
     bound = penalty.bind({"kernel": X.copy()})
     assert_type(bound, rk.BoundPenalty)
     assert_type(bound.value_and_grad(), tuple[Any, dict[str, Any]])
