@@ -107,16 +107,23 @@ def test_a_rate_inside_of_a_wrapper():
     np.testing.assert_allclose(watch.kernels, list(expected(decay)), rtol=1e-4, atol=1e-5)
 
 
-@only_keras3  # tf_keras's optimizer counts the steps that it skips
-def test_where_the_optimizer_skips_its_step_there_is_no_proximal_one():
-    wrapper = keras.optimizers.LossScaleOptimizer
-    x = X.copy()
-    x[BATCH : 2 * BATCH] = np.inf  # the gradients of the second step
-    model, watch = linear(wrapper(keras.optimizers.SGD(0.1))), Watch()
-    callbacks = [rk.keras.ProximalCallback(CALLBACK), watch]
-    model.fit(x[: 2 * BATCH], Y[: 2 * BATCH], batch_size=BATCH, shuffle=False, verbose=0, callbacks=callbacks)
-    first = next(expected(lambda step: 0.1))
-    np.testing.assert_allclose(watch.kernels, [first, first], rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("every", [1, 2])
+def test_where_the_optimizer_skips_its_step_there_is_no_proximal_one(every):
+    """Of four steps the second is skipped; the loss scale grows after every second good one."""
+    wrapper = keras.optimizers.LossScaleOptimizer if KERAS3 else keras.mixed_precision.LossScaleOptimizer
+    x = X[: 4 * BATCH].copy()
+    x[BATCH : 2 * BATCH] = np.inf  # its gradients are not finite
+    model, watch = linear(wrapper(keras.optimizers.SGD(0.1), dynamic_growth_steps=2)), Watch()
+    callbacks = [rk.keras.ProximalCallback(CALLBACK, every), watch]
+    model.fit(x, Y[: 4 * BATCH], batch_size=BATCH, shuffle=False, verbose=0, callbacks=callbacks)
+    w, ways = np.ones((6, 1)), []
+    for batch in range(4):
+        if batch != 1:
+            w = w - 0.1 * gradient(w, batch)
+        if (every == 1 and batch != 1) or (every == 2 and batch % 2):  # of two steps, one was done
+            w = soft(w, 0.1 * FACTOR)
+        ways.append(w)
+    np.testing.assert_allclose(watch.kernels, ways, rtol=1e-4, atol=1e-5)
 
 
 @only_keras3
