@@ -178,8 +178,11 @@ class Handle:
         """
         return self._evaluated()[0]
 
-    def per_tensor(self) -> dict[str, Any]:
+    def per_tensor(self, floats: bool = False) -> dict[str, Any]:
         """Return the same by name.
+
+        Args:
+            floats: give Python floats, which logs and JSON take; devices are waited for.
 
         Returns:
             A dict of 0-d tensors, without those that the last step left out.
@@ -187,7 +190,8 @@ class Handle:
         Raises:
             ValueError, TypeError: as for `value`.
         """
-        return self._evaluated()[1]()
+        values = self._evaluated()[1]()
+        return {name: reductions.as_float(name, value) for name, value in values.items()} if floats else values
 
     def remove(self) -> None:
         """Let the optimizer's steps be its own again; the last step's values stay."""

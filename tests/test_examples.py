@@ -22,6 +22,10 @@ EXAMPLES = {
 
 def test_every_example_is_here():
     assert {path.stem for path in (ROOT / "docs" / "examples").glob("*.py")} == EXAMPLES.keys()
+    gallery = (ROOT / "docs" / "pages" / "gallery.md").read_text()
+    for name, (_, _, picture) in EXAMPLES.items():
+        assert f'    --8<-- "{name}.py"\n' in gallery
+        assert picture is None or f"]({picture})" in gallery
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -1,4 +1,4 @@
-"""Keras's training: `keras_training_checks.py` holds on every backend that trains, and under tf_keras."""
+"""Keras's training: what `keras_training_checks.py` and `keras_factor_checks.py` say, on each backend and tf_keras."""
 
 import importlib.util
 import os
@@ -23,7 +23,15 @@ def test_checks(name):
             pytest.skip(f"{each} is not installed")
     backend = "tensorflow" if name == "tf_keras" else name
     environment = os.environ | {"KERAS_LIBRARY": library, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "tests/keras_training_checks.py"]
+    options = [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "tests/keras_training_checks.py",
+        "tests/keras_factor_checks.py",
+    ]
     root = Path(__file__).parent.parent
     result = subprocess.run(
         [sys.executable, "-m", "pytest", *options],

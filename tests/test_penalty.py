@@ -350,3 +350,28 @@ def test_partial_sums_of_other_kinds():
     assert rk.L2.combine(many).tolist() == [float(np.float32(1 / 3)) * 2 + float(np.float32(1 / 3))] * 2
     assert rk.L1L2(0.5, 0.25).finish([2, 4], "float64") == 2.0
     assert rk.OrthogonalRegularizer(0.5).finish([2.1, 2.0], "float64") == 0.5
+
+
+def test_floats_are_what_json_takes():
+    """Of each library, of a penalty that is called, bound or attached, and of NaN; without, of the library."""
+    rules = rk.Penalty({"*bias": None, "*": rk.L1(0.5)})
+    arrays = {"a": np.float32([1, -2]), "b": {"kernel": np.float32([3]), "bias": np.float32([9])}}
+    expected = '{"a": 1.5, "b/kernel": 1.5}'
+    makers = [np.asarray, pytest.importorskip("torch").tensor, pytest.importorskip("jax.numpy").asarray]
+    for make in makers:
+        tree = {"a": make(arrays["a"]), "b": {name: make(x) for name, x in arrays["b"].items()}}
+        assert json.dumps(rules.per_tensor(tree, floats=True)) == expected
+        assert json.dumps(rules.bind(tree).per_tensor(floats=True)) == expected
+        assert not isinstance(rules.per_tensor(tree)["a"], float)
+    assert np.isnan(rules.per_tensor({"a": np.array([np.nan])}, floats=True)["a"])
+
+
+def test_floats_of_an_attached_penalty():
+    torch = pytest.importorskip("torch")
+    import regkern.torch
+
+    layer = torch.nn.Linear(2, 2, bias=False)
+    torch.nn.init.ones_(layer.weight)
+    handle = regkern.torch.attach(torch.optim.SGD(layer.parameters(), lr=0.1), layer, {"*": rk.L1(0.5)})
+    assert json.dumps(handle.per_tensor(floats=True)) == '{"weight": 2.0}'
+    assert isinstance(handle.per_tensor()["weight"], torch.Tensor)

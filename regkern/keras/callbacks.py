@@ -8,7 +8,7 @@ from typing import Any
 
 from regkern import reductions
 from regkern.bound import BoundPenalty
-from regkern.keras.rates import optimizers_of, rate_of_last_step, steps_done
+from regkern.keras.rates import Skips, optimizers_of, rate_of_last_step, steps_done
 from regkern.keras.registration import library_of
 from regkern.numbers import real
 from regkern.penalty import Penalty
@@ -58,7 +58,7 @@ class ProximalCallback(_Callback):
     proximal gradient descent, where L1 makes exact zeros and the group lasso whole rows or filters of them. The rate is
     that of the step just done: of a schedule, of the optimizer inside of a wrapper, of each variable its own where an
     optimizer has several. Where no step was done, because gradients are accumulated or were not finite, there is no
-    proximal step either (tf_keras's optimizers count a step that they skip as done). An optimizer that scales its
+    proximal step either. An optimizer that scales its
     steps, such as Adam, has no such scale here: the step is its rate.
 
     The share of exact zeros among the elements of tensors that have a regularizer is in the logs as "zeros": in the
@@ -121,6 +121,7 @@ class ProximalCallback(_Callback):
             if not hasattr(each, "prox"):
                 raise TypeError(f"rules: expected regularizers with a proximal operator; got {each!r}, which has none.")
         self._penalty.bind(self.model).prox_(0.0)  # changes nothing; raises if one has no proximal operator after all
+        self._skips = Skips(self.model.optimizer)
         self._groups = [_Group(optimizer, alone=len(optimizers) == 1) for optimizer in optimizers]
         self._forget()
         self._look(named, regularizers)
@@ -144,9 +145,10 @@ class ProximalCallback(_Callback):
             logs: get the share of exact zeros, as of the last count.
         """
         self._batches += 1
+        self._skips.look()
         if self._batches >= self._every:
             self.model  # noqa: B018  # on JAX, variables have their values once it is asked for
-            if sum(group.step(self._variables, self._regularizers) for group in self._groups):
+            if sum(group.step(self._variables, self._regularizers, self._skips.count) for group in self._groups):
                 self._batches = 0
                 if self._size <= _COUNTED_ALWAYS or self._steps % _COUNTED_EVERY == 0:
                     self._count()
@@ -197,9 +199,9 @@ class _Group:
         self._optimizer, self._alone, self._done = optimizer, alone, steps_done(optimizer)
         self.bound: BoundPenalty | None = None
 
-    def step(self, variables: Mapping[str, Any], regularizers: Mapping[str, Any]) -> bool:
+    def step(self, variables: Mapping[str, Any], regularizers: Mapping[str, Any], skipped: int) -> bool:
         """Take a proximal step, if the optimizer has done a step since the last time, and say so."""
-        done = steps_done(self._optimizer)
+        done = steps_done(self._optimizer) - skipped
         if done == self._done:
             return False
         self._done = done

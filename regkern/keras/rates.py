@@ -35,6 +35,31 @@ def steps_done(optimizer: Any) -> int:
     return int(optimizer.iterations)
 
 
+class Skips:
+    """Notices steps that tf_keras's LossScaleOptimizer skips, since it counts them as done.
+
+    It starts to count finite steps anew where gradients were not finite, and where it has let its scale grow.
+
+    Args:
+        optimizer: a model's.
+
+    Attributes:
+        count: how many have been noticed.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        dynamic = getattr(optimizer, "dynamic", False) and hasattr(optimizer, "dynamic_counter")
+        self.count = 0
+        self._optimizer = optimizer if dynamic else None
+        self._scale = float(optimizer.loss_scale) if dynamic else 0.0
+
+    def look(self) -> None:
+        """Count the step that was just counted as done, if it was skipped."""
+        if self._optimizer is not None:
+            before, self._scale = self._scale, float(self._optimizer.loss_scale)
+            self.count += int(self._optimizer.dynamic_counter) == 0 and self._scale <= before
+
+
 def rate_of_last_step(optimizer: Any) -> float:
     """Return the rate of the step that was just done: a schedule's at one iteration less than are counted now."""
     rate: Any = _rate(optimizer)
