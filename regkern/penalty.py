@@ -251,14 +251,14 @@ class Penalty:
 
     def _traced(self, tree: Any) -> dict[str, Any]:
         """Return each penalised tensor's penalty, where `torch.compile` traces: one by one, and nothing is kept."""
-        for rule in self.rules.regularizers:
-            if rule.startswith("@"):
-                raise RuleError(
-                    f"rule {rule!r}: expected globs where torch.compile traces; got a rule by what a tensor is; "
-                    "call the penalty outside of what is compiled, or bind it."
-                )
+        selectors = [rule for rule in self.rules.regularizers if rule.startswith("@")]
+        if selectors and not hasattr(tree, "named_modules"):
+            raise RuleError(
+                f"rule {selectors[0]!r}: expected globs, or a module, where torch.compile traces; got a rule by what a "
+                "tensor is; pass the module, or call the penalty outside of what is compiled."
+            )
         named = reductions.named_arrays(tree)
-        rules = self.rules.among(named)
+        rules = self.rules.among(named, {rule: _meant(rule, tree) for rule in selectors})
         found = self._anchor({name: rules.find(name)[1] for name in named})
         values: dict[str, Any] = {}
         seen: list[Any] = []
@@ -340,6 +340,14 @@ class Penalty:
         new = (kind, what) not in self._told
         self._told.add((kind, what))
         return new
+
+
+def _meant(rule: str, model: Any) -> tuple[str, ...]:
+    """Return the names that a selector means in a module of PyTorch; a graph that is traced takes them for known."""
+    return tuple(select([rule], model, reductions.named_arrays(model))[rule])
+
+
+_meant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _unused_text(glob: str, names: Sequence[str]) -> str:

@@ -103,19 +103,20 @@ def _draw(path: Path, title: str, bars: Sequence[_Bar], panels: Sequence[_Panel]
     import matplotlib
     from matplotlib.figure import Figure
 
-    names = [elided(printable(bar.name), 44) for bar in bars]
-    title = elided(printable(title), 150)
+    names = [printable(bar.name) for bar in bars]
+    title = printable(title)
     fonts, missing = _fonts("".join([*names, title]))
+    names, title = [elided(_spelled(name, missing), 44) for name in names], elided(_spelled(title, missing), 150)
     figure = Figure(figsize=(11, 1.9 + 0.24 * max(len(bars), 2)), layout="constrained")
     with matplotlib.rc_context({"font.family": fonts}):
         left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
         for i, (axes, panel) in enumerate(zip((left, right), panels, strict=True)):
             _panel(axes, panel, [bar.values[i] for bar in bars], [bar.labels[i] for bar in bars], bars)
-        left.set_yticks(range(len(names)), [_spelled(name, missing) for name in names], fontsize=8, parse_math=False)
+        left.set_yticks(range(len(names)), names, fontsize=8, parse_math=False)
         for bar, tick in zip(bars, left.get_yticklabels(), strict=True):
             tick.set_color(_FAULT if bar.fault else "black")
         left.set_ylim(len(names) - 0.4, -0.6)  # the first layer on top
-        figure.suptitle(_spelled(title, missing), fontsize=10, parse_math=False)
+        figure.suptitle(title, fontsize=10, parse_math=False)
         _write(path, lambda file: figure.savefig(file, format=path.suffix.lower()[1:], dpi=130))
 
 

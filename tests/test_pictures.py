@@ -128,10 +128,11 @@ def test_one_bar_does_not_flatten_the_rest(tmp_path, drawn, largest, scale):
 
 def test_names_that_no_font_has_are_spelled(tmp_path, drawn, monkeypatch):
     monkeypatch.setattr(plot, "_characters", lambda file: frozenset(range(128)))
-    save_file({"層.w": np.ones(2), "é": np.ones(2), "w": np.ones(2)}, tmp_path / "x.safetensors")
+    save_file({"層.w": np.ones(2), "é": np.ones(2), "w": np.ones(2), 40 * "層": np.ones(2)}, tmp_path / "x.safetensors")
     run("report", tmp_path / "x.safetensors", "--plot", tmp_path / "x.png")
     labels = [label.get_text() for label in drawn[0].axes[0].get_yticklabels()]
-    assert sorted(labels) == sorted([r"\u5c64.w", "e", "w"])
+    assert {r"\u5c64.w", "e", "w"} < set(labels)
+    assert max(map(len, labels)) == 44  # however long what is spelled is
 
 
 def test_names_that_another_font_has_are_drawn_in_it(monkeypatch):

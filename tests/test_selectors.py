@@ -64,8 +64,16 @@ def test_modules_of_torch():
     net.module[3].weight.requires_grad = False
     assert named("@rank>=2", net) == ["0.weight", "1.weight", "1.bias"]
     penalty = rk.Penalty({"@no_decay": None, "@layer=Conv*": L2, "*": None})
-    with pytest.raises(Exception, match=r"expected globs where torch.compile traces; got a rule by what a tensor is"):
-        torch.compile(penalty, backend="eager", fullgraph=True)(net)
+    compiled = torch.compile(lambda tree: penalty(tree) + 0.0, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(net), penalty(net))
+    compiled(net).backward()
+    assert net.module[0].weight.grad is not None
+    assert net.module[0].bias.grad is None
+    net.module[3].weight.requires_grad = True  # as it is when the graph is made anew
+    penalty = rk.Penalty({"@no_decay": None, "@rank>=2": L2})
+    torch.testing.assert_close(compiled(net), penalty(net))
+    with pytest.raises(Exception, match=r"expected globs, or a module, where torch.compile traces"):
+        compiled({"x": torch.ones(2)})
 
 
 def test_modules_whose_class_was_replaced():
