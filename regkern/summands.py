@@ -226,7 +226,7 @@ def weighted(summands: Summands, *, recorded: bool) -> list[Weighted]:
 def partial(summands: Summands, x: Any, other: Any = None) -> Any:
     """Return what a piece of an array, or a pair of pieces, adds to a penalty: two numbers a summand, in float64."""
     parts = [_partial(summand, x, other) for summand in summands]
-    return parts[0] if len(parts) == 1 else np.concatenate([np.asarray(each) for each in parts])
+    return parts[0] if len(parts) == 1 else ADAPTERS[type(parts[0])].joined(parts)
 
 
 def _partial(summand: Summand, x: Any, other: Any) -> Any:

@@ -204,21 +204,39 @@ class HostFunctions:
 @pytest.fixture
 def computed(monkeypatch):
     """Let NumPy compute what CuPy's own operations would, of the memory of CuPy's arrays; return what ran so."""
-    run, ran = type(cupy_expressions.EXPRESSIONS).run, []
+    engine, ran = type(cupy_expressions.EXPRESSIONS), []
 
-    def by_numpy(self, operation, term, p, x, out=None):
-        ran.append(operation)
-        held = read(x).view(OnDevice)
-        target = None if out is None else read(out)
-        p = tuple(read(each)[()] if isinstance(each, cupy.ndarray) else each for each in p)
-        value, written = run(self, operation, term, p, held, target)
-        parts = value if isinstance(value, tuple) else (value,)
-        parts = tuple(None if each is None else on_device(np.array(each, order="C"), Computed) for each in parts)
-        value = parts if isinstance(value, tuple) else parts[0]
-        return value, out if out is not None or written is None else on_device(np.array(written, order="C"), Computed)
+    def by_numpy(method):
+        def call(self, operation, term, p, x, *operands, out=None):
+            ran.append(operation)
+            held = read(x).view(OnDevice)
+            target = None if out is None else read(out)
+            p = tuple(read(each)[()] if isinstance(each, cupy.ndarray) else each for each in p)
+            beside = [tuple(read(each).view(OnDevice) for each in group) for group in operands]
+            value, written = method(self, operation, term, p, held, *beside, target)
+            parts = value if isinstance(value, tuple) else (value,)
+            parts = tuple(None if each is None else on_device(np.array(each, order="C"), Computed) for each in parts)
+            value = parts if isinstance(value, tuple) else parts[0]
+            written = None if written is None else on_device(np.array(written, order="C"), Computed)
+            return value, written if out is None else out
 
+        return call
+
+    run, anchored = by_numpy(engine.run), by_numpy(engine.anchored)
+
+    def run_by_numpy(self, operation, term, p, x, out=None):
+        return run(self, operation, term, p, x, out=out)
+
+    def anchored_by_numpy(self, operation, term, p, x, operands, out=None):
+        return anchored(self, operation, term, p, x, operands, out=out)
+
+    def joined(self, parts):
+        return on_device(np.concatenate(list(map(read, parts))))
+
+    monkeypatch.setattr(engine, "run", run_by_numpy)
+    monkeypatch.setattr(engine, "anchored", anchored_by_numpy)
+    monkeypatch.setattr(adapter_module.CupyAdapter, "joined", joined)
     monkeypatch.setattr(cupy_expressions, "cupy", HostFunctions())
-    monkeypatch.setattr(type(cupy_expressions.EXPRESSIONS), "run", by_numpy)
     return ran
 
 
@@ -262,11 +280,28 @@ def test_penalties_without_kernels_are_cupys_own_operations(computed, name, dtyp
     assert_near(gradient, 3 * np.float64(slope), 2 * epsilon)
     if isinstance(regularizer, rk.GroupLasso | rk.SparseGroupLasso):
         assert_near(regularizer.prox(x, STEP), regularizer.prox(host, STEP), epsilon)
-        if isinstance(regularizer, rk.GroupLasso):
-            assert_near(regularizer.partial(x), regularizer.partial(host), 4 * np.finfo(value.dtype).eps)
+        assert_near(regularizer.partial(x), regularizer.partial(host), 4 * np.finfo(value.dtype).eps)
         assert regularizer.prox(x, STEP, out=gradient) is gradient
         assert_near(gradient, regularizer.prox(host, STEP), epsilon)
     np.testing.assert_array_equal(host, before)
+    assert computed
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_distances_to_a_reference_are_cupys_own_operations(computed, weighted):
+    hosts = [np.random.default_rng(i).random((6, 5)).astype(np.float32) for i in range(3)]
+    rules, found = rk.Penalty({"*": rk.L1L2(0.3, 0.4)}), []
+    for array in (np.copy, on_device):
+        x, reference, weights = map(array, hosts)
+        penalty = rules.anchored(to={"x": reference}, weights={"x": weights} if weighted else None)
+        bound, grads = penalty.bind({"x": x}), {"x": array(np.ones_like(hosts[0]))}
+        bound.add_grad(grads, scale=2.0)
+        value, gradients = bound.value_and_grad()
+        bound.prox_(STEP)
+        found.append((penalty({"x": x}), value, gradients["x"], grads["x"], x))
+    for exact, near in zip(*found, strict=True):
+        assert isinstance(near, cupy.ndarray)
+        assert_near(near, exact, 4 * np.finfo(np.float32).eps)
     assert computed
 
 

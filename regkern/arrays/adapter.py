@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from regkern.arrays import ADAPTERS
 from regkern.arrays.layout import View
 from regkern.terms import VALUE, Operation, Parameters, Products, Term
@@ -158,6 +160,10 @@ class Adapter(ABC):
     def beside(self, value: Any, other: Any) -> Any:
         """Return a 0-d scalar of the library on the device of another scalar, so that they can be added."""
         return value
+
+    def joined(self, parts: Sequence[Any]) -> Any:
+        """Return partial sums of several terms, arrays of the library in one dimension each, as one."""
+        return np.concatenate([np.asarray(part) for part in parts])
 
     def over_batch(self, penalty: Any, x: Any) -> Any:
         """Return a penalty divided by the length of x's first axis; 0 where a length that is open yet becomes 0."""

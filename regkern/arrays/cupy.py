@@ -1,6 +1,7 @@
 """CuPy's arrays: the CUDA kernels, on CuPy's current stream; CuPy's own operations where there is no kernel."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import cupy
@@ -56,6 +57,9 @@ class CupyAdapter(DeviceAdapter):
 
     def beside(self, value: Any, other: Any) -> Any:
         return on(other.data.device_id, cupy.asarray, value) if isinstance(other, cupy.ndarray) else value
+
+    def joined(self, parts: Sequence[Any]) -> Any:
+        return on(parts[0].data.device_id, cupy.concatenate, parts)
 
     def upload(self, x: Any, table: Any) -> Any:
         # By pinned memory of CuPy's, which keeps it until it has been read.

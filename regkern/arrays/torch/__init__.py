@@ -94,6 +94,9 @@ class TorchAdapter(Adapter):
         # The host's scalars can be added as they are, and to bring one there would wait for its device.
         return value.to(other.device) if isinstance(other, Tensor) and value.is_cuda and other.is_cuda else value
 
+    def joined(self, parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(parts))
+
     def named_arrays(self, model: Any) -> Iterable[tuple[str, Any]] | None:
         return modules.trained(model) if isinstance(model, torch.nn.Module) else None
 
