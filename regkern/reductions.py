@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 from regkern.arrays import ADAPTERS
 from regkern.arrays import compiling as compiling
 from regkern.arrays.numbers import as_float as as_float
+from regkern.arrays.numbers import beside as alike
 from regkern.arrays.numbers import finite as finite
 from regkern.arrays.numbers import held as held
 from regkern.arrays.numbers import is_number as is_number
@@ -20,7 +21,7 @@ from regkern.arrays.numbers import step_size as step_size
 from regkern.arrays.trees import Tree as Tree
 from regkern.formulas import ABS, ABS_SUM, BOTH_SUMS, COUNTED, SQUARE_SUM
 from regkern.summands import check_mode, check_rank
-from regkern.terms import NONE, PARTIAL, SUMS, Operation, Parameters, Products, Term
+from regkern.terms import NONE, PARTIAL, SUMS, Products, Term
 
 if TYPE_CHECKING:
     import numpy as np
@@ -205,7 +206,7 @@ def reading(x: Any, *, recorded: bool, operands: tuple[Any, ...] = ()) -> Readin
         return None
     adapter, array = read
     itself = array is x and adapter is own
-    beside = [own.reader(each) for each in operands]
+    beside = [own.reader(each) for each in alike(x, operands)] if operands else []
     if operands and (adapter.home(array) != "host" or any(each is None or each[0] is not adapter for each in beside)):
         return None
     found = tuple(each[1] for each in beside if each is not None)
@@ -218,7 +219,7 @@ def check_operands(x: Any, arguments: Mapping[str, Any]) -> None:
     And unless the first is another: the distance of an array to itself, which is changed in place, is always zero.
     """
     own = ADAPTERS[type(x)]
-    for argument, operand in arguments.items():
+    for argument, operand in zip(arguments, alike(x, tuple(arguments.values())), strict=True):
         own.check_operand(argument, x, operand)
     argument, reference = next(iter(arguments.items()))
     if not own.is_immutable(x) and place(x) == place(reference):
@@ -226,13 +227,6 @@ def check_operands(x: Any, arguments: Mapping[str, Any]) -> None:
             f"{argument}: expected memory of its own, which stays as it is; got x's, whose distance to itself is "
             "always zero; pass a copy."
         )
-
-
-def anchored(
-    operation: Operation, term: Term, p: Parameters, x: Any, operands: tuple[Any, ...], out: Any = None
-) -> tuple[Any, Any]:
-    """Do an operation with a distance to a reference by the library's own operations, as its adapter does."""
-    return ADAPTERS[type(x)].anchored(operation, term, p, x, operands, out)
 
 
 def plan(members: Sequence[tuple[str, KernelAdapter, Any, int, tuple[Any, ...]]]) -> Plan:

@@ -10,7 +10,7 @@ import numpy as np
 
 from regkern.arrays import ADAPTERS
 from regkern.arrays.numbers import Summand as Summand
-from regkern.arrays.numbers import expressions, finite, scaled, step_size, taken
+from regkern.arrays.numbers import beside, expressions, finite, scaled, step_size, taken
 from regkern.dtypes import DTYPES, DType
 from regkern.formulas import ABS, ABS_SQUARE, SQUARE
 from regkern.terms import (
@@ -165,7 +165,7 @@ def distance(
     """
     adapter = ADAPTERS[type(x)]
     p = taken(summand, adapter, x, recorded=True) if operation is VALUE else scaled(summand, x, name, scale)[1]
-    return adapter.anchored(operation, summand.term, p, x, operands, out)
+    return adapter.anchored(operation, summand.term, p, x, beside(x, operands), out)
 
 
 def has_prox(summands: Summands) -> bool:

@@ -319,6 +319,14 @@ def test_optimizers_of_torch_take_it():
     assert torch.equal(model.weight, start.weight)
 
 
+def test_a_variable_is_a_reference_for_what_it_stands_for():
+    keras = pytest.importorskip("keras")
+    x, x0, _ = operands("C order", "float32", False)
+    penalty = anchored(rk.L2(0.5), keras.Variable(x0))
+    found = penalty({"x": keras.ops.convert_to_tensor(x)})
+    np.testing.assert_allclose(numbers(found), value(rk.L2(0.5), x, x0), rtol=2e-6)
+
+
 def test_optax_takes_it():
     pytest.importorskip("optax")
     jax, transformations = pytest.importorskip("jax"), importlib.import_module("regkern.optax")

@@ -149,6 +149,12 @@ def native(value: Any) -> tuple[Adapter, Any]:
     return ADAPTERS[type(value)], value
 
 
+def beside(x: Any, operands: Sequence[Any]) -> tuple[Any, ...]:
+    """Return arrays as x is: a variable as what it stands for now, where x is no variable of its kind."""
+    own = ADAPTERS[type(x)]
+    return tuple(each if ADAPTERS[type(each)] is own else native(each)[1] for each in operands)
+
+
 def held(value: Any) -> float | None:
     """Return what a 0-d array holds; None where that cannot be seen now: of a tracer, or on a device."""
     adapter, value = native(value)
