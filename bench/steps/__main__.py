@@ -74,8 +74,8 @@ def _over(found: dict[str, float], tax: float) -> str:
     return tables.ratio(found["median"] / tax) if tax > 0 else "free"
 
 
-def lines(results: dict[str, Any], names: Iterable[str], penalty: str) -> Iterator[list[str]]:
-    """Yield the table's lines: medians and quartiles, in ms; of torch also what is attached."""
+def lines(results: dict[str, Any], names: Iterable[str], penalty: str, *, asked: bool = True) -> Iterator[list[str]]:
+    """Yield the table's lines: medians and quartiles, in ms; of torch also what is attached; and what was asked."""
     for name in names:
         found, (program, model, batch) = results["steps"][name], name.split(", ")
         taxes = found[penalty]
@@ -84,18 +84,18 @@ def lines(results: dict[str, Any], names: Iterable[str], penalty: str) -> Iterat
                 continue
             key, ours = program + ", attached" * (way == "attached"), taxes[way]["median"]
             over = _over(taxes["own"], ours), _over(taxes["floor"], ours)
-            if (model, batch, penalty) == ("mlp", "32", "l1l2"):
-                asked = (f" ({tables.ratio(least)} asked)" for least in TARGETS[key])
-                over = tuple(map("".join, zip(over, asked, strict=True)))
+            if asked and (model, batch, penalty) == ("mlp", "32", "l1l2"):
+                targets = (f" ({tables.ratio(least)} asked)" for least in TARGETS[key])
+                over = tuple(map("".join, zip(over, targets, strict=True)))
             label = f"{PROGRAMS[program]}{', attached' * (way == 'attached')}: {NAMES[model]}, batch {batch}"
             cells = [f"{1e3 * found['none']['median']:.1f}", f"{1e3 * taxes['floor']['median']:.2f}"]
             cells += [_tax(taxes[each]) if each in taxes else "" for each in ("own", "best", way)]
             yield [label, *cells, *over]
 
 
-def table(results: dict[str, Any], names: Iterable[str], penalty: str) -> str:
+def table(results: dict[str, Any], names: Iterable[str], penalty: str, *, asked: bool = True) -> str:
     """Return a table of what a penalty adds to steps."""
-    return tables.markdown(HEADER, lines(results, names, penalty))
+    return tables.markdown(HEADER, lines(results, names, penalty, asked=asked))
 
 
 def headlines(results: dict[str, Any]) -> list[str]:
@@ -139,7 +139,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
 def write(results: dict[str, Any]) -> None:
     """Write the tables and the picture."""
     line = tables.machine_line(results)
-    own = table(results, headlines(results), "l1l2")
+    own = table(results, headlines(results), "l1l2", asked=False)
     tables.put_between_markers(tables.ROOT / "README.md", "bench-steps", f"{own}\n\n{PICTURE}\n\n{line}")
     parts = [f"{label}:\n\n{table(results, results['steps'], penalty)}" for penalty, label in PENALTIES.items()]
     tables.put_between_markers(tables.ROOT / "bench/README.md", "bench-steps", "\n\n".join([line, *parts]))
