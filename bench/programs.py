@@ -1,8 +1,8 @@
 """Times calls as programs make them: after a rest, beside other processes, with less CPU than there seems to be.
 
-`python -m bench.programs` measures, and writes the results, and the tables and the picture of docs/pages/speed.md and
-bench/README.md. Every figure is the median of single calls, with the 90th and 99th percentile beside it: what is asked
-is what a call costs now and then, not how many follow each other in a second.
+`python -m bench.programs` measures, and writes the results, the tables of README.md and bench/README.md, and the table
+and picture of docs/pages/speed.md. Every figure is the median of single calls, with the 90th and 99th percentile beside
+it: what is asked is what a call costs now and then, not how many follow each other in a second.
 """
 
 import argparse
@@ -238,7 +238,8 @@ def write(results: dict[str, Any]) -> None:
     """Write the tables and the picture."""
     line = tables.machine_line(results)
     headlines = table(results, [name for name in HEADLINES if name in results["programs"]], asked=False)
-    tables.put_between_markers(tables.SPEED, "bench-programs", f"{headlines}\n\n{line}")
+    for page in (tables.ROOT / "README.md", tables.SPEED):
+        tables.put_between_markers(page, "bench-programs", f"{headlines}\n\n{line}")
     everything = table(results, results["programs"], asked=True)
     tables.put_between_markers(tables.ROOT / "bench/README.md", "bench-programs", f"{line}\n\n{everything}")
     plot(results, tables.ROOT / "docs/pages/programs.svg")
