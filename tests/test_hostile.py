@@ -189,7 +189,7 @@ HOSTILE = {
     "negative.npy": (lambda path: path.write_bytes(npy_header((-1, -4)) + bytes(16)), "the shape (-1, -4)"),
     "no-size.npy": (lambda path: path.write_bytes(npy_header((-1,), "0i8") + bytes(29)), "the shape (-1,)"),
     "link.npz": (link_in_zip, "damaged"),
-    "outside.npz": (outside_of_zip, "without any"),
+    "outside.npz": (outside_of_zip, "got a zip archive"),
     "bomb.keras": (keras_bomb, "bytes of model.weights.h5"),
     "unwritten.h5": (unwritten, "bytes can hold"),
     "tiny-chunks.h5": (tiny_chunks, "more chunks than the file has bytes"),

@@ -22,8 +22,11 @@ _UNUSED_SECONDS = 90 * 24 * 3600
 
 def cache_folder() -> Path:
     """Return where compiled kernels are kept: `$REGKERN_CACHE_DIR`, or the user's cache folder."""
-    folder = os.environ.get(CACHE_VARIABLE) or user_cache_dir("regkern", appauthor=False)
     # A user without a home, in a container for one, has the root of the file system for it, as Docker has it.
+    try:
+        folder = os.environ.get(CACHE_VARIABLE) or user_cache_dir("regkern", appauthor=False)
+    except RuntimeError:
+        folder = "/.cache/regkern"
     return Path(folder.removeprefix("~") if folder.startswith("~/") else folder)
 
 
