@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.cases import slow_unless
+
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not (ROOT / "docs" / "examples").is_dir(), reason="a source distribution has none")
 EXAMPLES = {
@@ -28,7 +30,10 @@ def test_every_example_is_here():
         assert picture is None or f"]({picture})" in gallery
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+OFTEN = ("sparse_mlp", "lasso_path", "larger_than_memory")
+
+
+@pytest.mark.parametrize("name", [slow_unless(name in OFTEN, name) for name in EXAMPLES])
 def test_examples(name, tmp_path):
     arguments, text, picture = EXAMPLES[name]
     for needed in ("sklearn", "matplotlib", "keras", "torch", "dask", "psutil"):

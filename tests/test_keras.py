@@ -50,7 +50,7 @@ LIBRARIES = {
 }
 
 
-CHECKS = [slow_unless(name != "tf_keras", name, "not slow") for name in LIBRARIES]
+CHECKS = [slow_unless(name not in ("jax", "tf_keras"), name, "not slow") for name in LIBRARIES]
 CHECKS += [pytest.param(name, "slow", marks=pytest.mark.slow) for name in LIBRARIES if name != "numpy"]
 
 

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.cases import slow_unless
+
 LIBRARIES = {
     name: (name if name == "tf_keras" else "keras", name) for name in ("torch", "jax", "tensorflow", "tf_keras")
 }
 
 
-@pytest.mark.parametrize("name", LIBRARIES)
+@pytest.mark.parametrize("name", [slow_unless(name == "jax", name) for name in LIBRARIES])
 def test_checks(name):
     """Run the checks in a process of their own: Keras's backend is chosen once for each."""
     library, needed = LIBRARIES[name]

@@ -13,7 +13,7 @@ import pytest
 import regkern as rk
 from regkern.kernels.cpu.elementwise import CHUNK
 from tests import digests
-from tests.cases import LAYOUTS, NUMPY_DTYPES, READ_ONLY_LAYOUTS, make
+from tests.cases import LAYOUTS, NUMPY_DTYPES, READ_ONLY_LAYOUTS, make, slow_unless
 from tests.processes import run
 
 KNOWN = json.loads(digests.PATH.read_text())
@@ -28,7 +28,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", [slow_unless(name != "SSE2", name) for name in SETTINGS])
 def test_digests(name):
     settings = SETTINGS[name]
     if "NUMBA_CPU_NAME" in settings and platform.machine() not in ("x86_64", "AMD64"):

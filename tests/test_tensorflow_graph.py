@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import regkern as rk
-from tests.cases import NUMPY_DTYPES
+from tests.cases import NUMPY_DTYPES, slow_unless
 from tests.tensorflow_graphs import ALL, REG, SHAPE, has_kernels, normal
 
 tf = pytest.importorskip("tensorflow")
@@ -219,7 +219,7 @@ def test_one_function_in_many_threads():
     assert found == [True] * 80
 
 
-@pytest.mark.parametrize("library", ["keras", "tf_keras"])
+@pytest.mark.parametrize("library", [slow_unless(name == "keras", name) for name in ("keras", "tf_keras")])
 def test_checks(library):
     if importlib.util.find_spec(library) is None:
         pytest.skip(f"{library} is not installed")

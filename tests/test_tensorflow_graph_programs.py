@@ -124,7 +124,7 @@ print("done", flush=True)
 """
 
 
-@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_threads_that_call_back_wait_for_nobody(threads):
     """Many at once, from `tf.data` and from the graph, in pools of one thread too."""
     assert processes.run(THREADS.format(threads=threads), head="", patience=240).split() == ["done"]
