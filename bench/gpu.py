@@ -89,7 +89,11 @@ def measure_case(case: GpuCase, peers: Sequence[str], skipped: dict[str, str]) -
 
 
 def _bytes(case: GpuCase) -> int:
-    elements = sum(gpu_peers.many_sizes(case)) if case.kind.startswith("many") else case.shape[0] * case.shape[1]
+    rows, columns = case.shape
+    if case.kind.startswith("many"):
+        elements = sum(gpu_peers.many_sizes(case))
+    else:
+        elements = rows * columns * (columns if case.kind == "step" else 1)
     return elements * {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}[case.dtype]
 
 

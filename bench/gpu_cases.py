@@ -28,8 +28,10 @@ class GpuCase:
 
     Attributes:
         kind: which functions of `gpu_peers.py`: value, value_and_grad, torch_backward, gram, gram_and_grad, launch (the
-            host's time for a call that nothing waits for), many, many_and_grad (tensors of a model's sizes).
-        shape: of the array; of many tensors, how many and how large they are at most.
+            host's time for a call that nothing waits for), many, many_and_grad (tensors of a model's sizes), step (of
+            training a perceptron by AdamW, in torch).
+        shape: of the array; of many tensors, how many and how large they are at most; of a perceptron, how many layers
+            and how wide they are.
         peers: names of the peers beside regkern; one that fails is left out, and it is said.
         dtype: of the elements.
         strided: whether every second row of an array twice as long is taken.
@@ -71,6 +73,7 @@ GPU_CASES = (
     GpuCase("launch", (1024, 1024), ("cupy", "torch", "jax"), targets=(over("cupy", 2), LIMIT)),
     GpuCase("many", (1000, 10**6), MANY_PEERS, targets=(over("cupy", 20), over("torch._foreach_norm", 2))),
     GpuCase("many_and_grad", (1000, 10**6), ("torch",), targets=(over("torch", 5),)),
+    GpuCase("step", (12, 1024), ("torch", "no penalty"), targets=(over("torch", 1),)),
     GpuCase("gram", (8192, 1024), ("torch", "jax"), targets=(over("torch", 1.6), over("jax", 1.6))),
     GpuCase("gram", (32768, 256), ("torch", "jax"), targets=(over("torch", 1.6), over("jax", 1.6))),
     GpuCase("gram", (1024, 256), ("torch", "jax")),

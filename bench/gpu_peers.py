@@ -116,6 +116,15 @@ def regkern_many_and_grad(case):
     return rk.Penalty({"*": REGULARIZER}).bind(named).value_and_grad
 
 
+@peer("step", "regkern")
+def regkern_step(case):
+    from regkern.torch import attach
+
+    model, optimizer, step = _perceptron(case)
+    attach(optimizer, model, {"*bias": None, "*": REGULARIZER})
+    return functools.partial(step, lambda: 0.0)
+
+
 # The machine
 
 _READ = r"""
@@ -281,6 +290,34 @@ def torch_many(case):
 @peer("many_and_grad", "torch")
 def torch_many_and_grad(case):
     return backward(torch_penalty, many_tensors(case))
+
+
+@peer("step", "no penalty")
+def torch_step_alone(case):
+    return functools.partial(_perceptron(case)[2], lambda: 0.0)
+
+
+@peer("step", "torch")
+def torch_step(case):
+    model, _, step = _perceptron(case)
+    return functools.partial(step, lambda: sum(torch_penalty(layer.weight) for layer in model[::2]))
+
+
+def _perceptron(case):
+    """Return a model, an optimizer, and a function that takes a step with a penalty in the loss."""
+    import torch
+
+    layers, width = case.shape
+    modules = [each for _ in range(layers) for each in (torch.nn.Linear(width, width), torch.nn.ReLU())]
+    model = torch.nn.Sequential(*modules).cuda()
+    optimizer, x = torch.optim.AdamW(model.parameters()), torch_array(case, (256, width))
+
+    def step(penalty):
+        optimizer.zero_grad()
+        (model(x).square().mean() + penalty()).backward()
+        optimizer.step()
+
+    return model, optimizer, step
 
 
 @peer("gram", "torch")

@@ -28,6 +28,17 @@ pytestmark = pytest.mark.filterwarnings("default")  # libraries on machines with
 STEP = 0.7
 REGULARIZER = REGULARIZERS["L1L2"]
 EPSILONS = {name: dtype.epsilon for name, dtype in DTYPES.items()}
+# What the CUDA kernels do not evaluate, and the libraries' own operations do.
+FAMILY = {
+    "huber": rk.Huber(0.3, 0.5),
+    "mcp": rk.MCP(0.4, 3.0),
+    "scad": rk.SCAD(0.4, 3.7),
+    "log_sum": rk.LogSum(0.3, 0.5),
+    "rows": rk.GroupLasso(0.3),
+    "columns": rk.GroupLasso(0.3, "columns", "sqrt_size"),
+    "sparse": rk.SparseGroupLasso(0.1, 0.3),
+    "soft_orthogonal": rk.SoftOrthogonal(0.1),
+}
 GPU_SIZES = sorted({*SIZES, 255, 256, 1023, 1025, 8 * 132 * 256 * 16 + 3, 10_000_019})
 
 
@@ -175,6 +186,39 @@ def test_value_gradient_and_prox(arrays, regularizer, dtype):
         regularizer.prox(out, 0.0, out=out)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("arrays", ["cupy", "torch", "jax"], indirect=True)
+@pytest.mark.parametrize("name", FAMILY)
+def test_the_family_is_that_of_the_host(arrays, name, dtype):
+    regularizer, host = FAMILY[name], random((40, 31), dtype)
+    expected, slope = regularizer.value_and_grad(host.astype(np.float64))
+    x = arrays.put(host)
+    value, gradient = regularizer.value_and_grad(x)
+    for found in (regularizer(x), value):
+        assert arrays.is_own(found)
+        rtol = 1e-12 if dtype == "float64" else 1e-5
+        np.testing.assert_allclose(np.float64(arrays.get(found)), expected, rtol=rtol)
+    magnitude = np.abs(slope).max()
+    assert_array(arrays.get(gradient), slope, dtype, magnitude)
+    if name != "soft_orthogonal":
+        stepped = regularizer.prox(host.astype(np.float64), STEP)
+        assert_array(arrays.get(regularizer.prox(x, STEP)), stepped, dtype, magnitude=1.0)
+
+
+@pytest.mark.parametrize("arrays", ["cupy", "torch", "jax"], indirect=True)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_distances_are_those_of_the_host(arrays, weighted):
+    x, x0 = random((40, 31), "float32"), random((40, 31), "float32", seed=1)
+    w = np.abs(random((40, 31), "float32", seed=2)) if weighted else None
+
+    def distance(put):
+        tree = {"*": rk.L1L2(0.3, 0.4)}
+        anchored = rk.Penalty(tree).anchored(to={"x": put(x0)}, weights=None if w is None else {"x": put(w)})
+        return anchored({"x": put(x)})
+
+    np.testing.assert_allclose(np.float64(arrays.get(distance(arrays.put))), distance(np.float64), rtol=1e-5)
+
+
 @pytest.mark.parametrize("size", GPU_SIZES)
 def test_sizes(cupy, size):
     dtype = list(DTYPES)[size % 4]
@@ -273,6 +317,67 @@ def test_a_model_on_the_device(torch, layers):
     np.testing.assert_allclose(loss.item(), sum(reference.value(REGULARIZER, x) for x in weights), rtol=1e-6)
     for layer, x in zip(model, weights, strict=True):
         assert_array(layer.weight.grad.cpu().numpy(), 2 * reference.gradient(REGULARIZER, x), "float32")
+
+
+@pytest.mark.parametrize("name", ["adamw", "foreach", "fused adamw", "groups"])
+def test_an_attached_penalty_trains_as_on_the_host(torch, name):
+    """The same weights after the same steps, and the exact zeros of the proximal operator."""
+    from regkern.torch import attach
+    from tests.attached import OPTIMIZERS, PROX, RULES, batches, mean_square, small
+
+    trained = []
+    for device in ("cpu", "cuda"):
+        model = small().to(device)
+        optimizer = OPTIMIZERS[name](model)
+        handle = attach(optimizer, model, RULES, PROX)
+        for batch in batches(4):
+            optimizer.zero_grad()
+            mean_square(model, batch.to(device)).backward()
+            optimizer.step()
+        value = handle.value()
+        assert value.device.type == device
+        trained.append([value, *model.parameters()])
+    assert (trained[1][1] == 0).any()
+    for host, device in zip(*trained, strict=True):
+        torch.testing.assert_close(device.detach().cpu(), host.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_all_kinds_of_a_model_in_one_penalty(torch):
+    """Elements by one launch, the rest beside them; gradients and steps in place."""
+    rules = {"a*": REGULARIZER, "b*": rk.OrthogonalRegularizer(0.3), "c*": rk.GroupLasso(0.2), "*": rk.Huber(0.3)}
+    named = {name + str(i): random((20, 30), "float32", i) for name in "abcd" for i in range(5)}
+    on_device = {name: Torch().put(x) for name, x in named.items()}
+    host, bound = rk.Penalty(rules).bind(named), rk.Penalty(rules).bind(on_device)
+    np.testing.assert_allclose(bound.value().item(), host.value(), rtol=1e-5)
+    for found, expected in zip(bound.value_and_grad()[1].values(), host.value_and_grad()[1].values(), strict=True):
+        np.testing.assert_allclose(found.cpu().numpy(), expected, rtol=1e-4, atol=1e-5)
+    steps = {"b*": None, **{pattern: each for pattern, each in rules.items() if pattern != "b*"}}
+    rk.Penalty(steps).bind(on_device).prox_(0.1)
+    rk.Penalty(steps).bind(named).prox_(0.1)
+    for name, x in named.items():
+        np.testing.assert_allclose(on_device[name].cpu().numpy(), x, rtol=1e-5, atol=1e-6)
+
+
+def test_compiled_programs_of_jax_and_torch(torch):
+    jax, host = Jax(), random((64, 33), "float32")
+    for regularizer in (REGULARIZER, rk.OrthogonalRegularizer(0.3), rk.GroupLasso(0.3)):
+        expected, slope = regularizer.value_and_grad(host.astype(np.float64))
+        value, gradient = jax.jax.jit(jax.jax.value_and_grad(regularizer))(jax.put(host))
+        np.testing.assert_allclose(float(value), expected, rtol=1e-5)
+        np.testing.assert_allclose(jax.get(gradient), slope, rtol=1e-3, atol=1e-5 * np.abs(slope).max())
+        x = Torch().put(host).requires_grad_()
+        torch._dynamo.reset()
+        compiled = torch.compile(regularizer)(x)
+        compiled.backward()
+        np.testing.assert_allclose(compiled.item(), expected, rtol=1e-5)
+        np.testing.assert_allclose(Torch().get(x.grad), slope, rtol=1e-3, atol=1e-5 * np.abs(slope).max())
+
+
+def test_an_address_between_elements(cupy):
+    x = cupy.zeros(9, np.uint8)[1:].view(np.float32)
+    with pytest.raises(ValueError, match="x: expected an address"):
+        REGULARIZER(x)
+    assert rk.L1(1.0)(cupy.ones(3)) == 3
 
 
 def test_nothing_waits_for_the_device(torch):
