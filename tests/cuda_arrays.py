@@ -46,6 +46,9 @@ class Arrays(DeviceAdapter):
     def flatten_leading(self, x, *, copy):
         raise NotImplementedError
 
+    def over(self, x, address, shape, strides):
+        raise NotImplementedError
+
     def product(self, left, right, out):
         raise NotImplementedError
 

@@ -27,8 +27,9 @@ from tests.cases import LAYOUTS, NUMPY_DTYPES, READ_ONLY_LAYOUTS, REGULARIZERS, 
 if importlib.util.find_spec("numba_cuda") is None:
     pytest.skip("numba-cuda is not installed: pip install 'regkern[cuda13]'", allow_module_level=True)
 
+from regkern.arrays import device_gram
 from regkern.kernels.cuda.elementwise import UNROLL, flat_kernel, lanes_of, rows_kernel, strided_kernel
-from regkern.kernels.cuda.gram import count_tiles, fold_cosines, inverse_norms, project, tile_sums, unit_rows
+from regkern.kernels.cuda.gram import count_tiles, fold, fold_slopes, inverse_norms, project, tile_sums, unit_rows
 from regkern.kernels.cuda.sums import THREADS, last_stage
 from tests.cuda_code import compiled
 from tests.cuda_device import CAPABILITY, interpreted
@@ -257,10 +258,60 @@ def test_gram_tiles(n, d, dtype):
     x[n // 2] = 0
     inverse, partial, result = np.full(n, np.nan), np.full(2 * count_tiles(n) ** 2, np.nan), np.full(1, np.nan)
     launch(inverse_norms(DTYPES[dtype], 1), n, (x, n, 1, 0, 0, d, d, 1, inverse), [x])
-    launch(tile_sums(DTYPES[dtype], 1), len(partial) // 2, (x, n, 1, 0, 0, d, d, 1, inverse, partial), [x, inverse])
+    launch(
+        tile_sums(ABS, DTYPES[dtype], 1), len(partial) // 2, (x, n, 1, 0, 0, d, d, 1, inverse, partial), [x, inverse]
+    )
     arguments = (partial, len(partial) // 2, 2 / (n * (n - 1)), 0.0, result, 0)
     launch(last_stage("float64"), 1, arguments, [partial])
     np.testing.assert_allclose(result[0], reference.mean_abs_cosine(x), rtol=1e-6)
+
+
+# Ordinary rows, and beside them such whose products overflow, or vanish, or that are zero.
+NORMS = {"float16": (1, 0), "bfloat16": (1, 1e30, 1e-30, 0), "float32": (1, 1e30, 1e-30, 0)}
+NORMS["float64"] = (1, 1e200, 1e-200, 0)
+
+
+@pytest.mark.parametrize(("height", "width"), [(12, 12), (5, 8), (5, 7)], ids=["all", "aligned", "unaligned"])
+@pytest.mark.parametrize("formula", [ABS, SQUARE], ids=lambda each: each.name)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gram_panels_of_values(dtype, formula, height, width):
+    """Two rectangles at once, on the diagonal and beside it."""
+    n, d, work = 24, 37, NUMPY_DTYPES[DTYPES[dtype].result]
+    x = (values(n * d, dtype).reshape(n, d) * np.resize(NORMS[dtype], (n, 1))).astype(NUMPY_DTYPES[dtype])
+    inverse, partial = np.full(n, np.nan, work), np.full(6, np.nan)
+    launch(inverse_norms(DTYPES[dtype], 1, limited=True), n, (x, n, 1, 0, 0, d, d, 1, inverse), [x])
+    unit = reference.unit_rows(x)
+    row, column = (0, 0) if height == width else (1, 4)
+    corners = [(row, column), (row + 12, column + 12)]
+    with np.errstate(over="ignore", invalid="ignore"):
+        wide = x.astype(work)
+        products = np.stack([wide[i : i + height] @ wide[j : j + width].T for i, j in corners])
+    arguments = (products, 2 * height, height, width, row, column, 12, inverse, x, d, d, 1, partial)
+    launch(fold(formula, DTYPES[dtype]), 3, arguments, [products, inverse, x])
+    expected = sum(
+        abs(unit[i + k] @ unit[j + m]) ** (1 if formula is ABS else 2)
+        for i, j in corners
+        for k in range(height)
+        for m in range(width)
+        if i + k < j + m
+    )
+    np.testing.assert_allclose(partial.reshape(3, 2)[:, 0 if formula is ABS else 1].sum(), expected, rtol=2e-6)
+
+
+@pytest.mark.parametrize(("n", "most"), [(1, 10), (700, 10**6), (700, 128 * 512), (5000, 512 * 512 * 3), (4608, 10**6)])
+def test_panels_have_each_pair_once(monkeypatch, n, most):
+    monkeypatch.setattr(device_gram, "BLOCK", 64)
+    monkeypatch.setattr(device_gram, "TILE", 16)
+    n, most = -(-n // 8), -(-most // 64)
+    times = np.zeros((n, n), int)
+    for part in device_gram.panels(n, most):
+        assert part.together * part.height * part.width <= 2 * most or part.height <= 16
+        for k in range(part.together):
+            row, column = part.row + k * part.apart, part.column + k * part.apart
+            assert row + part.height <= n
+            assert column + part.width <= n
+            times[row : row + part.height, column : column + part.width] += 1
+    assert (times[np.triu_indices(n, 1)] == 1).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -274,10 +325,9 @@ def test_gram_panels(dtype, accumulate):
     np.testing.assert_allclose(unit, reference.unit_rows(x).astype(work), rtol=1e-6)
     cosines = unit @ unit.T
     kept = cosines.copy()
-    launch(fold_cosines(DTYPES[dtype], False), 3, (cosines, n, n, 0, 0, partial), [cosines])
+    launch(fold_slopes(ABS, DTYPES[dtype]), 3, (cosines, n, n, 0, partial))
     pairs = n * (n - 1) / 2
     np.testing.assert_allclose(partial[::2].sum() / pairs, reference.mean_abs_cosine(x), rtol=1e-6)
-    launch(fold_cosines(DTYPES[dtype], True), 3, (cosines, n, n, 0, 0, partial))
     np.testing.assert_array_equal(cosines, np.sign(kept) * (1 - np.eye(n)))
     out = np.full((n, d), 0.5, NUMPY_DTYPES[dtype])
     product, scale = cosines @ unit, np.full(1, 2.0, work)

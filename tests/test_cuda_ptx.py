@@ -6,7 +6,7 @@ import re
 import pytest
 
 from regkern.dtypes import DTYPES
-from regkern.formulas import ABS_SQUARE
+from regkern.formulas import ABS, ABS_SQUARE, SQUARE
 from regkern.terms import ADD_GRADIENT, GRADIENT, PROX, SUMS, VALUE_AND_ADD_GRADIENT, VALUE_AND_GRADIENT
 
 if importlib.util.find_spec("numba_cuda") is None:
@@ -15,7 +15,7 @@ if importlib.util.find_spec("numba_cuda") is None:
 from regkern.kernels.cuda.arithmetic import COMPENSATED, accumulator_of
 from regkern.kernels.cuda.compile import compute_capabilities
 from regkern.kernels.cuda.elementwise import UNROLL, flat_kernel, lanes_of, rows_kernel, strided_kernel
-from regkern.kernels.cuda.gram import fold_cosines, inverse_norms, project, tile_sums, unit_rows
+from regkern.kernels.cuda.gram import fold, fold_slopes, inverse_norms, project, tile_sums, unit_rows
 from regkern.kernels.cuda.many import chunks_kernel, penalty_of_all, penalty_of_each
 from regkern.kernels.cuda.sums import THREADS, last_stage
 from tests.cuda_code import LOAD, STORE, assembled, compiled, disassembler, main_loop, main_loop_of_machine, registers
@@ -102,9 +102,12 @@ def test_kernels_of_many_arrays_move_16_bytes_at_once(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gram_kernels(dtype):
     each = DTYPES[dtype]
-    for body in (inverse_norms(each, 1), unit_rows(each), fold_cosines(each, False), fold_cosines(each, True)):
+    for body in (inverse_norms(each, 1), inverse_norms(each, 1, limited=True), unit_rows(each)):
         compiled(body, NEWEST)
+    for formula in (ABS, SQUARE):
+        compiled(fold_slopes(formula, each), NEWEST)
+        assert LOAD.search(compiled(fold(formula, each), NEWEST))
     for accumulate in (False, True):
         compiled(project(each, accumulate), NEWEST)
-    ptx = compiled(tile_sums(DTYPES[dtype], 2), NEWEST)
+    ptx = compiled(tile_sums(ABS, DTYPES[dtype], 2), NEWEST)
     assert "ld.shared" in ptx

@@ -131,19 +131,34 @@ def small_panels(request, monkeypatch):
 
 
 @pytest.mark.usefixtures("small_panels")
+@pytest.mark.parametrize(
+    "view", [lambda x: x, lambda x: x.T.contiguous().T, lambda x: x[:, ::2], lambda x: x[:1].expand(35, 6)]
+)
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
-def test_orthogonal_value(dtype):
-    regularizer, x = rk.OrthogonalRegularizer(0.3), tensor(dtype, (35, 3))
+def test_orthogonal_value(dtype, view):
+    regularizer, x = rk.OrthogonalRegularizer(0.3), view(tensor(dtype, (35, 6), seed=3)[1:])
     assert_near(regularizer(x), reference.orthogonal(regularizer, wide(x)), x)
+
+
+@pytest.mark.usefixtures("small_panels")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_squares_of_cosines(dtype):
+    regularizer, x = rk.OrthogonalRegularizer(0.3, power=2), tensor(dtype, (35, 3))
+    expected, slope = regularizer.value_and_grad(wide(x))
+    value, gradient = regularizer.value_and_grad(x)
+    for found in (regularizer(x), value):
+        assert_near(found, expected, x)
+    np.testing.assert_allclose(wide(gradient), slope, atol=np.abs(slope).max() * 8 * torch.finfo(x.dtype).eps)
 
 
 @pytest.mark.parametrize(
     ("rows", "depth", "products"),
-    [(60, 3, 36), (10, 3, 6), (60, 33, 120), (60, 2, 0)],
-    ids=["large panels", "few rows", "long rows", "short rows"],
+    [(60, 3, 20), (60, 33, 20), (10, 3, 1), (60, 2, 0), (7, 3, 0)],
+    ids=["panels", "long rows", "one panel", "short rows", "few rows"],
 )
 def test_panels_depend_on_both_lengths(monkeypatch, rows, depth, products):
-    for name, value in (("PANELS_FROM", 8), ("PANELS_FROM_DEPTH", 3), ("PANEL", 4), ("LARGE_PANEL", 8)):
+    sizes = {"PANELS_FROM": 8, "PANELS_FROM_DEPTH": 3, "WAVE": 128, "BLOCK": 8, "TILE": 4}
+    for name, value in sizes.items():
         monkeypatch.setattr(device_gram, name, value)
     made, product = [], type(KERNELS).product
     monkeypatch.setattr(type(KERNELS), "product", lambda *arguments: made.append(1) or product(*arguments))
@@ -324,8 +339,17 @@ def test_what_does_not_fit_many_tensors_is_refused_before_a_launch(place, named)
 
 def test_short_memory_makes_panels_smaller(monkeypatch):
     """A device that has none for panels of four rows, and then none at all."""
-    for name, rows in (("PANELS_FROM", 2), ("PANELS_FROM_DEPTH", 1), ("PANEL", 4), ("SMALLEST_PANEL", 2)):
-        monkeypatch.setattr(device_gram, name, rows)
+    sizes = {
+        "PANELS_FROM": 2,
+        "PANELS_FROM_DEPTH": 1,
+        "PANEL": 4,
+        "SMALLEST_PANEL": 2,
+        "WAVE": 20,
+        "BLOCK": 2,
+        "TILE": 1,
+    }
+    for name, value in sizes.items():
+        monkeypatch.setattr(device_gram, name, value)
     empty = type(KERNELS).empty
 
     def short(self, x, shape, type_name):
@@ -340,6 +364,6 @@ def test_short_memory_makes_panels_smaller(monkeypatch):
     assert_near(value, reference.orthogonal(regularizer, wide(x)), x)
     assert_near(gradient, reference.orthogonal_gradient(regularizer, wide(x)), x)
     most, out = 0, torch.ones_like(x)
-    with pytest.raises(MemoryError, match=r"^x: expected memory on the device for panels of 2 rows; got too little"):
+    with pytest.raises(MemoryError, match=r"^x: expected memory on the device for panels of 10 elements; got"):
         regularizer.grad(x, out=out, accumulate=True)
     assert (out == 1).all()

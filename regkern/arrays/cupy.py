@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import cupy
+import numpy as np
 
 from regkern.arrays.adapter import Adapter, require
 from regkern.arrays.cupy_expressions import EXPRESSIONS, check_array, on
 from regkern.arrays.device import DeviceAdapter
-from regkern.arrays.layout import View
+from regkern.arrays.layout import Strides, View
 from regkern.arrays.numpy import dtype_of
 from regkern.kernels.cuda.driver import driver
 from regkern.kernels.cuda.launch import Place
@@ -81,12 +82,42 @@ class CupyAdapter(DeviceAdapter):
             )
         return flat
 
+    def over(self, x: Any, address: int, shape: tuple[int, ...], strides: Strides) -> Any:
+        return cupy.ndarray(shape, x.dtype, x.data + (address - x.data.ptr), strides=strides)
+
     def product(self, left: Any, right: Any, out: Any) -> None:
-        cupy.matmul(left, right, out=out)
+        if left.ndim == 2:
+            cupy.matmul(left, right, out=out)
+        else:
+            on(out.data.device_id, _multiply, left, right, out)
 
     def check_out(self, x: Any, out: Any) -> None:
         check_array(out)
         self.check_target(x, out, "cupy.empty_like(x)")
+
+
+_CUBLAS_TYPES = {"float16": 2, "bfloat16": 14, "float32": 0, "float64": 1}  # cudaDataType
+
+
+def _multiply(left: Any, right: Any, out: Any) -> None:
+    """Multiply matrices two by two by cuBLAS, which CuPy calls for arrays of one type alone, and after copies."""
+    from cupy_backends.cuda.libs import cublas  # after CuPy's first call: it needs cuBLAS's library
+
+    compute = cublas.CUBLAS_COMPUTE_32F if out.dtype == "float32" else cublas.CUBLAS_COMPUTE_64F
+    one, zero, handle = np.ones(1, out.dtype), np.zeros(1, out.dtype), cupy.cuda.device.get_cublas_handle()
+    (count, m, k), n = left.shape, right.shape[2]
+
+    def operand(x: Any) -> tuple[int, tuple[int, int, int, int]]:
+        # In columns, as cuBLAS reads them, a matrix in C order is its transpose.
+        batch, row, column = (stride // x.itemsize for stride in x.strides)
+        return int(column != 1), (x.data.ptr, _CUBLAS_TYPES[x.dtype.name], column if column != 1 else row, batch)
+
+    (right_transposed, right_at), (left_transposed, left_at) = operand(right), operand(left)
+    cublas.setStream(handle, cupy.cuda.get_current_stream().ptr)
+    cublas.gemmStridedBatchedEx(
+        *(handle, right_transposed, left_transposed, n, m, k, one.ctypes.data, *right_at, *left_at),
+        *(zero.ctypes.data, out.data.ptr, _CUBLAS_TYPES[out.dtype.name], n, m * n, count, compute, -1),
+    )
 
 
 ADAPTER = CupyAdapter()

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from regkern.arrays.adapter import KernelAdapter, no_partial, no_view
-from regkern.arrays.device_gram import Matrices, matrices_of, mean_cosine, mean_cosine_gradient
+from regkern.arrays.device_gram import Matrices, matrices_of, mean, mean_and_gradient
 from regkern.arrays.device_plan import DevicePlan
 from regkern.arrays.layout import Strides, View, check_alike, check_memory, walk
 from regkern.arrays.plan import Member, Plan
 from regkern.dtypes import DType
-from regkern.formulas import ABS, NOTHING
+from regkern.formulas import NOTHING
 from regkern.kernels.cuda.elementwise import SEGMENT, count_blocks, flat_kernel, lanes_of, rows_kernel, strided_kernel
 from regkern.kernels.cuda.launch import Place, is_capturing, keep_for_graph, launch, scratch
 from regkern.kernels.cuda.sums import MAX_BLOCKS, NULL, Body, last_stage
@@ -34,6 +34,9 @@ from regkern.terms import (
     Products,
     Term,
 )
+
+# Parameters by which a penalty is the first of a formula's sums, or the second.
+_EACH_SUM: tuple[Parameters, ...] = ((1.0, 0.0, 0.0, 0.0), (0.0, 1.0, 0.0, 0.0))
 
 
 class DeviceAdapter(KernelAdapter):
@@ -81,8 +84,12 @@ class DeviceAdapter(KernelAdapter):
         return DevicePlan(members)
 
     @abstractmethod
+    def over(self, x: Any, address: int, shape: tuple[int, ...], strides: Strides) -> Any:
+        """Return an array of the library over x's memory, from an address on; strides are counted in bytes."""
+
+    @abstractmethod
     def product(self, left: Any, right: Any, out: Any) -> None:
-        """Write the product of two matrices that `empty` has made to out."""
+        """Write the product of two matrices, or of each two of as many, to out, in out's type and its arithmetic."""
 
     def check_target(self, x: Any, out: Any, maker: str) -> None:
         """Raise unless an array of the library has x's shape, dtype and device, and memory that can be written.
@@ -104,7 +111,7 @@ class DeviceAdapter(KernelAdapter):
 
     def serves(self, term: Term) -> bool:
         """Whether there are kernels for a penalty; else the library's own operations serve."""
-        return term.view is ELEMENTS or (isinstance(term.view, Products) and term.view.unit and term.formula is ABS)
+        return term.view is ELEMENTS or (isinstance(term.view, Products) and term.view.unit)
 
     def run(
         self, operation: Operation, term: Term, p: Parameters, x: Any, out: Any = None, *, scale: int = NULL
@@ -135,14 +142,14 @@ class DeviceAdapter(KernelAdapter):
         flat = self.matrices(view, x)
         matrices = self._matrices(flat, view.columns)
         if operation is SUMS:
-            return tuple(mean_cosine(self, each, x, matrices) for each in (1.0, 0.0))
+            return tuple(mean(self, term.formula, each, x, matrices) for each in _EACH_SUM)
         if out is None:
-            return mean_cosine(self, p[0], x, matrices)
+            return mean(self, term.formula, p, x, matrices)
         outs = self._matrices(self.matrices(view, out, copy=False), view.columns)
         if matrices.pairs == 0 or not matrices.addresses:
             self.launch(ADD_GRADIENT if operation.adds else GRADIENT, NOTHING, p, x, out)
-            return mean_cosine(self, p[0], x, matrices)
-        return mean_cosine_gradient(self, p[0], x, matrices, outs, scale=scale, accumulate=operation.adds)
+            return mean(self, term.formula, p, x, matrices)
+        return mean_and_gradient(self, term.formula, p, x, matrices, outs, scale=scale, accumulate=operation.adds)
 
     def _matrices(self, x: Any, columns: bool) -> Matrices:
         view = self.view(x)

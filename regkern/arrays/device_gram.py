@@ -1,38 +1,48 @@
-"""The orthogonal penalty of matrices in a CUDA device's memory, in panels of the Gram matrix: the whole is never made.
+"""Means over the cosines of rows in a CUDA device's memory, in panels of the Gram matrix: the whole is never made.
 
-Small matrices are one launch of a kernel of regkern's own. For larger ones, cosines are products of unit rows by the
-array library, which has matrix units and libraries tuned for them; it is float32 arithmetic as long as the library's
-own settings do not allow less. Kernels make the unit rows and fold a panel to a sum.
+Small matrices are two launches of kernels of regkern's own. For larger ones, products of rows are the array library's,
+which has matrix units and libraries tuned for them; it is float32 arithmetic as long as the library's own settings do
+not allow less. A kernel folds a panel to sums. For values, rows are multiplied as they are, 16-bit floats as such with
+float32 products, and inverse norms are applied in the fold; for gradients, unit rows are made.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from regkern.arrays.layout import Strides, locate_matrices
-from regkern.dtypes import DType
+from regkern.dtypes import DTYPES, DType
+from regkern.formulas import ABS
 from regkern.kernels.cuda.gram import (
     count_tiles,
-    fold_cosines,
+    fold,
+    fold_slopes,
     inverse_norms,
     project,
     tile_sums,
     unit_rows,
 )
 from regkern.kernels.cuda.launch import launch
-from regkern.kernels.cuda.sums import MAX_BLOCKS, NULL, last_stage
+from regkern.kernels.cuda.sums import NULL, THREADS, WARP, last_stage
+from regkern.terms import Formula, Parameters
 
 if TYPE_CHECKING:
     from regkern.arrays.device import DeviceAdapter
 
 # Rows from which the library's product is used, and elements of a row: of short rows, the Gram matrix takes longer to
-# be written and read than to be computed. Rows of a panel; of a large one, which fills devices whose multiprocessors
-# are many, where that takes at most 5 % of the Gram matrix's memory; of the smallest, where a device's is short.
-# None was measured; bench/gpu_model.py has the counts.
+# be written and read than to be computed. Not measured.
 PANELS_FROM, PANELS_FROM_DEPTH = 1024, 33
-PANEL, LARGE_PANEL = 1024, 2048
+# Rows of a panel for gradients, and of the smallest, where a device's memory is short.
+PANEL = 1024
 SMALLEST_PANEL = 64
+# Elements of a panel for values: a tile of 128 x 128 for each of 132 multiprocessors, or a few times as many where that
+# takes at most 5 % of the Gram matrix's memory. Rows of a block on the diagonal. Measured on an H200.
+WAVE, MOST_WAVES = 132 * 128 * 128, 6
+BLOCK, TILE = 512, 128
+# Blocks that fold a panel, at most, and rows of it that one takes at a time.
+FOLD_BLOCKS, ROWS_OF_BLOCK = 8 * 132, THREADS // WARP
 
 
 class Matrices(NamedTuple):
@@ -59,21 +69,35 @@ class Matrices(NamedTuple):
         """How many pairs of rows each matrix has that can have an angle."""
         return self.n * (self.n - 1) // 2 if self.d else 0
 
+    @property
+    def can_be_multiplied(self) -> bool:
+        """Whether elements of a row, or rows, follow each other: libraries multiply such matrices without a copy."""
+        by_rows = self.depth_stride == 1 and self.row_stride >= self.d
+        return by_rows or (self.row_stride == 1 and self.depth_stride >= self.n)
+
     def row(self, matrix: int, i: int) -> int:
         """Return the address of a row."""
         return self.addresses[matrix] + i * self.row_stride * self.dtype.itemsize
 
+    def stretches(
+        self, matrix: int, first: int, height: int, count: int, apart: int
+    ) -> tuple[int, tuple[int, ...], Strides]:
+        """Return the address, shape and strides, in bytes, of stretches of rows at equal distances."""
+        row, depth = self.row_stride * self.dtype.itemsize, self.depth_stride * self.dtype.itemsize
+        return self.row(matrix, first), (count, height, self.d), (apart * row, row, depth)
 
-def mean_cosine(adapter: DeviceAdapter, factor: float, x: Any, matrices: Matrices) -> Any:
-    """Return factor times the mean |cosine| over pairs of rows, added over matrices: a 0-d array on the device."""
+
+def mean(adapter: DeviceAdapter, formula: Formula, p: Parameters, x: Any, matrices: Matrices) -> Any:
+    """Return the mean of a formula over pairs of rows, added over matrices: a 0-d array on the device."""
     count = len(matrices.addresses) if matrices.pairs else 0
     add = _add_panels if matrices.n >= PANELS_FROM and matrices.d >= PANELS_FROM_DEPTH else _add_tiles
-    return add(adapter, x, matrices, count).result(matrices, factor)
+    return add(adapter, formula, x, matrices, count).result(matrices, p)
 
 
-def mean_cosine_gradient(
+def mean_and_gradient(
     adapter: DeviceAdapter,
-    factor: float,
+    formula: Formula,
+    p: Parameters,
     x: Any,
     matrices: Matrices,
     outs: Matrices,
@@ -81,11 +105,12 @@ def mean_cosine_gradient(
     scale: int = NULL,
     accumulate: bool = False,
 ) -> Any:
-    """Write the gradient of factor times the mean |cosine|, or add it, and return the penalty, a 0-d array.
+    """Write the gradient of the mean of a formula over pairs of rows, or add it, and return the mean, a 0-d array.
 
     Args:
         adapter: of the library that x belongs to.
-        factor: the regularizer's.
+        formula: ABS or SQUARE.
+        p: the regularizer's parameters.
         x: the array of the matrices.
         matrices: what is read.
         outs: what is written, of the same shape.
@@ -94,48 +119,52 @@ def mean_cosine_gradient(
     """
     dtype, n, d, place, work = matrices.dtype, matrices.n, matrices.d, adapter.place(x), matrices.dtype.result
 
-    def allocate(rows: int) -> tuple[Any, ...]:
-        whole = adapter.temporary(x, (n, d), work), adapter.temporary(x, (n,), "float64")
+    def allocate(size: int) -> tuple[Any, ...]:
+        whole, rows = (adapter.temporary(x, (n, d), work), adapter.temporary(x, (n,), "float64")), size // n
         return *whole, adapter.temporary(x, (rows, n), work), adapter.temporary(x, (rows, d), work)
 
-    panel, (unit, inverse, cosines, product) = _allocate(adapter, min(n, PANEL), allocate)
-    stretches = list(_stretches(n, 0, panel))
-    sums = _Sums(adapter, x, len(matrices.addresses) * sum(_fold_blocks(height) for _, height in stretches))
-    mean_factor = factor / matrices.pairs
+    size, (unit, inverse, cosines, product) = _allocate(
+        adapter, min(n, PANEL) * n, min(n, SMALLEST_PANEL) * n, allocate
+    )
+    stretches = [(first, min(size // n, n - first)) for first in range(0, n, size // n)]
+    sums = _Sums(adapter, x, len(matrices.addresses) * sum(min(FOLD_BLOCKS, height) for _, height in stretches))
+    mean_factor = (p[0] if formula is ABS else p[1]) / matrices.pairs
     for matrix in range(len(matrices.addresses)):
-        _launch_unit_rows(adapter, x, matrices, matrix, 0, n, unit, inverse)
+        _launch_unit_rows(adapter, x, matrices, matrix, unit, inverse)
         for start, height in stretches:
             part = slice(start, start + height)
             adapter.product(unit[part], unit.T, cosines[:height])
-            _fold(adapter, x, matrices, cosines, (height, n), (start, 0), sums, signs=True)
+            blocks = min(FOLD_BLOCKS, height)
+            folded = (adapter.address(cosines), height, n, start, sums.take(blocks))
+            launch(place, fold_slopes(formula, dtype), blocks, folded)
             adapter.product(cosines[:height], unit, product[:height])
             addresses = adapter.address(product), adapter.address(unit[part]), adapter.address(inverse[part])
             strides = outs.row_stride, outs.depth_stride
             arguments = (*addresses, d, mean_factor, scale, outs.row(matrix, start), *strides)
             launch(place, project(dtype, accumulate), height, arguments)
-    return sums.result(matrices, factor)
+    return sums.result(matrices, p)
 
 
-def _allocate(adapter: DeviceAdapter, rows: int, allocate: Callable[[int], tuple[Any, ...]]) -> tuple[int, Any]:
-    """Return the rows of a panel, and what is allocated for them: fewer rows where the device's memory is short.
+def _allocate(adapter: DeviceAdapter, size: int, least: int, allocate: Callable[[int], Any]) -> tuple[int, Any]:
+    """Return the elements of a panel, and what is allocated for them: fewer where the device's memory is short.
 
     Raises:
         MemoryError: it is too short for the smallest panel.
     """
     while True:
         try:
-            return rows, allocate(rows)
+            return size, allocate(size)
         except adapter.out_of_memory as error:
-            if rows <= SMALLEST_PANEL:
+            if size <= least:
                 raise MemoryError(
-                    f"x: expected memory on the device for panels of {rows} rows; got too little of it; free some, or "
-                    "evaluate blocks of rows."
+                    f"x: expected memory on the device for panels of {size} elements; got too little of it; free some, "
+                    "or evaluate blocks of rows."
                 ) from error
-            rows = max(rows // 2, SMALLEST_PANEL)
+            size = max(size // 2, least)
 
 
 class _Sums:
-    """Sums of blocks, two numbers each of which the second is 0, that one last launch adds."""
+    """Sums of blocks, two numbers each, that one last launch adds."""
 
     def __init__(self, adapter: DeviceAdapter, x: Any, blocks: int) -> None:
         self._adapter, self._x, self._blocks = adapter, x, blocks
@@ -147,17 +176,17 @@ class _Sums:
         self._taken += blocks
         return self._adapter.address(self._partial) + 16 * (self._taken - blocks)
 
-    def result(self, matrices: Matrices, factor: float) -> Any:
-        """Add all sums, and return the penalty."""
+    def result(self, matrices: Matrices, p: Parameters) -> Any:
+        """Add all sums, and return the mean over a matrix's pairs."""
         adapter, x, result_type = self._adapter, self._x, matrices.dtype.result
         result = adapter.empty(x, (), result_type)
-        mean_factor = factor / max(1, matrices.pairs)
-        arguments = (adapter.address(self._partial), self._blocks, mean_factor, 0.0, adapter.address(result), NULL)
+        factors = p[0] / max(1, matrices.pairs), p[1] / max(1, matrices.pairs)
+        arguments = (adapter.address(self._partial), self._blocks, *factors, adapter.address(result), NULL)
         launch(adapter.place(x), last_stage(result_type), 1, arguments)
         return result
 
 
-def _add_tiles(adapter: DeviceAdapter, x: Any, matrices: Matrices, count: int) -> _Sums:
+def _add_tiles(adapter: DeviceAdapter, formula: Formula, x: Any, matrices: Matrices, count: int) -> _Sums:
     """Go over the tiles of all matrices in one launch."""
     place, dtype, n = adapter.place(x), matrices.dtype, matrices.n
     blocks = count_tiles(n) ** 2
@@ -168,70 +197,106 @@ def _add_tiles(adapter: DeviceAdapter, x: Any, matrices: Matrices, count: int) -
         arguments = (matrices.addresses[0], *sizes, adapter.address(inverse))
         dims = len(matrices.layout) // 3
         launch(place, inverse_norms(dtype, dims), count * n, arguments)
-        launch(place, tile_sums(dtype, dims), count * blocks, (*arguments, sums.take(count * blocks)))
+        tiles = tile_sums(formula, dtype, dims)
+        launch(place, tiles, count * blocks, (*arguments, sums.take(count * blocks)))
     return sums
 
 
-def _add_panels(adapter: DeviceAdapter, x: Any, matrices: Matrices, count: int) -> _Sums:
-    """Go over the upper triangle in square panels, for which the unit rows of two stretches are made at a time."""
-    n, d, work = matrices.n, matrices.d, matrices.dtype.result
+def _add_panels(adapter: DeviceAdapter, formula: Formula, x: Any, matrices: Matrices, count: int) -> _Sums:
+    """Go over the upper triangle in panels of products of rows."""
+    n, d, place, work = matrices.n, matrices.d, adapter.place(x), matrices.dtype.result
 
-    def allocate(rows: int) -> tuple[Any, ...]:
-        stretch = rows, d
-        return (
-            *(adapter.temporary(x, stretch, work), adapter.temporary(x, stretch, work)),
-            *(adapter.temporary(x, (rows,), "float64"), adapter.temporary(x, (rows * rows,), work)),
-        )
+    def allocate(size: int) -> tuple[Any, Any]:
+        whole = max(part.together * part.height * part.width for part in panels(n, size))
+        return adapter.temporary(x, (n,), work), adapter.temporary(x, (whole,), work)
 
-    large = 20 * LARGE_PANEL * (LARGE_PANEL + 2 * d) <= n * n
-    panel, (left, right, inverse, cosines) = _allocate(adapter, min(n, LARGE_PANEL if large else PANEL), allocate)
-    pairs = [(one, other) for one in _stretches(n, 0, panel) for other in _stretches(n, one[0], panel)]
-    sums = _Sums(adapter, x, count * sum(_fold_blocks(height) for (_, height), _ in pairs))
+    most = WAVE * max(1, min(MOST_WAVES, n * n // 20 // WAVE))
+    most, (inverse, memory) = _allocate(adapter, most, SMALLEST_PANEL * n, allocate)
+    parts = [(part, -(-part.together * part.height // ROWS_OF_BLOCK)) for part in panels(n, most)]
+    sums = _Sums(adapter, x, count * sum(min(FOLD_BLOCKS, blocks) for _, blocks in parts))
+    source, rows = x, matrices
+    if not matrices.can_be_multiplied:
+        source = adapter.temporary(x, (n, d), work)
+        norms = adapter.temporary(x, (n,), "float64")
+        rows = Matrices([adapter.address(source)] * count, DTYPES[work], n, d, d, 1, (1, 0, 0))
     for matrix in range(count):
-        for (first, height), (second, width) in pairs:
-            if first == second:
-                _launch_unit_rows(adapter, x, matrices, matrix, first, height, left, inverse)
-                other = left
-            else:
-                _launch_unit_rows(adapter, x, matrices, matrix, second, width, right, inverse)
-                other = right
-            cosine_panel = cosines[: height * width].reshape(height, width)
-            adapter.product(left[:height], other[:width].T, cosine_panel)
-            _fold(adapter, x, matrices, cosine_panel, (height, width), (first, second), sums, signs=False)
+        if source is not x:
+            _launch_unit_rows(adapter, x, matrices, matrix, source, norms)
+        first, sizes = rows.row(matrix, 0), (d, rows.row_stride, rows.depth_stride)
+        arguments: tuple[Any, ...] = (first, n, 1, 0, 0, *sizes, adapter.address(inverse))
+        launch(place, inverse_norms(rows.dtype, 1, limited=True), n, arguments)
+        for part, blocks in parts:
+            shape, blocks = (part.together, part.height, part.width), min(FOLD_BLOCKS, blocks)
+            left = adapter.over(source, *rows.stretches(matrix, part.row, part.height, part.together, part.apart))
+            right = adapter.over(source, *rows.stretches(matrix, part.column, part.width, part.together, part.apart))
+            adapter.product(left, right.swapaxes(1, 2), memory[: math.prod(shape)].reshape(shape))
+            corner = part.together * part.height, part.height, part.width, part.row, part.column, part.apart
+            arguments = (adapter.address(memory), *corner, adapter.address(inverse), first, *sizes, sums.take(blocks))
+            launch(place, fold(formula, rows.dtype), blocks, arguments)
     return sums
 
 
-def _stretches(n: int, start: int, panel: int) -> Iterator[tuple[int, int]]:
-    """Yield the first row of each panel from `start` on, and how many rows it has."""
-    return ((first, min(panel, n - first)) for first in range(start, n, panel))
+class Panel(NamedTuple):
+    """Rectangles of a Gram matrix that lie at equal distances along its diagonal, and are computed together.
+
+    Attributes:
+        row, column: the corner of the first one.
+        height, width: of each.
+        together: how many there are.
+        apart: rows, and columns, from one to the next.
+    """
+
+    row: int
+    column: int
+    height: int
+    width: int
+    together: int = 1
+    apart: int = 0
 
 
-def _fold_blocks(height: int) -> int:
-    return min(MAX_BLOCKS, height)
+def panels(n: int, most: int) -> Iterator[Panel]:
+    """Yield panels that cover each pair i < j of n rows once: squares beside the diagonal, and blocks on it.
+
+    Squares of twice the side lie between each two of those before. A panel has at most so many elements, or a single
+    stretch of rows.
+    """
+    if n * n <= 2 * most:
+        yield Panel(0, 0, n, n)
+        return
+    yield from _along(n, most, 0, BLOCK, BLOCK)
+    side = BLOCK
+    while side < n:
+        yield from _along(n, most, side, side, 2 * side)
+        side *= 2
 
 
-def _launch_unit_rows(
-    adapter: DeviceAdapter, x: Any, matrices: Matrices, matrix: int, first: int, count: int, unit: Any, inverse: Any
-) -> None:
+def _along(n: int, most: int, column: int, side: int, apart: int) -> Iterator[Panel]:
+    """Yield squares whose first is in row 0, as far as the matrix has them."""
+    whole = (n - column + apart - side) // apart
+    at_once = max(1, most // (side * side))
+    for first in range(0, whole, at_once):
+        count = min(at_once, whole - first)
+        yield from _stripes(Panel(first * apart, column + first * apart, side, side, count, apart), most)
+    row = whole * apart
+    width = n - column - row
+    if width > 0:
+        yield from _stripes(Panel(row, column + row, min(side, n - row), width), most)
+
+
+def _stripes(panel: Panel, most: int) -> Iterator[Panel]:
+    """Yield a panel, or stretches of its rows that are not too large."""
+    if panel.together * panel.height * panel.width <= most:
+        yield panel
+        return
+    height = max(1, most // panel.width // TILE) * TILE
+    for row in range(0, panel.height, height):
+        yield Panel(panel.row + row, panel.column, min(height, panel.height - row), panel.width)
+
+
+def _launch_unit_rows(adapter: DeviceAdapter, x: Any, matrices: Matrices, matrix: int, unit: Any, inverse: Any) -> None:
     sizes = matrices.d, matrices.row_stride, matrices.depth_stride
-    arguments = (matrices.row(matrix, first), *sizes, adapter.address(unit), adapter.address(inverse))
-    launch(adapter.place(x), unit_rows(matrices.dtype), count, arguments)
-
-
-def _fold(
-    adapter: DeviceAdapter,
-    x: Any,
-    matrices: Matrices,
-    cosines: Any,
-    shape: tuple[int, int],
-    first: tuple[int, int],
-    sums: _Sums,
-    *,
-    signs: bool,
-) -> None:
-    blocks = _fold_blocks(shape[0])
-    arguments = (adapter.address(cosines), *shape, *first, sums.take(blocks))
-    launch(adapter.place(x), fold_cosines(matrices.dtype, signs), blocks, arguments)
+    arguments = (matrices.row(matrix, 0), *sizes, adapter.address(unit), adapter.address(inverse))
+    launch(adapter.place(x), unit_rows(matrices.dtype), matrices.n, arguments)
 
 
 def matrices_of(address: int, dtype: DType, shape: tuple[int, ...], strides: Strides, columns: bool) -> Matrices:

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from regkern.arrays.device import DeviceAdapter
-from regkern.arrays.layout import View
+from regkern.arrays.layout import Strides, View
 from regkern.arrays.torch.tensors import Tensors, byte_strides, check_tensor, dtypes, kind
 from regkern.kernels.cuda.driver import driver
 from regkern.kernels.cuda.launch import Place
 from regkern.terms import ADD_GRADIENT, GRADIENT, Parameters, Term
+
+# Whether products of 16-bit floats may be float32, as they are added up.
+_PRODUCTS_ARE_WIDE = torch.__version__ >= (2, 8)
 
 
 class Kernels(Tensors, DeviceAdapter):
@@ -42,8 +45,19 @@ class Kernels(Tensors, DeviceAdapter):
     def empty_like(self, x: Tensor) -> Tensor:
         return torch.empty_like(x)
 
+    def over(self, x: Tensor, address: int, shape: tuple[int, ...], strides: Strides) -> Tensor:
+        steps = [stride // x.itemsize for stride in strides]
+        return x.as_strided(shape, steps, x.storage_offset() + (address - x.data_ptr()) // x.itemsize)
+
     def product(self, left: Tensor, right: Tensor, out: Tensor) -> None:
-        torch.mm(left, right, out=out)
+        if left.dim() == 3 and len(left) == 1:
+            left, right, out = left[0], right[0], out[0]
+        multiply, options = torch.mm if left.dim() == 2 else torch.bmm, {}
+        if left.dtype != out.dtype and _PRODUCTS_ARE_WIDE and left.is_cuda:
+            options = {"out_dtype": out.dtype}
+        elif left.dtype != out.dtype:
+            left, right = left.to(out.dtype), right.to(out.dtype)
+        multiply(left, right, out=out, **options)
 
     def check_out(self, x: Tensor, out: Any) -> None:
         check_tensor(out)

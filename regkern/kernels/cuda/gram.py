@@ -1,39 +1,51 @@
-"""The mean |cosine| over pairs of rows on CUDA devices, without the Gram matrix.
+"""Sums over the cosines of pairs of rows on CUDA devices, without the Gram matrix.
 
 There are two ways. `inverse_norms` and `tile_sums` do it alone, for a batch of matrices at once: each block computes a
-tile of a Gram matrix from unit rows in shared memory and keeps only the sum of its magnitudes; memory beyond the matrix
-is 8 bytes for each row, and 16 for each tile. Where the matrices lie is a layout as that of strided kernels, of which
-the strides of x alone are used. `unit_rows`, `fold_cosines` and `project` are what is left to do where a library's own
-product of matrices computes the cosines, a panel at a time; the gradient goes this way alone.
+tile of a Gram matrix from unit rows in shared memory and keeps only the sums of the formula's terms; memory beyond the
+matrix is 8 bytes for each row, and 16 for each tile. Where the matrices lie is a layout as that of strided kernels, of
+which the strides of x alone are used. `fold` is what is left to do where a library's own product of matrices multiplies
+rows, a panel at a time; `unit_rows`, `fold_slopes` and `project` are that for the gradient, which goes this way alone.
 
-Unit rows and cosines have the type of a result, and dot products are added in it: float32, float64 for float64, as on
+Products and cosines have the type of a result, and dot products are added in it: float32, float64 for float64, as on
 the CPU. Norms and sums are in float64.
 """
 
 import functools
 import math
 
+from regkern import dtypes
 from regkern.dtypes import DType
+from regkern.kernels.cuda import scalars
 from regkern.kernels.cuda.arithmetic import make_narrow, make_narrow_result, make_widen
 from regkern.kernels.cuda.compile import (
     FLOAT64,
     INT64,
+    VECTOR_BYTES,
     address_of,
     cuda,
     device,
     float_type,
+    make_load,
     make_pointer,
     numbers,
     pointer,
     to_float64,
 )
 from regkern.kernels.cuda.elementwise import make_offsets
-from regkern.kernels.cuda.sums import Body, block_sums
+from regkern.kernels.cuda.sums import THREADS, WARP, Body, block_sums
+from regkern.terms import Formula
 
 # Rows and columns of a tile; a thread has four of its elements. A block has TILE * TILE // 4 threads.
 TILE = 32
 PER_THREAD = 4
 DEPTH = 16
+
+
+# Parameters of formulas whose sums are multiplied by the factor afterwards.
+_UNIT = (1.0, 1.0, 0.0, 0.0)
+# Norms from 1 / LIMIT to LIMIT have products that neither overflow nor vanish. What stands for the inverse of another.
+_LIMITS = {"float32": 1e15, "float64": 1e140}
+_BEYOND = -1.0
 
 
 def count_tiles(n: int) -> int:
@@ -52,43 +64,76 @@ def _block_total(value):
     return shared[0]
 
 
+@device
+def _block_largest(value):
+    """Return the largest of the numbers of a block's threads, in all of them."""
+    shared = cuda.shared.array(THREADS, FLOAT64)
+    thread, half = cuda.threadIdx.x, cuda.blockDim.x // 2
+    shared[thread] = value
+    cuda.syncthreads()
+    while half > 0:
+        if thread < half:
+            shared[thread] = max(shared[thread], shared[thread + half])
+        cuda.syncthreads()
+        half //= 2
+    return shared[0]
+
+
 def _make_inverse_norm(dtype: DType):
     """Make ``inverse_norm(x, row, d, row_stride, depth_stride)``, for all threads of a block; 0 for a zero row."""
-    widen = make_widen(dtype)
+    widen, scaled = make_widen(dtype), dtype is dtypes.FLOAT64  # in float64, squares of others stay within its range
 
     @device
     def inverse_norm(x, row, d, row_stride, depth_stride):
+        largest = 1.0
+        if scaled:
+            largest = 0.0
+            k = cuda.threadIdx.x
+            while k < d:
+                largest = max(largest, abs(widen(x[row * row_stride + k * depth_stride])))
+                k += cuda.blockDim.x
+            largest = _block_largest(largest)
+            if largest == 0.0:
+                largest = 1.0
         squares = 0.0
         k = cuda.threadIdx.x
         while k < d:
             v = to_float64(widen(x[row * row_stride + k * depth_stride]))
+            if scaled:
+                v /= largest
             squares += v * v
             k += cuda.blockDim.x
         squares = _block_total(squares)
-        return 0.0 if squares == 0.0 else 1.0 / math.sqrt(squares)
+        return 0.0 if squares == 0.0 else 1.0 / math.sqrt(squares) / largest
 
     return inverse_norm
 
 
 @functools.cache
-def inverse_norms(dtype: DType, dims: int) -> Body:
+def inverse_norms(dtype: DType, dims: int, *, limited: bool = False) -> Body:
     """Make the kernel of one block for each row: ``(x, n, layout, d, row_stride, depth_stride, inverse)``.
 
     The layout is that of the matrices, of n rows each; strides are counted in elements; `inverse` takes a float64 for
-    each row of each matrix, 0 for a zero row.
+    each row of each matrix, 0 for a zero row. Limited, it takes a number of the result's type, and a negative one for a
+    norm with which products of rows might overflow or vanish.
     """
     inverse_norm, address_of_matrix = _make_inverse_norm(dtype), _make_matrix(dtype, dims)
+    limit, written = _LIMITS[dtype.result], dtype.result if limited else "float64"
+    narrow = make_narrow_result(written)
 
     def kernel(x, n, layout, d, row_stride, depth_stride, inverse):
         matrix = cuda.blockIdx.x // n
         row = cuda.blockIdx.x - matrix * n
         factor = inverse_norm(address_of_matrix(x, matrix, layout), row, d, row_stride, depth_stride)
+        if limited and factor != 0.0 and not 1.0 / limit <= factor <= limit:
+            factor = _BEYOND
         if cuda.threadIdx.x == 0:
-            inverse[cuda.blockIdx.x] = factor
+            inverse[cuda.blockIdx.x] = narrow(factor)
 
     layout = numbers("int64", 3 * dims)
-    arguments = (pointer(dtype.carrier), INT64, layout, INT64, INT64, INT64, pointer("float64"))
-    return Body(f"inverse_norms{dims}-{dtype.name}", lambda capability: kernel, arguments)
+    arguments = (pointer(dtype.carrier), INT64, layout, INT64, INT64, INT64, pointer(written))
+    name = f"inverse_norms{dims}{'_limited' * limited}-{dtype.name}"
+    return Body(name, lambda capability: kernel, arguments)
 
 
 def _make_matrix(dtype: DType, dims: int):
@@ -104,16 +149,16 @@ def _make_matrix(dtype: DType, dims: int):
 
 
 @functools.cache
-def tile_sums(dtype: DType, dims: int) -> Body:
+def tile_sums(formula: Formula, dtype: DType, dims: int) -> Body:
     """Make the kernel of ``count_tiles(n) ** 2`` blocks for each matrix.
 
     Its parameters: ``(x, n, layout, d, row_stride, depth_stride, inverse, partial)``; `partial` takes two float64 for
-    each block, the sum of |cosine| over the pairs i < j of its tile and 0, for the last stage of sums.
+    each block, the sums of the formula's terms over the pairs i < j of its tile, for the last stage of sums.
     """
     address_of_matrix = _make_matrix(dtype, dims)
     threads, rows_apart, slots = TILE * TILE // PER_THREAD, TILE // PER_THREAD, TILE * DEPTH
     widen, narrow = make_widen(dtype), make_narrow_result(dtype.result)
-    shared_type = float_type(dtype.result)
+    shared_type, terms = float_type(dtype.result), _make_terms(formula)
 
     def kernel(whole, n, layout, d, row_stride, depth_stride, inverses, partial):
         left = cuda.shared.array(slots, shared_type)
@@ -124,7 +169,7 @@ def tile_sums(dtype: DType, dims: int) -> Body:
         tile_row, tile_column = tile // tiles, tile % tiles
         x, first = address_of_matrix(whole, matrix, layout), matrix * n
         thread = cuda.threadIdx.x
-        total = 0.0
+        sum0 = sum1 = 0.0
         if tile_row <= tile_column:  # of all threads of a block or of none
             row, column = thread // TILE, thread % TILE
             dot0 = dot1 = dot2 = dot3 = narrow(0.0)
@@ -152,17 +197,141 @@ def tile_sums(dtype: DType, dims: int) -> Body:
                 start += DEPTH
             # Rows beyond the matrix are zero, so that their cosines add nothing.
             i, j = tile_row * TILE + row, tile_column * TILE + column
-            total += abs(to_float64(dot0)) if i < j else 0.0
-            total += abs(to_float64(dot1)) if i + rows_apart < j else 0.0
-            total += abs(to_float64(dot2)) if i + 2 * rows_apart < j else 0.0
-            total += abs(to_float64(dot3)) if i + 3 * rows_apart < j else 0.0
-        total, _ = block_sums(total, 0.0)
+            for k in range(PER_THREAD):
+                if i + k * rows_apart < j:
+                    dot = dot0 if k == 0 else (dot1 if k == 1 else (dot2 if k == 2 else dot3))
+                    term0, term1 = terms(to_float64(dot))
+                    sum0, sum1 = sum0 + term0, sum1 + term1
+        sum0, sum1 = block_sums(sum0, sum1)
         if thread == 0:
-            partial[2 * cuda.blockIdx.x], partial[2 * cuda.blockIdx.x + 1] = total, 0.0
+            partial[2 * cuda.blockIdx.x], partial[2 * cuda.blockIdx.x + 1] = sum0, sum1
 
     sizes = (INT64, numbers("int64", 3 * dims), INT64, INT64, INT64)
     arguments = (pointer(dtype.carrier), *sizes, pointer("float64"), pointer("float64"))
-    return Body(f"tile_sums{dims}-{dtype.name}", lambda capability: kernel, arguments, threads)
+    name = f"tile_sums{dims}-{formula.name}-{dtype.name}"
+    return Body(name, lambda capability: kernel, arguments, threads, version=formula.digest)
+
+
+def _make_terms(formula: Formula):
+    """Make ``terms(cosine) -> (term0, term1)``."""
+    terms_of_magnitude = device(formula.make(scalars).terms)
+
+    @device
+    def terms(cosine):
+        return terms_of_magnitude(abs(cosine), _UNIT)
+
+    return terms
+
+
+def _make_cosine(dtype: DType):
+    """Make ``cosine(x, i, j, d, row_stride, depth_stride)`` of two rows with any norms, for one thread."""
+    widen = make_widen(dtype)
+
+    @device
+    def largest_of(x, at, d, depth_stride):
+        largest = 0.0
+        for k in range(d):
+            largest = max(largest, abs(to_float64(widen(x[at + k * depth_stride]))))
+        return largest if largest > 0.0 else 1.0
+
+    @device
+    def cosine(x, i, j, d, row_stride, depth_stride):
+        at, to = i * row_stride, j * row_stride
+        largest0, largest1 = largest_of(x, at, d, depth_stride), largest_of(x, to, d, depth_stride)
+        dot = squares0 = squares1 = 0.0
+        for k in range(d):
+            u = to_float64(widen(x[at + k * depth_stride])) / largest0
+            v = to_float64(widen(x[to + k * depth_stride])) / largest1
+            dot, squares0, squares1 = dot + u * v, squares0 + u * u, squares1 + v * v
+        return 0.0 if squares0 == 0.0 or squares1 == 0.0 else dot / math.sqrt(squares0) / math.sqrt(squares1)
+
+    return cosine
+
+
+@functools.cache
+def fold(formula: Formula, dtype: DType) -> Body:
+    """Make the kernel that sums a panel of products of rows, of which a warp takes a row at a time.
+
+    Its parameters: ``(products, rows, height, width, row, column, apart, inverse, x, d, row_stride, depth_stride,
+    partial)``. A panel is a batch of rectangles of the Gram matrix, `height` rows each. The first one's corner is at
+    `row` and `column`, and each other lies `apart` rows and columns beyond the one before. `inverse` has the limited
+    inverse norms of all rows of x, which make products cosines; where one is beyond the limits, the cosine is computed
+    here. Each block writes to `partial` the sums of the formula's terms over the pairs i < j among its products.
+    """
+    wide = dtype.result == "float64"
+    lanes = VECTOR_BYTES // (8 if wide else 4)
+    load, terms, cosine, narrow = (
+        make_load(dtype.result),
+        _make_terms(formula),
+        _make_cosine(dtype),
+        make_narrow_result(dtype.result),
+    )
+
+    @device
+    def element(product, i, j, own, inverse, x, d, row_stride, depth_stride):
+        zero = narrow(0.0)
+        if j <= i:
+            return zero, zero
+        other = inverse[j]
+        if own < 0.0 or other < 0.0:
+            product = narrow(cosine(x, i, j, d, row_stride, depth_stride))
+        else:
+            product = product * own * other
+        term0, term1 = terms(product)
+        return narrow(term0), narrow(term1)
+
+    add_lanes = _make_add_lanes(element, lanes)
+
+    def kernel(products, rows, height, width, row, column, apart, inverse, x, d, row_stride, depth_stride, partial):
+        sum0 = sum1 = 0.0
+        lane, step = cuda.threadIdx.x % WARP, cuda.gridsize(1) // WARP
+        vectors = width // lanes if width % lanes == 0 else 0
+        r = cuda.grid(1) // WARP
+        while r < rows:
+            rectangle = r // height
+            i, first = row + rectangle * apart + r - rectangle * height, column + rectangle * apart
+            own, at = inverse[i], r * width
+            k = lane
+            while k < vectors:
+                loaded, j = load(products, at + k * lanes), first + k * lanes
+                term0, term1 = add_lanes(loaded, i, j, own, inverse, x, d, row_stride, depth_stride)
+                sum0, sum1 = sum0 + to_float64(term0), sum1 + to_float64(term1)
+                k += WARP
+            k = vectors * lanes + lane
+            while k < width:
+                product = products[at + k]
+                term0, term1 = element(product, i, first + k, own, inverse, x, d, row_stride, depth_stride)
+                sum0, sum1 = sum0 + to_float64(term0), sum1 + to_float64(term1)
+                k += WARP
+            r += step
+        sum0, sum1 = block_sums(sum0, sum1)
+        if cuda.threadIdx.x == 0:
+            partial[2 * cuda.blockIdx.x], partial[2 * cuda.blockIdx.x + 1] = sum0, sum1
+
+    work, sizes = pointer(dtype.result), (INT64, INT64, INT64, INT64, INT64, INT64)
+    arguments = (work, *sizes, work, pointer(dtype.carrier), INT64, INT64, INT64, pointer("float64"))
+    return Body(f"fold-{formula.name}-{dtype.name}", lambda capability: kernel, arguments, version=formula.digest)
+
+
+def _make_add_lanes(element, lanes: int):
+    """Make what adds the terms of so many products: by halves, since Numba does not unroll a loop over a tuple."""
+    if lanes == 1:
+
+        @device
+        def one(products, i, j, own, inverse, x, d, row_stride, depth_stride):
+            return element(products[0], i, j, own, inverse, x, d, row_stride, depth_stride)
+
+        return one
+    half = lanes // 2
+    add_half = _make_add_lanes(element, half)
+
+    @device
+    def both(products, i, j, own, inverse, x, d, row_stride, depth_stride):
+        a0, a1 = add_half(products[:half], i, j, own, inverse, x, d, row_stride, depth_stride)
+        b0, b1 = add_half(products[half:], i, j + half, own, inverse, x, d, row_stride, depth_stride)
+        return a0 + b0, a1 + b1
+
+    return both
 
 
 @functools.cache
@@ -188,47 +357,47 @@ def unit_rows(dtype: DType) -> Body:
 
 
 @functools.cache
-def fold_cosines(dtype: DType, signs: bool) -> Body:
-    """Make the kernel that sums a panel of cosines: ``(cosines, rows, columns, first_row, first_column, partial)``.
+def fold_slopes(formula: Formula, dtype: DType) -> Body:
+    """Make the kernel that sums a panel of cosines, and puts derivatives in their place.
 
-    Each block writes to `partial` the sum of |cosine| over the pairs i < j among its rows, and 0. Where signs are
-    wanted, each cosine is replaced by its sign, that of a row with itself by 0.
+    Its parameters: ``(cosines, rows, columns, first_row, partial)``. A panel is some rows of the Gram matrix. Each
+    block writes to `partial` the sums of the formula's terms over the pairs i < j among its rows. The derivative of a
+    row with itself is 0.
     """
-    narrow = make_narrow_result(dtype.result)
+    narrow, terms = make_narrow_result(dtype.result), _make_terms(formula)
+    derivative = device(formula.make(scalars).derivative)
 
-    def kernel(cosines, rows, columns, first_row, first_column, partial):
-        total = 0.0
+    def kernel(cosines, rows, columns, first_row, partial):
+        sum0 = sum1 = 0.0
         row = cuda.blockIdx.x
         while row < rows:
-            apart = first_column - first_row - row  # how far the pair's second row is beyond its first, but for column
-            column = cuda.threadIdx.x
+            i, column = first_row + row, cuda.threadIdx.x
             while column < columns:
                 at = row * columns + column
                 v = to_float64(cosines[at])
-                if column + apart > 0:
-                    total += abs(v)
-                if signs:
-                    sign = 1.0 if v > 0.0 else (-1.0 if v < 0.0 else v)
-                    cosines[at] = narrow(0.0 if column + apart == 0 else sign)
+                if column > i:
+                    term0, term1 = terms(v)
+                    sum0, sum1 = sum0 + term0, sum1 + term1
+                cosines[at] = narrow(0.0 if column == i else derivative(v, _UNIT))
                 column += cuda.blockDim.x
             row += cuda.gridDim.x
-        total, _ = block_sums(total, 0.0)
+        sum0, sum1 = block_sums(sum0, sum1)
         if cuda.threadIdx.x == 0:
-            partial[2 * cuda.blockIdx.x], partial[2 * cuda.blockIdx.x + 1] = total, 0.0
+            partial[2 * cuda.blockIdx.x], partial[2 * cuda.blockIdx.x + 1] = sum0, sum1
 
-    name = "signs" if signs else "sums"
-    sizes = (INT64, INT64, INT64, INT64)
-    arguments = (pointer(dtype.result), *sizes, pointer("float64"))
-    return Body(f"fold_cosines_{name}-{dtype.name}", lambda capability: kernel, arguments)
+    arguments = (pointer(dtype.result), INT64, INT64, INT64, pointer("float64"))
+    name = f"fold_slopes-{formula.name}-{dtype.name}"
+    return Body(name, lambda capability: kernel, arguments, version=formula.digest)
 
 
 @functools.cache
 def project(dtype: DType, accumulate: bool) -> Body:
-    """Make the kernel of one block for each row that writes the gradient of the mean |cosine|, or adds it.
+    """Make the kernel of one block for each row that writes the gradient of a mean over cosines, or adds it.
 
     Its parameters: ``(product, unit, inverse, d, factor, scale, out, row_stride, depth_stride)``. A row of `product` is
-    the sum of the unit rows, each with the sign of its cosine. Of that, the part along the row itself is taken away,
-    and the rest is multiplied by the inverse norm, by `factor`, and by `scale`, a number on the device, or null for 1.
+    the sum of the unit rows, each times the derivative at its cosine. Of that, the part along the row itself is taken
+    away, and the rest is multiplied by the inverse norm, by `factor`, and by `scale`, a number on the device, or null
+    for 1.
     """
     widen, narrow = make_widen(dtype), make_narrow(dtype)
 
