@@ -20,6 +20,9 @@ from regkern.terms import Operation, Parameters, Term
 require("cupy", cupy.__version__, (13, 6))
 
 
+_DTYPES = {name: np.dtype(name) for name in ("float32", "float64")}  # which costs less than to read the name
+
+
 class CupyAdapter(DeviceAdapter):
     """Reads and makes `cupy.ndarray`."""
 
@@ -51,7 +54,7 @@ class CupyAdapter(DeviceAdapter):
         return Place(driver(), device, cupy.cuda.get_current_stream(device).ptr)
 
     def empty(self, x: Any, shape: tuple[int, ...], type_name: str) -> Any:
-        return on(x.data.device_id, cupy.empty, shape, type_name)
+        return on(x.data.device_id, cupy.empty, shape, _DTYPES.get(type_name, type_name))
 
     def address(self, array: Any) -> int:
         return int(array.data.ptr)

@@ -93,11 +93,15 @@ class _Call:
             _END,
         )
         self._context = ctypes.c_uint64()
+        self._grid: tuple[int, int, int] | None = None  # what the configuration holds
         self.context = ctypes.addressof(self._context)
         self.configuration, self.extra = ctypes.addressof(self._configuration), ctypes.addressof(self._extra)
 
-    def pack(self, kernel: _Kernel, stream: int, blocks: int, threads: int, arguments: tuple[int | float, ...]) -> None:
-        self._CONFIGURATION.pack_into(self._configuration, 0, blocks, 1, 1, threads, 1, 1, 0, 0, stream, 0, 0)
+    def pack(self, kernel: _Kernel, grid: tuple[int, int, int], arguments: tuple[int | float, ...]) -> None:
+        """Write what is launched; a grid is a stream, blocks and threads."""
+        if grid != self._grid:
+            stream, blocks, threads = self._grid = grid
+            self._CONFIGURATION.pack_into(self._configuration, 0, blocks, 1, 1, threads, 1, 1, 0, 0, stream, 0, 0)
         kernel.parameters.pack_into(self._parameters, 0, *arguments)
         self._size.value = kernel.parameters.size
 
@@ -188,7 +192,7 @@ class LibCuda:
             call = self._calls.pop()
         except IndexError:
             call = _Call()
-        call.pack(kernel, stream, blocks, threads, arguments)
+        call.pack(kernel, (stream, blocks, threads), arguments)
         # Of the current context; it has none where no context is.
         elsewhere = self._get_number(None, call.context) != 0 or call.current_context() != kernel.context
         if elsewhere:
@@ -196,7 +200,9 @@ class LibCuda:
         try:
             if elsewhere and now != kernel.context:
                 raise DeviceResetError(device)
-            self._check(self._launch(call.configuration, kernel.function, None, call.extra))
+            status = self._launch(call.configuration, kernel.function, None, call.extra)
+            if status:
+                self._check(status)
         finally:
             if elsewhere:
                 self._leave()

@@ -54,8 +54,9 @@ def check_not_capturing(place: Place, what: str) -> None:
 def launch(place: Place, body: Body, blocks: int, arguments: tuple[int | float, ...]) -> None:
     """Launch a kernel and return at once, without a copy and without waiting for anything."""
     driver, device, stream = place
+    kernel = _kernels.get((driver, device, body)) or _loaded(place, body)
     try:
-        driver.launch(device, stream, _loaded(place, body), blocks, body.threads, arguments)
+        driver.launch(device, stream, kernel, blocks, body.threads, arguments)
     except DeviceResetError:
         _forget(driver, device)
         raise
