@@ -8,10 +8,11 @@ is there to be wrong: what misses it is understood before anything is changed.
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from regkern.arrays.panels import largest, panels
 
 PRODUCT_SHARE, MEMORY_SHARE = 0.8, 0.9
 TILE = 128
@@ -85,7 +86,7 @@ def torch_formula(n: int, d: int) -> Cost:
 
 
 def square_panels(n: int, d: int) -> Cost:
-    """The upper triangle in square panels, for each of which unit rows are made: what there is now."""
+    """The upper triangle in square panels, for each of which unit rows are made: what there was."""
     side = LARGE_PANEL if 20 * LARGE_PANEL * (LARGE_PANEL + 2 * d) <= n * n else PANEL
     heights = [min(side, n - start) for start in range(0, n, side)]
     panels = Counter((height, width, d) for i, height in enumerate(heights) for width in heights[i:])
@@ -94,21 +95,16 @@ def square_panels(n: int, d: int) -> Cost:
     return Cost(unit, 2 * 4 * elements, 4 * heights[0] ** 2, panels, 3 * count + 1)
 
 
-def wide_panels(n: int, d: int, rows: int) -> Cost:
-    """Panels of some rows by all that follow, of raw rows, norms applied as they are folded: what is planned."""
-    panels = Counter((min(rows, n - start), n - start, d) for start in range(0, n, rows))
-    elements = sum(m * n * times for (m, n, _), times in panels.items())
-    moved = 4 * n * d + sum(4 * n * d * times for (_, n, _), times in panels.items())
-    return Cost(moved, 2 * 4 * elements, 4 * rows * n, panels, 2 * panels.total() + 2)
+def triangle(n: int, d: int) -> Cost:
+    """Squares beside the diagonal and blocks on it, of raw rows, norms applied as they are folded: what there is."""
+    parts = list(panels(n, largest(n)))
+    products = Counter((part.together * part.height, part.width, d) for part in parts)
+    read = sum(4 * part.together * (part.height + part.width) * d for part in parts)
+    between = sum(2 * 4 * part.size for part in parts)
+    return Cost(4 * n * d + read, between, 4 * max(part.size for part in parts), products, 2 * len(parts) + 2)
 
 
-WAYS = {
-    "torch's formula": torch_formula,
-    "square panels (now)": square_panels,
-    "wide panels of 256 rows": functools.partial(wide_panels, rows=256),
-    "wide panels of 384 rows": functools.partial(wide_panels, rows=384),
-    "wide panels of 1024 rows": functools.partial(wide_panels, rows=1024),
-}
+WAYS = {"torch's formula": torch_formula, "square panels (before)": square_panels, "the triangle (now)": triangle}
 
 
 def table() -> str:

@@ -27,7 +27,6 @@ from tests.cases import LAYOUTS, NUMPY_DTYPES, READ_ONLY_LAYOUTS, REGULARIZERS, 
 if importlib.util.find_spec("numba_cuda") is None:
     pytest.skip("numba-cuda is not installed: pip install 'regkern[cuda13]'", allow_module_level=True)
 
-from regkern.arrays import device_gram
 from regkern.kernels.cuda.elementwise import UNROLL, flat_kernel, lanes_of, rows_kernel, strided_kernel
 from regkern.kernels.cuda.gram import count_tiles, fold, fold_slopes, inverse_norms, project, tile_sums, unit_rows
 from regkern.kernels.cuda.sums import THREADS, last_stage
@@ -296,22 +295,6 @@ def test_gram_panels_of_values(dtype, formula, height, width):
         if i + k < j + m
     )
     np.testing.assert_allclose(partial.reshape(3, 2)[:, 0 if formula is ABS else 1].sum(), expected, rtol=2e-6)
-
-
-@pytest.mark.parametrize(("n", "most"), [(1, 10), (700, 10**6), (700, 128 * 512), (5000, 512 * 512 * 3), (4608, 10**6)])
-def test_panels_have_each_pair_once(monkeypatch, n, most):
-    monkeypatch.setattr(device_gram, "BLOCK", 64)
-    monkeypatch.setattr(device_gram, "TILE", 16)
-    n, most = -(-n // 8), -(-most // 64)
-    times = np.zeros((n, n), int)
-    for part in device_gram.panels(n, most):
-        assert part.together * part.height * part.width <= 2 * most or part.height <= 16
-        for k in range(part.together):
-            row, column = part.row + k * part.apart, part.column + k * part.apart
-            assert row + part.height <= n
-            assert column + part.width <= n
-            times[row : row + part.height, column : column + part.width] += 1
-    assert (times[np.triu_indices(n, 1)] == 1).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,6 +1,7 @@
 """Torch's tensors on a device, for which the interpreter of PTX stands in: CPU tensors are taken for its own."""
 
 import importlib.util
+import math
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ if not (importlib.util.find_spec("numba_cuda") and importlib.util.find_spec("tor
 
 import torch
 
-from regkern.arrays import device_gram
+from regkern.arrays import device_gram, panels
 from regkern.arrays import torch as host
 from regkern.arrays.torch import autograd
 from regkern.arrays.torch.cuda import KERNELS
@@ -157,9 +158,10 @@ def test_squares_of_cosines(dtype):
     ids=["panels", "long rows", "one panel", "short rows", "few rows"],
 )
 def test_panels_depend_on_both_lengths(monkeypatch, rows, depth, products):
-    sizes = {"PANELS_FROM": 8, "PANELS_FROM_DEPTH": 3, "WAVE": 128, "BLOCK": 8, "TILE": 4}
-    for name, value in sizes.items():
+    for name, value in (("PANELS_FROM", 8), ("PANELS_FROM_DEPTH", 3)):
         monkeypatch.setattr(device_gram, name, value)
+    for name, value in (("WAVE", 128), ("BLOCK", 8), ("TILE", 4)):
+        monkeypatch.setattr(panels, name, value)
     made, product = [], type(KERNELS).product
     monkeypatch.setattr(type(KERNELS), "product", lambda *arguments: made.append(1) or product(*arguments))
     regularizer, x = rk.OrthogonalRegularizer(0.3), tensor("float64", (rows, depth))
@@ -339,31 +341,24 @@ def test_what_does_not_fit_many_tensors_is_refused_before_a_launch(place, named)
 
 def test_short_memory_makes_panels_smaller(monkeypatch):
     """A device that has none for panels of four rows, and then none at all."""
-    sizes = {
-        "PANELS_FROM": 2,
-        "PANELS_FROM_DEPTH": 1,
-        "PANEL": 4,
-        "SMALLEST_PANEL": 2,
-        "WAVE": 20,
-        "BLOCK": 2,
-        "TILE": 1,
-    }
-    for name, value in sizes.items():
+    for name, value in (("PANELS_FROM", 2), ("PANELS_FROM_DEPTH", 1), ("PANEL", 4), ("SMALLEST_PANEL", 2)):
         monkeypatch.setattr(device_gram, name, value)
+    for name, value in (("WAVE", 20), ("BLOCK", 2), ("TILE", 1)):
+        monkeypatch.setattr(panels, name, value)
     empty = type(KERNELS).empty
 
     def short(self, x, shape, type_name):
-        if len(shape) == 2 and most < shape[0] < len(x):
+        if math.prod(shape) > most and shape != x.shape:
             raise torch.OutOfMemoryError
         return empty(self, x, shape, type_name)
 
     monkeypatch.setattr(type(KERNELS), "empty", short)
-    regularizer, x, most = rk.OrthogonalRegularizer(0.3), tensor("float64", (5, 2)), 2
+    regularizer, x, most = rk.OrthogonalRegularizer(0.3), tensor("float64", (5, 2)), 14
     value, gradient = regularizer.value_and_grad(x)
     assert_near(regularizer(x), reference.orthogonal(regularizer, wide(x)), x)
     assert_near(value, reference.orthogonal(regularizer, wide(x)), x)
     assert_near(gradient, reference.orthogonal_gradient(regularizer, wide(x)), x)
-    most, out = 0, torch.ones_like(x)
+    most, out = 5, torch.ones_like(x)
     with pytest.raises(MemoryError, match=r"^x: expected memory on the device for panels of 10 elements; got"):
         regularizer.grad(x, out=out, accumulate=True)
     assert (out == 1).all()

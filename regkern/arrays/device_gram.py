@@ -9,10 +9,11 @@ float32 products, and inverse norms are applied in the fold; for gradients, unit
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from regkern.arrays.layout import Strides, locate_matrices
+from regkern.arrays.panels import largest, panels
 from regkern.dtypes import DTYPES, DType
 from regkern.formulas import ABS
 from regkern.kernels.cuda.gram import (
@@ -37,10 +38,6 @@ PANELS_FROM, PANELS_FROM_DEPTH = 1024, 33
 # Rows of a panel for gradients, and of the smallest, where a device's memory is short.
 PANEL = 1024
 SMALLEST_PANEL = 64
-# Elements of a panel for values: a tile of 128 x 128 for each of 132 multiprocessors, or a few times as many where that
-# takes at most 5 % of the Gram matrix's memory. Rows of a block on the diagonal. Measured on an H200.
-WAVE, MOST_WAVES = 132 * 128 * 128, 6
-BLOCK, TILE = 512, 128
 # Blocks that fold a panel, at most, and rows of it that one takes at a time.
 FOLD_BLOCKS, ROWS_OF_BLOCK = 8 * 132, THREADS // WARP
 
@@ -207,11 +204,10 @@ def _add_panels(adapter: DeviceAdapter, formula: Formula, x: Any, matrices: Matr
     n, d, place, work = matrices.n, matrices.d, adapter.place(x), matrices.dtype.result
 
     def allocate(size: int) -> tuple[Any, Any]:
-        whole = max(part.together * part.height * part.width for part in panels(n, size))
+        whole = max(part.size for part in panels(n, size))
         return adapter.temporary(x, (n,), work), adapter.temporary(x, (whole,), work)
 
-    most = WAVE * max(1, min(MOST_WAVES, n * n // 20 // WAVE))
-    most, (inverse, memory) = _allocate(adapter, most, SMALLEST_PANEL * n, allocate)
+    most, (inverse, memory) = _allocate(adapter, largest(n), SMALLEST_PANEL * n, allocate)
     parts = [(part, -(-part.together * part.height // ROWS_OF_BLOCK)) for part in panels(n, most)]
     sums = _Sums(adapter, x, count * sum(min(FOLD_BLOCKS, blocks) for _, blocks in parts))
     source, rows = x, matrices
@@ -234,63 +230,6 @@ def _add_panels(adapter: DeviceAdapter, formula: Formula, x: Any, matrices: Matr
             arguments = (adapter.address(memory), *corner, adapter.address(inverse), first, *sizes, sums.take(blocks))
             launch(place, fold(formula, rows.dtype), blocks, arguments)
     return sums
-
-
-class Panel(NamedTuple):
-    """Rectangles of a Gram matrix that lie at equal distances along its diagonal, and are computed together.
-
-    Attributes:
-        row, column: the corner of the first one.
-        height, width: of each.
-        together: how many there are.
-        apart: rows, and columns, from one to the next.
-    """
-
-    row: int
-    column: int
-    height: int
-    width: int
-    together: int = 1
-    apart: int = 0
-
-
-def panels(n: int, most: int) -> Iterator[Panel]:
-    """Yield panels that cover each pair i < j of n rows once: squares beside the diagonal, and blocks on it.
-
-    Squares of twice the side lie between each two of those before. A panel has at most so many elements, or a single
-    stretch of rows.
-    """
-    if n * n <= 2 * most:
-        yield Panel(0, 0, n, n)
-        return
-    yield from _along(n, most, 0, BLOCK, BLOCK)
-    side = BLOCK
-    while side < n:
-        yield from _along(n, most, side, side, 2 * side)
-        side *= 2
-
-
-def _along(n: int, most: int, column: int, side: int, apart: int) -> Iterator[Panel]:
-    """Yield squares whose first is in row 0, as far as the matrix has them."""
-    whole = (n - column + apart - side) // apart
-    at_once = max(1, most // (side * side))
-    for first in range(0, whole, at_once):
-        count = min(at_once, whole - first)
-        yield from _stripes(Panel(first * apart, column + first * apart, side, side, count, apart), most)
-    row = whole * apart
-    width = n - column - row
-    if width > 0:
-        yield from _stripes(Panel(row, column + row, min(side, n - row), width), most)
-
-
-def _stripes(panel: Panel, most: int) -> Iterator[Panel]:
-    """Yield a panel, or stretches of its rows that are not too large."""
-    if panel.together * panel.height * panel.width <= most:
-        yield panel
-        return
-    height = max(1, most // panel.width // TILE) * TILE
-    for row in range(0, panel.height, height):
-        yield Panel(panel.row + row, panel.column, min(height, panel.height - row), panel.width)
 
 
 def _launch_unit_rows(adapter: DeviceAdapter, x: Any, matrices: Matrices, matrix: int, unit: Any, inverse: Any) -> None:
