@@ -28,7 +28,16 @@ if importlib.util.find_spec("numba_cuda") is None:
     pytest.skip("numba-cuda is not installed: pip install 'regkern[cuda13]'", allow_module_level=True)
 
 from regkern.kernels.cuda.elementwise import UNROLL, flat_kernel, lanes_of, rows_kernel, strided_kernel
-from regkern.kernels.cuda.gram import count_tiles, fold, fold_slopes, inverse_norms, project, tile_sums, unit_rows
+from regkern.kernels.cuda.gram import (
+    count_tiles,
+    fold,
+    fold_beyond,
+    fold_slopes,
+    inverse_norms,
+    project,
+    tile_sums,
+    unit_rows,
+)
 from regkern.kernels.cuda.sums import THREADS, last_stage
 from tests.cuda_code import compiled
 from tests.cuda_device import CAPABILITY, interpreted
@@ -285,16 +294,24 @@ def test_gram_panels_of_values(dtype, formula, height, width):
     with np.errstate(over="ignore", invalid="ignore"):
         wide = x.astype(work)
         products = np.stack([wide[i : i + height] @ wide[j : j + width].T for i, j in corners])
-    arguments = (products, 2 * height, height, width, row, column, 12, inverse, x, d, d, 1, partial)
-    launch(fold(formula, DTYPES[dtype]), 3, arguments, [products, inverse, x])
+    arguments = (products, 2 * height, height, width, row, column, 12, inverse, partial)
+    launch(fold(formula, DTYPES[dtype]), 3, arguments, [products, inverse])
+    own, power = (0, 1) if formula is ABS else (1, 2)
+    cosines = abs(unit @ unit.T) ** power
+    beyond = np.resize(np.abs(np.log10(np.maximum(NORMS[dtype], 1e-300))) % 300 > 20, n)
+    np.testing.assert_array_equal(inverse < 0, beyond)
+    counted = ~(beyond[:, None] | beyond)
     expected = sum(
-        abs(unit[i + k] @ unit[j + m]) ** (1 if formula is ABS else 2)
+        cosines[i + k, j + m]
         for i, j in corners
         for k in range(height)
         for m in range(width)
-        if i + k < j + m
+        if i + k < j + m and counted[i + k, j + m]
     )
-    np.testing.assert_allclose(partial.reshape(3, 2)[:, 0 if formula is ABS else 1].sum(), expected, rtol=2e-6)
+    np.testing.assert_allclose(partial.reshape(3, 2)[:, own].sum(), expected, rtol=2e-6)
+    launch(fold_beyond(formula, DTYPES[dtype]), 3, (x, n, d, d, 1, inverse, partial), [x, inverse])
+    expected = cosines[np.triu(~counted, 1)].sum()
+    np.testing.assert_allclose(partial.reshape(3, 2)[:, own].sum(), expected, rtol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -15,7 +15,7 @@ if importlib.util.find_spec("numba_cuda") is None:
 from regkern.kernels.cuda.arithmetic import COMPENSATED, accumulator_of
 from regkern.kernels.cuda.compile import compute_capabilities
 from regkern.kernels.cuda.elementwise import UNROLL, flat_kernel, lanes_of, rows_kernel, strided_kernel
-from regkern.kernels.cuda.gram import fold, fold_slopes, inverse_norms, project, tile_sums, unit_rows
+from regkern.kernels.cuda.gram import fold, fold_beyond, fold_slopes, inverse_norms, project, tile_sums, unit_rows
 from regkern.kernels.cuda.many import chunks_kernel, penalty_of_all, penalty_of_each
 from regkern.kernels.cuda.sums import THREADS, last_stage
 from tests.cuda_code import LOAD, STORE, assembled, compiled, disassembler, main_loop, main_loop_of_machine, registers
@@ -106,6 +106,7 @@ def test_gram_kernels(dtype):
         compiled(body, NEWEST)
     for formula in (ABS, SQUARE):
         compiled(fold_slopes(formula, each), NEWEST)
+        compiled(fold_beyond(formula, each), NEWEST)
         assert LOAD.search(compiled(fold(formula, each), NEWEST))
     for accumulate in (False, True):
         compiled(project(each, accumulate), NEWEST)

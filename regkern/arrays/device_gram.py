@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from regkern.arrays.layout import Strides, locate_matrices
 from regkern.arrays.panels import largest, panels
-from regkern.dtypes import DTYPES, DType
+from regkern.dtypes import DTYPES, FLOAT16, DType
 from regkern.formulas import ABS
 from regkern.kernels.cuda.gram import (
     count_tiles,
     fold,
+    fold_beyond,
     fold_slopes,
     inverse_norms,
     project,
@@ -169,7 +170,7 @@ class _Sums:
         self._taken = 0
 
     def take(self, blocks: int) -> int:
-        """Return the address for the sums of the next blocks."""
+        """Return the address for the sums of the next blocks, of those that were said."""
         self._taken += blocks
         return self._adapter.address(self._partial) + 16 * (self._taken - blocks)
 
@@ -209,7 +210,8 @@ def _add_panels(adapter: DeviceAdapter, formula: Formula, x: Any, matrices: Matr
 
     most, (inverse, memory) = _allocate(adapter, largest(n), SMALLEST_PANEL * n, allocate)
     parts = [(part, -(-part.together * part.height // ROWS_OF_BLOCK)) for part in panels(n, most)]
-    sums = _Sums(adapter, x, count * sum(min(FOLD_BLOCKS, blocks) for _, blocks in parts))
+    beyond = min(FOLD_BLOCKS, -(-n // ROWS_OF_BLOCK))
+    sums = _Sums(adapter, x, count * sum(min(FOLD_BLOCKS, blocks) for _, blocks in parts) + count * beyond)
     source, rows = x, matrices
     if not matrices.can_be_multiplied:
         source = adapter.temporary(x, (n, d), work)
@@ -227,8 +229,11 @@ def _add_panels(adapter: DeviceAdapter, formula: Formula, x: Any, matrices: Matr
             right = adapter.over(source, *rows.stretches(matrix, part.column, part.width, part.together, part.apart))
             adapter.product(left, right.swapaxes(1, 2), memory[: math.prod(shape)].reshape(shape))
             corner = part.together * part.height, part.height, part.width, part.row, part.column, part.apart
-            arguments = (adapter.address(memory), *corner, adapter.address(inverse), first, *sizes, sums.take(blocks))
+            arguments = (adapter.address(memory), *corner, adapter.address(inverse), sums.take(blocks))
             launch(place, fold(formula, rows.dtype), blocks, arguments)
+        if rows.dtype is not FLOAT16:  # whose norms are all within the limits
+            arguments = (first, n, *sizes, adapter.address(inverse), sums.take(beyond))
+            launch(place, fold_beyond(formula, rows.dtype), beyond, arguments)
     return sums
 
 

@@ -3,8 +3,9 @@
 There are two ways. `inverse_norms` and `tile_sums` do it alone, for a batch of matrices at once: each block computes a
 tile of a Gram matrix from unit rows in shared memory and keeps only the sums of the formula's terms; memory beyond the
 matrix is 8 bytes for each row, and 16 for each tile. Where the matrices lie is a layout as that of strided kernels, of
-which the strides of x alone are used. `fold` is what is left to do where a library's own product of matrices multiplies
-rows, a panel at a time; `unit_rows`, `fold_slopes` and `project` are that for the gradient, which goes this way alone.
+which the strides of x alone are used. `fold` and `fold_beyond` are what is left to do where a library's own product of
+matrices multiplies rows, a panel at a time; `unit_rows`, `fold_slopes` and `project` are that for the gradient, which
+goes this way alone.
 
 Products and cosines have the type of a result, and dot products are added in it: float32, float64 for float64, as on
 the CPU. Norms and sums are in float64.
@@ -32,7 +33,7 @@ from regkern.kernels.cuda.compile import (
     to_float64,
 )
 from regkern.kernels.cuda.elementwise import make_offsets
-from regkern.kernels.cuda.sums import THREADS, WARP, Body, block_sums
+from regkern.kernels.cuda.sums import THREADS, WARP, Body, block_sums, warp_sums
 from regkern.terms import Formula
 
 # Rows and columns of a tile; a thread has four of its elements. A block has TILE * TILE // 4 threads.
@@ -43,9 +44,8 @@ DEPTH = 16
 
 # Parameters of formulas whose sums are multiplied by the factor afterwards.
 _UNIT = (1.0, 1.0, 0.0, 0.0)
-# Norms from 1 / LIMIT to LIMIT have products that neither overflow nor vanish. What stands for the inverse of another.
+# Norms from 1 / LIMIT to LIMIT have products that neither overflow nor vanish.
 _LIMITS = {"float32": 1e15, "float64": 1e140}
-_BEYOND = -1.0
 
 
 def count_tiles(n: int) -> int:
@@ -114,8 +114,8 @@ def inverse_norms(dtype: DType, dims: int, *, limited: bool = False) -> Body:
     """Make the kernel of one block for each row: ``(x, n, layout, d, row_stride, depth_stride, inverse)``.
 
     The layout is that of the matrices, of n rows each; strides are counted in elements; `inverse` takes a float64 for
-    each row of each matrix, 0 for a zero row. Limited, it takes a number of the result's type, and a negative one for a
-    norm with which products of rows might overflow or vanish.
+    each row of each matrix, 0 for a zero row. Limited, it takes a number of the result's type, which is negative for a
+    norm beyond the limits, with which products of rows might overflow or vanish.
     """
     inverse_norm, address_of_matrix = _make_inverse_norm(dtype), _make_matrix(dtype, dims)
     limit, written = _LIMITS[dtype.result], dtype.result if limited else "float64"
@@ -125,8 +125,8 @@ def inverse_norms(dtype: DType, dims: int, *, limited: bool = False) -> Body:
         matrix = cuda.blockIdx.x // n
         row = cuda.blockIdx.x - matrix * n
         factor = inverse_norm(address_of_matrix(x, matrix, layout), row, d, row_stride, depth_stride)
-        if limited and factor != 0.0 and not 1.0 / limit <= factor <= limit:
-            factor = _BEYOND
+        if limited and (0.0 < factor < 1.0 / limit or factor > limit):
+            factor = -factor
         if cuda.threadIdx.x == 0:
             inverse[cuda.blockIdx.x] = narrow(factor)
 
@@ -223,93 +223,59 @@ def _make_terms(formula: Formula):
     return terms
 
 
-def _make_cosine(dtype: DType):
-    """Make ``cosine(x, i, j, d, row_stride, depth_stride)`` of two rows with any norms, for one thread."""
-    widen = make_widen(dtype)
-
-    @device
-    def largest_of(x, at, d, depth_stride):
-        largest = 0.0
-        for k in range(d):
-            largest = max(largest, abs(to_float64(widen(x[at + k * depth_stride]))))
-        return largest if largest > 0.0 else 1.0
-
-    @device
-    def cosine(x, i, j, d, row_stride, depth_stride):
-        at, to = i * row_stride, j * row_stride
-        largest0, largest1 = largest_of(x, at, d, depth_stride), largest_of(x, to, d, depth_stride)
-        dot = squares0 = squares1 = 0.0
-        for k in range(d):
-            u = to_float64(widen(x[at + k * depth_stride])) / largest0
-            v = to_float64(widen(x[to + k * depth_stride])) / largest1
-            dot, squares0, squares1 = dot + u * v, squares0 + u * u, squares1 + v * v
-        return 0.0 if squares0 == 0.0 or squares1 == 0.0 else dot / math.sqrt(squares0) / math.sqrt(squares1)
-
-    return cosine
-
-
 @functools.cache
 def fold(formula: Formula, dtype: DType) -> Body:
     """Make the kernel that sums a panel of products of rows, of which a warp takes a row at a time.
 
-    Its parameters: ``(products, rows, height, width, row, column, apart, inverse, x, d, row_stride, depth_stride,
-    partial)``. A panel is a batch of rectangles of the Gram matrix, `height` rows each. The first one's corner is at
-    `row` and `column`, and each other lies `apart` rows and columns beyond the one before. `inverse` has the limited
-    inverse norms of all rows of x, which make products cosines; where one is beyond the limits, the cosine is computed
-    here. Each block writes to `partial` the sums of the formula's terms over the pairs i < j among its products.
+    Its parameters: ``(products, rows, height, width, row, column, apart, inverse, partial)``. A panel is a batch of
+    rectangles of the Gram matrix, `height` rows each. The first one's corner is at `row` and `column`, and each other
+    lies `apart` rows and columns beyond the one before. `inverse` has the limited inverse norms of all rows, which make
+    products cosines. Each block writes to `partial` the sums of the formula's terms over the pairs i < j among its
+    products, but for those of a norm beyond the limits.
     """
-    wide = dtype.result == "float64"
-    lanes = VECTOR_BYTES // (8 if wide else 4)
-    load, terms, cosine, narrow = (
-        make_load(dtype.result),
-        _make_terms(formula),
-        _make_cosine(dtype),
-        make_narrow_result(dtype.result),
-    )
+    load, terms, narrow = make_load(dtype.result), _make_terms(formula), make_narrow_result(dtype.result)
+    lanes = VECTOR_BYTES // (8 if dtype.result == "float64" else 4)
 
     @device
-    def element(product, i, j, own, inverse, x, d, row_stride, depth_stride):
+    def element(product, j, i, own, other):
         zero = narrow(0.0)
-        if j <= i:
+        if j <= i or other < zero:
             return zero, zero
-        other = inverse[j]
-        if own < 0.0 or other < 0.0:
-            product = narrow(cosine(x, i, j, d, row_stride, depth_stride))
-        else:
-            product = product * own * other
-        term0, term1 = terms(product)
+        term0, term1 = terms(product * (own * other))
         return narrow(term0), narrow(term1)
 
     add_lanes = _make_add_lanes(element, lanes)
 
-    def kernel(products, rows, height, width, row, column, apart, inverse, x, d, row_stride, depth_stride, partial):
+    def kernel(products, rows, height, width, row, column, apart, inverse, partial):
         sum0 = sum1 = 0.0
         lane, step = cuda.threadIdx.x % WARP, cuda.gridsize(1) // WARP
-        vectors = width // lanes if width % lanes == 0 else 0
+        aligned = width % lanes == 0 and column % lanes == 0 and apart % lanes == 0
+        vectors = width // lanes if aligned else 0
         r = cuda.grid(1) // WARP
         while r < rows:
-            rectangle = r // height
+            rectangle = r // height if height < rows else 0  # a division of 64 bits is as much work as all else
             i, first = row + rectangle * apart + r - rectangle * height, column + rectangle * apart
             own, at = inverse[i], r * width
+            r += step
+            if own < 0.0:
+                continue
             k = lane
             while k < vectors:
-                loaded, j = load(products, at + k * lanes), first + k * lanes
-                term0, term1 = add_lanes(loaded, i, j, own, inverse, x, d, row_stride, depth_stride)
+                j = first + k * lanes
+                term0, term1 = add_lanes(load(products, at + k * lanes), j, i, own, load(inverse, j))
                 sum0, sum1 = sum0 + to_float64(term0), sum1 + to_float64(term1)
                 k += WARP
             k = vectors * lanes + lane
             while k < width:
-                product = products[at + k]
-                term0, term1 = element(product, i, first + k, own, inverse, x, d, row_stride, depth_stride)
+                term0, term1 = element(products[at + k], first + k, i, own, inverse[first + k])
                 sum0, sum1 = sum0 + to_float64(term0), sum1 + to_float64(term1)
                 k += WARP
-            r += step
         sum0, sum1 = block_sums(sum0, sum1)
         if cuda.threadIdx.x == 0:
             partial[2 * cuda.blockIdx.x], partial[2 * cuda.blockIdx.x + 1] = sum0, sum1
 
-    work, sizes = pointer(dtype.result), (INT64, INT64, INT64, INT64, INT64, INT64)
-    arguments = (work, *sizes, work, pointer(dtype.carrier), INT64, INT64, INT64, pointer("float64"))
+    work = pointer(dtype.result)
+    arguments = (work, INT64, INT64, INT64, INT64, INT64, INT64, work, pointer("float64"))
     return Body(f"fold-{formula.name}-{dtype.name}", lambda capability: kernel, arguments, version=formula.digest)
 
 
@@ -318,20 +284,63 @@ def _make_add_lanes(element, lanes: int):
     if lanes == 1:
 
         @device
-        def one(products, i, j, own, inverse, x, d, row_stride, depth_stride):
-            return element(products[0], i, j, own, inverse, x, d, row_stride, depth_stride)
+        def one(products, j, i, own, others):
+            return element(products[0], j, i, own, others[0])
 
         return one
     half = lanes // 2
     add_half = _make_add_lanes(element, half)
 
     @device
-    def both(products, i, j, own, inverse, x, d, row_stride, depth_stride):
-        a0, a1 = add_half(products[:half], i, j, own, inverse, x, d, row_stride, depth_stride)
-        b0, b1 = add_half(products[half:], i, j + half, own, inverse, x, d, row_stride, depth_stride)
+    def both(products, j, i, own, others):
+        a0, a1 = add_half(products[:half], j, i, own, others[:half])
+        b0, b1 = add_half(products[half:], j + half, i, own, others[half:])
         return a0 + b0, a1 + b1
 
     return both
+
+
+@functools.cache
+def fold_beyond(formula: Formula, dtype: DType) -> Body:
+    """Make the kernel that sums what `fold` leaves out: a warp compares a row whose norm is beyond the limits with all.
+
+    Its parameters: ``(x, n, d, row_stride, depth_stride, inverse, partial)``, with the limited inverse norms.
+    """
+    widen, terms, scaled = make_widen(dtype), _make_terms(formula), dtype is dtypes.FLOAT64
+
+    def kernel(x, n, d, row_stride, depth_stride, inverse, partial):
+        sum0 = sum1 = 0.0
+        lane, step = cuda.threadIdx.x % WARP, cuda.gridsize(1) // WARP
+        i = cuda.grid(1) // WARP
+        while i < n:
+            own = inverse[i]
+            j = 0 if own < 0.0 else n
+            while j < n:
+                other = inverse[j]
+                if j != i and (other >= 0.0 or j > i):  # of two such rows, the first compares both
+                    # Numbers of other dtypes have squares that float64 holds.
+                    own_scale, other_scale = (abs(own), abs(other)) if scaled else (1.0, 1.0)
+                    dot = own_squares = other_squares = 0.0
+                    k = lane
+                    while k < d:
+                        u = to_float64(widen(x[i * row_stride + k * depth_stride])) * own_scale
+                        v = to_float64(widen(x[j * row_stride + k * depth_stride])) * other_scale
+                        dot, own_squares, other_squares = dot + u * v, own_squares + u * u, other_squares + v * v
+                        k += WARP
+                    own_squares, other_squares = warp_sums(own_squares, other_squares)
+                    dot, _ = warp_sums(dot, 0.0)
+                    if lane == 0 and own_squares != 0.0 and other_squares != 0.0:
+                        term0, term1 = terms(dot / math.sqrt(own_squares) / math.sqrt(other_squares))
+                        sum0, sum1 = sum0 + term0, sum1 + term1
+                j += 1
+            i += step
+        sum0, sum1 = block_sums(sum0, sum1)
+        if cuda.threadIdx.x == 0:
+            partial[2 * cuda.blockIdx.x], partial[2 * cuda.blockIdx.x + 1] = sum0, sum1
+
+    arguments = (pointer(dtype.carrier), INT64, INT64, INT64, INT64, pointer(dtype.result), pointer("float64"))
+    name = f"fold_beyond-{formula.name}-{dtype.name}"
+    return Body(name, lambda capability: kernel, arguments, version=formula.digest)
 
 
 @functools.cache
