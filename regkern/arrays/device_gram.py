@@ -17,6 +17,7 @@ from regkern.arrays.panels import largest, panels
 from regkern.dtypes import DTYPES, FLOAT16, DType
 from regkern.formulas import ABS
 from regkern.kernels.cuda.gram import (
+    STRETCH,
     count_tiles,
     fold,
     fold_beyond,
@@ -39,8 +40,8 @@ PANELS_FROM, PANELS_FROM_DEPTH = 1024, 33
 # Rows of a panel for gradients, and of the smallest, where a device's memory is short.
 PANEL = 1024
 SMALLEST_PANEL = 64
-# Blocks that fold a panel, at most, and rows of it that one takes at a time.
-FOLD_BLOCKS, ROWS_OF_BLOCK = 8 * 132, THREADS // WARP
+# Blocks that fold a panel, at most, and warps of one. Not measured beside others.
+FOLD_BLOCKS, WARPS = 8 * 132, THREADS // WARP
 
 
 class Matrices(NamedTuple):
@@ -162,15 +163,15 @@ def _allocate(adapter: DeviceAdapter, size: int, least: int, allocate: Callable[
 
 
 class _Sums:
-    """Sums of blocks, two numbers each, that one last launch adds."""
+    """Sums of at most so many blocks, two numbers each; those that are taken are added by one last launch."""
 
     def __init__(self, adapter: DeviceAdapter, x: Any, blocks: int) -> None:
-        self._adapter, self._x, self._blocks = adapter, x, blocks
+        self._adapter, self._x = adapter, x
         self._partial = adapter.temporary(x, (max(1, 2 * blocks),), "float64")
         self._taken = 0
 
     def take(self, blocks: int) -> int:
-        """Return the address for the sums of the next blocks, of those that were said."""
+        """Return the address for the sums of the next blocks."""
         self._taken += blocks
         return self._adapter.address(self._partial) + 16 * (self._taken - blocks)
 
@@ -179,7 +180,7 @@ class _Sums:
         adapter, x, result_type = self._adapter, self._x, matrices.dtype.result
         result = adapter.empty(x, (), result_type)
         factors = p[0] / max(1, matrices.pairs), p[1] / max(1, matrices.pairs)
-        arguments = (adapter.address(self._partial), self._blocks, *factors, adapter.address(result), NULL)
+        arguments = (adapter.address(self._partial), self._taken, *factors, adapter.address(result), NULL)
         launch(adapter.place(x), last_stage(result_type), 1, arguments)
         return result
 
@@ -209,8 +210,8 @@ def _add_panels(adapter: DeviceAdapter, formula: Formula, x: Any, matrices: Matr
         return adapter.temporary(x, (n,), work), adapter.temporary(x, (whole,), work)
 
     most, (inverse, memory) = _allocate(adapter, largest(n), SMALLEST_PANEL * n, allocate)
-    parts = [(part, -(-part.together * part.height // ROWS_OF_BLOCK)) for part in panels(n, most)]
-    beyond = min(FOLD_BLOCKS, -(-n // ROWS_OF_BLOCK))
+    parts = [(part, -(-part.together * part.height * -(-part.width // STRETCH) // WARPS)) for part in panels(n, most)]
+    beyond = min(FOLD_BLOCKS, -(-n // WARPS))
     sums = _Sums(adapter, x, count * sum(min(FOLD_BLOCKS, blocks) for _, blocks in parts) + count * beyond)
     source, rows = x, matrices
     if not matrices.can_be_multiplied:

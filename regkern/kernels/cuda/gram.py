@@ -44,6 +44,8 @@ DEPTH = 16
 
 # Parameters of formulas whose sums are multiplied by the factor afterwards.
 _UNIT = (1.0, 1.0, 0.0, 0.0)
+# Elements of a row that a warp folds at once: as many as it has under way, twice.
+STRETCH = 1024
 # Norms from 1 / LIMIT to LIMIT have products that neither overflow nor vanish.
 _LIMITS = {"float32": 1e15, "float64": 1e140}
 
@@ -225,7 +227,7 @@ def _make_terms(formula: Formula):
 
 @functools.cache
 def fold(formula: Formula, dtype: DType) -> Body:
-    """Make the kernel that sums a panel of products of rows, of which a warp takes a row at a time.
+    """Make the kernel that sums a panel of products of rows, of which a warp takes a stretch of a row at a time.
 
     Its parameters: ``(products, rows, height, width, row, column, apart, inverse, partial)``. A panel is a batch of
     rectangles of the Gram matrix, `height` rows each. The first one's corner is at `row` and `column`, and each other
@@ -250,23 +252,25 @@ def fold(formula: Formula, dtype: DType) -> Body:
         sum0 = sum1 = 0.0
         lane, step = cuda.threadIdx.x % WARP, cuda.gridsize(1) // WARP
         aligned = width % lanes == 0 and column % lanes == 0 and apart % lanes == 0
-        vectors = width // lanes if aligned else 0
-        r = cuda.grid(1) // WARP
-        while r < rows:
-            rectangle = r // height if height < rows else 0  # a division of 64 bits is as much work as all else
+        stretches = (width + STRETCH - 1) // STRETCH
+        part = cuda.grid(1) // WARP
+        while part < rows * stretches:
+            # Where one need not divide: a division of 64 bits is as much work as what is added between two.
+            r = part // stretches if stretches > 1 else part
+            rectangle = r // height if height < rows else 0
             i, first = row + rectangle * apart + r - rectangle * height, column + rectangle * apart
-            own, at = inverse[i], r * width
-            r += step
+            own, at, start = inverse[i], r * width, (part - r * stretches) * STRETCH
+            part += step
             if own < 0.0:
                 continue
-            k = lane
-            while k < vectors:
-                j = first + k * lanes
-                term0, term1 = add_lanes(load(products, at + k * lanes), j, i, own, load(inverse, j))
+            end = min(start + STRETCH, width)
+            k = start + lane * lanes if aligned else end
+            while k < end:
+                term0, term1 = add_lanes(load(products, at + k), first + k, i, own, load(inverse, first + k))
                 sum0, sum1 = sum0 + to_float64(term0), sum1 + to_float64(term1)
-                k += WARP
-            k = vectors * lanes + lane
-            while k < width:
+                k += WARP * lanes
+            k = end if aligned else start + lane
+            while k < end:
                 term0, term1 = element(products[at + k], first + k, i, own, inverse[first + k])
                 sum0, sum1 = sum0 + to_float64(term0), sum1 + to_float64(term1)
                 k += WARP
