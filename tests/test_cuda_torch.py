@@ -160,7 +160,7 @@ def test_squares_of_cosines(dtype):
 def test_panels_depend_on_both_lengths(monkeypatch, rows, depth, products):
     for name, value in (("PANELS_FROM", 8), ("PANELS_FROM_DEPTH", 3)):
         monkeypatch.setattr(device_gram, name, value)
-    for name, value in (("WAVE", 128), ("BLOCK", 8), ("TILE", 4)):
+    for name, value in (("WAVE", 128), ("BLOCK", 8), ("TILE", 4), ("TALLEST", 16)):
         monkeypatch.setattr(panels, name, value)
     made, product = [], type(KERNELS).product
     monkeypatch.setattr(type(KERNELS), "product", lambda *arguments: made.append(1) or product(*arguments))
@@ -343,7 +343,7 @@ def test_short_memory_makes_panels_smaller(monkeypatch):
     """A device that has none for panels of four rows, and then none at all."""
     for name, value in (("PANELS_FROM", 2), ("PANELS_FROM_DEPTH", 1), ("PANEL", 4), ("SMALLEST_PANEL", 2)):
         monkeypatch.setattr(device_gram, name, value)
-    for name, value in (("WAVE", 20), ("BLOCK", 2), ("TILE", 1)):
+    for name, value in (("WAVE", 20), ("BLOCK", 2), ("TILE", 1), ("TALLEST", 4)):
         monkeypatch.setattr(panels, name, value)
     empty = type(KERNELS).empty
 

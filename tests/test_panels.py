@@ -13,7 +13,7 @@ def test_each_pair_is_in_one_panel(n, share):
     most = largest(n) // share
     starts = {0, n}
     for part in panels(n, most):
-        assert part.size <= 2 * most or part.height <= TILE
+        assert part.size <= max(2 * most, TILE * TILE)
         for k in range(part.together):
             row, column = part.row + k * part.apart, part.column + k * part.apart
             starts |= {row, row + part.height, column, column + part.width}

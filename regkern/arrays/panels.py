@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 # Elements of a panel: a tile of 128 x 128 for each of 132 multiprocessors, or a few times as many where that takes at
-# most 5 % of the Gram matrix's memory. On an H200, products of 8192 rows of 1024 in panels as wide as the matrix took
-# 1.87 to 2.05 ms, and the whole product 2.78 (bench/README.md).
+# most 5 % of the Gram matrix's memory. Rows of a block on the diagonal, and of a panel at most, if it is a piece of a
+# square. On an H200, a product of 2048 x 1024 rows of 1024 took 95 us, one of 512 x 4096 108 (bench/README.md).
 TILE = 128
 WAVE, MOST_WAVES = 132 * TILE * TILE, 6
-BLOCK = 4 * TILE  # rows of a block on the diagonal
+BLOCK, TALLEST = 4 * TILE, 16 * TILE
 
 
 class Panel(NamedTuple):
@@ -46,8 +46,7 @@ def largest(n: int) -> int:
 def panels(n: int, most: int) -> Iterator[Panel]:
     """Yield panels that cover each pair i < j of n rows once: squares beside the diagonal, and blocks on it.
 
-    Squares of twice the side lie between each two of those before. A panel has at most so many elements, or a single
-    stretch of rows.
+    Squares of twice the side lie between each two of those before. A panel has at most so many elements, or a tile.
     """
     if n * n <= 2 * most:
         yield Panel(0, 0, n, n)
@@ -65,18 +64,22 @@ def _along(n: int, most: int, column: int, side: int, apart: int) -> Iterator[Pa
     at_once = max(1, most // (side * side))
     for first in range(0, whole, at_once):
         count = min(at_once, whole - first)
-        yield from _stripes(Panel(first * apart, column + first * apart, side, side, count, apart), most)
+        yield from _pieces(Panel(first * apart, column + first * apart, side, side, count, apart), most)
     row = whole * apart
     width = n - column - row
     if width > 0:
-        yield from _stripes(Panel(row, column + row, min(side, n - row), width), most)
+        yield from _pieces(Panel(row, column + row, min(side, n - row), width), most)
 
 
-def _stripes(panel: Panel, most: int) -> Iterator[Panel]:
-    """Yield a panel, or stretches of its rows that are not too large."""
+def _pieces(panel: Panel, most: int) -> Iterator[Panel]:
+    """Yield a panel, or pieces of it that are not too large."""
     if panel.size <= most:
         yield panel
         return
-    height = max(1, most // panel.width // TILE) * TILE
+    height = max(TILE, min(panel.height, TALLEST, most // TILE))
+    pieces = -(-panel.width // max(TILE, most // height // TILE * TILE))
+    width = -(-panel.width // (pieces * TILE)) * TILE
     for row in range(0, panel.height, height):
-        yield Panel(panel.row + row, panel.column, min(height, panel.height - row), panel.width)
+        for column in range(0, panel.width, width):
+            size = min(height, panel.height - row), min(width, panel.width - column)
+            yield Panel(panel.row + row, panel.column + column, *size)
