@@ -122,6 +122,28 @@ def test_second_derivatives_are_torchs():
     torch.testing.assert_close(second, torch.full_like(x, 2 * REGULARIZER.l2))
 
 
+@pytest.mark.parametrize("mode", ["rows", "columns"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_groups(place, mode, dtype, monkeypatch):
+    regularizer, x = rk.GroupLasso(0.3, mode), tensor(dtype, (7, 40, 3))[:, 2:]
+    gradient = reference.gradient(regularizer, wide(x))
+    value, written = regularizer.value_and_grad(x)
+    assert len(place.driver.streams) == 1
+    assert_near(value, reference.value(regularizer, wide(x)), x)
+    assert_near(written, gradient, x)
+    assert_near(regularizer.prox(x, STEP), reference.prox(regularizer, wide(x), STEP), x)
+    x.requires_grad_()
+    loss = 3.0 * regularizer(x)
+    monkeypatch.setattr(torch.Tensor, "item", lambda x: pytest.fail("the host waited for the device"))
+    loss.backward()
+    assert_near(x.grad, 3 * gradient, x)
+
+
+def test_second_derivatives_of_groups_are_torchs():
+    x, regularizer = tensor("float64", (4, 5))[1:].requires_grad_(), rk.GroupLasso(0.3)
+    assert torch.autograd.gradgradcheck(regularizer, x)
+
+
 @pytest.fixture(params=["tiles", "panels"])
 def small_panels(request, monkeypatch):
     """Let small matrices have several panels, of which the last is not full, or tiles."""

@@ -20,7 +20,7 @@ from regkern.arrays.plan import Member, Plan
 from regkern.dtypes import DType
 from regkern.formulas import ABS, NOTHING, SQUARE
 from regkern.kernels.cuda.elementwise import SEGMENT, count_blocks, flat_kernel, lanes_of, rows_kernel, strided_kernel
-from regkern.kernels.cuda.groups import SQUARES, groups_kernel, tiles_of
+from regkern.kernels.cuda.groups import SQUARES, groups_kernel, shares_of
 from regkern.kernels.cuda.launch import Place, is_capturing, keep_for_graph, launch, scratch
 from regkern.kernels.cuda.sums import MAX_BLOCKS, NULL, Body, last_stage
 from regkern.terms import (
@@ -290,11 +290,10 @@ def _prepared_groups(
     )
     dims = max(1, groups.dims), max(1, elements.dims)
     across = n > 1 and group_layout[2 * dims[0] - 1] < layout[2 * dims[1] - 1]
-    tiles = tiles_of(n, size, dtype.itemsize, across)
-    sizes = n, size, *group_layout, *layout, tiles.lanes, int(across), tiles.step, norms.weight(shape), NULL
-    pieces = None
-    if tiles.pieces > 1:
-        pieces = _Pieces(groups_kernel(SQUARES, SQUARE, dtype, dims), n * tiles.pieces)
+    *shares, blocks = shares_of(n, size, dtype.itemsize, across)
+    sizes = n, size, *group_layout, *layout, *shares, norms.weight(shape), NULL
+    squares = groups_kernel(SQUARES, SQUARE, dtype, dims)
+    pieces = _Pieces(squares, n * shares[-1]) if shares[-1] > 1 else None
     body = groups_kernel(operation, formula, dtype, dims, result_type=result_type)
     start, out_start = groups.start + elements.start, groups.out_start + elements.out_start
-    return _Prepared(start, out_start, body, sizes, tiles.blocks, pieces)
+    return _Prepared(start, out_start, body, sizes, blocks, pieces)

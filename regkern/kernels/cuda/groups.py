@@ -38,25 +38,27 @@ _LARGE = 1e150
 SQUARES = Operation("squares", False)
 
 
-class Tiles(NamedTuple):
-    """How blocks share groups.
+class Shares(NamedTuple):
+    """How blocks share groups: what kernels take, and how many blocks there are.
 
     Attributes:
         lanes: threads of a team, a power of two.
         across: whether neighbouring threads take neighbouring groups.
-        step: elements of a group that a block takes.
-        pieces: how many such a group has.
-        blocks: of the launch.
+        tiles: how many there are.
+        step: elements of a piece.
+        pieces: how many each group has.
+        blocks: of a launch.
     """
 
     lanes: int
     across: bool
+    tiles: int
     step: int
     pieces: int
     blocks: int
 
 
-def tiles_of(n: int, size: int, itemsize: int, across: bool) -> Tiles:
+def shares_of(n: int, size: int, itemsize: int, across: bool) -> Shares:
     """Return how blocks share n groups of as many elements; at least one of each."""
     least = min(SECTOR // itemsize, _power(n)) if across else 1
     lanes = min(THREADS // least, _power(-(-size // UNROLL)))
@@ -64,7 +66,7 @@ def tiles_of(n: int, size: int, itemsize: int, across: bool) -> Tiles:
     pieces = max(1, min(MAX_BLOCKS // tiles, size // (PIECE * lanes))) if tiles < ENOUGH_BLOCKS else 1
     step = -(-size // pieces)
     pieces = -(-size // step)
-    return Tiles(lanes, across, step, pieces, min(MAX_BLOCKS, tiles * pieces))
+    return Shares(lanes, across, tiles, step, pieces, min(MAX_BLOCKS, tiles * pieces))
 
 
 def _power(n: int) -> int:
@@ -76,12 +78,12 @@ def _power(n: int) -> int:
 def groups_kernel(
     operation: Operation, formula: Formula, dtype: DType, dims: tuple[int, int], result_type: str | None = None
 ) -> Body:
-    """Make the kernel of groups: ``(x, out, n, size, groups, elements, *tiles, squares, *p, scale, ...)``.
+    """Make the kernel of groups: ``(x, out, n, size, groups, elements, *shares, weight, squares, *p, scale, ...)``.
 
     The first and the last parameters are those of all kernels. There are n groups of `size` elements; where they are
-    is two layouts as those of strided kernels, of so many dimensions. `tiles` are the lanes of a team, whether teams
-    go across groups, the elements of a piece, and what norms are multiplied by. `squares` takes the sums of squares of
-    pieces, n for each, by the operation of that name; others read them there, or have null where a group is one piece.
+    is two layouts as those of strided kernels, of so many dimensions. `weight` multiplies the penalty. `squares` takes
+    the sums of squares of pieces, n for each, by the operation of that name; others read them there, or have null where
+    a group is one piece.
     """
     result_type = result_type or dtype.result
     alone, adds, writes = operation is SQUARES, operation.sums, operation.writes is not None
@@ -90,12 +92,11 @@ def groups_kernel(
     terms, ratio = device(formula.make(scalars).terms), _make_ratio(operation, formula)
 
     def kernel(
-        x, out, n, size, groups, elements, lanes, across, step, weight, squares,
+        x, out, n, size, groups, elements, lanes, across, tiles, step, pieces, weight, squares,
         a, b, c, d, scale, partial, counter, penalty, sums,
     ):  # fmt: skip
         member, lane, lane_step = _in_team(lanes, across)
         width = cuda.blockDim.x // lanes
-        tiles, pieces = (n + width - 1) // width, (size + step - 1) // step
         p = scaled(a * weight, b * weight, c, d, scale)
         sum0 = sum1 = 0.0
         i = cuda.blockIdx.x
@@ -128,7 +129,7 @@ def groups_kernel(
             finish(weight * sum0, weight * sum1, a, b, partial, counter, penalty, sums)
 
     layouts = numbers("int64", 3 * dims[0]), numbers("int64", 3 * dims[1])
-    sizes = INT64, INT64, *layouts, INT64, INT64, INT64, FLOAT64, pointer("float64")
+    sizes = INT64, INT64, *layouts, *[INT64] * 5, FLOAT64, pointer("float64")
     layout = f"groups{dims[0]}of{dims[1]}"
     return make_body(layout, lambda capability: kernel, operation, formula, dtype, result_type, *sizes)
 
@@ -197,16 +198,12 @@ def _make_scale_elements(operation: Operation, dtype: DType, dims: int):
     @device
     def scale_elements(x, at, out, to, first, last, step, layout, ratio):
         k = first
-        while k < last - 3 * step:
+        while k < last - step:  # two at once: four would take the registers of a third block of a multiprocessor
             at0, to0 = offsets(k, layout)
             at1, to1 = offsets(k + step, layout)
-            at2, to2 = offsets(k + 2 * step, layout)
-            at3, to3 = offsets(k + 3 * step, layout)
-            x0, x1, x2, x3 = x[at + at0], x[at + at1], x[at + at2], x[at + at3]
-            old0, old1, old2, old3 = out[to + to0], out[to + to1], out[to + to2], out[to + to3]
+            x0, x1, old0, old1 = x[at + at0], x[at + at1], out[to + to0], out[to + to1]
             out[to + to0], out[to + to1] = scale(x0, old0, ratio), scale(x1, old1, ratio)
-            out[to + to2], out[to + to3] = scale(x2, old2, ratio), scale(x3, old3, ratio)
-            k += 4 * step
+            k += 2 * step
         while k < last:
             at0, to0 = offsets(k, layout)
             out[to + to0] = scale(x[at + at0], out[to + to0], ratio)
