@@ -139,6 +139,23 @@ def test_groups(place, mode, dtype, monkeypatch):
     assert_near(x.grad, 3 * gradient, x)
 
 
+def test_groups_beside_many_tensors(place):
+    rules = {"filters": rk.GroupLasso(0.3), "*": REGULARIZER}
+    named = {"filters": tensor("float32", (5, 3, 4)), "kernel": tensor("float32"), "bias": tensor("float32", (9,))}
+    expected = [(name, rules.get(name, REGULARIZER), wide(x)) for name, x in named.items()]
+    bound, grads = rk.Penalty(rules).bind(named), {name: torch.full_like(x, 0.5) for name, x in named.items()}
+    place.driver.streams.clear()
+    value, gradients = bound.value_and_grad()
+    assert len(place.driver.streams) == 3 + 1  # chunks, their sum, its rounding; and the groups
+    np.testing.assert_allclose(value.item(), sum(reference.value(rule, x) for _, rule, x in expected), rtol=1e-6)
+    bound.add_grad(grads, scale=2.0)
+    bound.prox_(STEP)
+    for name, rule, x in expected:
+        assert_near(gradients[name], reference.gradient(rule, x), named[name])
+        assert_near(grads[name], 0.5 + 2 * reference.gradient(rule, x), named[name])
+        assert_near(named[name], reference.prox(rule, x, STEP), named[name])
+
+
 def test_second_derivatives_of_groups_are_torchs():
     x, regularizer = tensor("float64", (4, 5))[1:].requires_grad_(), rk.GroupLasso(0.3)
     assert torch.autograd.gradgradcheck(regularizer, x)

@@ -166,14 +166,14 @@ class DeviceAdapter(KernelAdapter):
         both = operation in (SUMS, PARTIAL)
         result_type = "float64" if operation is PARTIAL else source.dtype.result
         kernel, norms = operation if operation.writes else SUMS, term.view if isinstance(term.view, Norms) else None
-        start, out_start, body, sizes, blocks, pieces = _prepared(
+        start, out_start, body, sizes, blocks, squares = _prepared(
             kernel, term.formula, norms, source.dtype, source.shape, source.strides, target.strides, result_type
         )
         addresses, place = (source.address + start, target.address + out_start), self.place(x)
-        if pieces is not None:
-            squares = self.temporary(x, (pieces.room,), "float64")
-            sizes = *sizes[:-1], self.address(squares)
-            launch(place, pieces.body, blocks, (*addresses, *sizes, *p, scale, NULL, NULL, NULL, NULL))
+        if squares is not None:
+            room = self.temporary(x, squares[1:], "float64")
+            sizes = *sizes[:-1], self.address(room)
+            launch(place, squares[0], blocks, (*addresses, *sizes, *p, scale, NULL, NULL, NULL, NULL))
         if not operation.sums:
             launch(place, body, blocks, (*addresses, *sizes, *p, scale, NULL, NULL, NULL, NULL))
             return None
@@ -222,17 +222,11 @@ def _check_aligned(view: View, name: str) -> None:
         )
 
 
-class _Pieces(NamedTuple):
-    """What is launched first where groups are cut: a kernel, and how many float64 it writes."""
-
-    body: Body
-    room: int
-
-
 class _Prepared(NamedTuple):
     """What is launched for arrays of one layout: bytes to the first elements of x and of out, a kernel, its sizes.
 
-    The last size of groups is where sums of squares of pieces are.
+    Of groups that are cut, the last size is where sums of squares go: `squares` is the kernel that writes them there,
+    and how many.
     """
 
     start: int
@@ -240,7 +234,7 @@ class _Prepared(NamedTuple):
     body: Body
     sizes: tuple[int | float, ...]
     blocks: int
-    pieces: _Pieces | None = None
+    squares: tuple[Body, int] | None = None
 
 
 @lru_cache(maxsize=4096)  # one look-up for all that does not depend on where the arrays are
@@ -292,8 +286,7 @@ def _prepared_groups(
     across = n > 1 and group_layout[2 * dims[0] - 1] < layout[2 * dims[1] - 1]
     *shares, blocks = shares_of(n, size, dtype.itemsize, across)
     sizes = n, size, *group_layout, *layout, *shares, norms.weight(shape), NULL
-    squares = groups_kernel(SQUARES, SQUARE, dtype, dims)
-    pieces = _Pieces(squares, n * shares[-1]) if shares[-1] > 1 else None
+    squares = (groups_kernel(SQUARES, SQUARE, dtype, dims), n * shares[-1]) if shares[-1] > 1 else None
     body = groups_kernel(operation, formula, dtype, dims, result_type=result_type)
     start, out_start = groups.start + elements.start, groups.out_start + elements.out_start
-    return _Prepared(start, out_start, body, sizes, blocks, pieces)
+    return _Prepared(start, out_start, body, sizes, blocks, squares)
