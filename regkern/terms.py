@@ -85,7 +85,7 @@ class Elements:
 class Norms:
     """The Euclidean norms of groups: a group is what one index of the kept axes selects.
 
-    The formula is ABS: kernels know the sum of norms, and no other function of them.
+    The CPU's kernels know ABS, the sum of norms, and no other function of them; those for CUDA devices know all.
 
     Attributes:
         axes: those that are kept, which count from the last where they are negative.

@@ -58,9 +58,9 @@ def _sizes(cubin, attribute):
     return [value for entry in entries if (value := int.from_bytes(entry[2], "little")) < 1 << 16]
 
 
-def main_loop(ptx):
-    """Return the statements of the innermost loop that loads most by 16 bytes."""
-    return _main_loop(ptx.splitlines(), r"^(\$L\w+):", r"\bbra(?:\.uni)?\s+(\$L\w+);", LOAD)
+def main_loop(ptx, work=LOAD):
+    """Return the statements of the innermost loop that has most of some kind: loads of 16 bytes."""
+    return _main_loop(ptx.splitlines(), r"^(\$L\w+):", r"\bbra(?:\.uni)?\s+(\$L\w+);", work)
 
 
 @functools.cache
@@ -84,14 +84,20 @@ def main_loop_of_machine(cubin):
     return [line for line in loop if re.match(r"/\*[0-9a-f]+\*/\s+\S", line)]
 
 
-def _main_loop(lines, label, branch, load):
+def _main_loop(lines, label, branch, work):
     labels = {found[1]: i for i, line in enumerate(lines) if (found := re.match(label, line))}
-    loops = [
-        lines[labels[found[1]] : i + 1]
+    spans = [
+        (labels[found[1]], i)
         for i, line in enumerate(lines)
         if (found := re.search(branch, line)) and labels.get(found[1], i) < i
     ]
-    return max(loops, key=lambda loop: (sum(map(bool, map(load.search, loop))), -len(loop)))
+    innermost = [
+        span
+        for span in spans
+        if not any(span != other and span[0] <= other[0] and other[1] <= span[1] for other in spans)
+    ]
+    loops = [lines[first : last + 1] for first, last in innermost]
+    return max(loops, key=lambda loop: (sum(map(bool, map(work.search, loop))), -len(loop)))
 
 
 def main():

@@ -151,6 +151,19 @@ def elementwise(name, capability, x):
     return program
 
 
+def groups(name, capability, x, mode):
+    """Make the program of the group lasso."""
+    program, regularizer = Program(name, capability), rk.GroupLasso(0.3, mode)
+    arrays, x, ((term, p),) = program.arrays, program.give(x), regularizer._terms
+    value, gradient = arrays.run(VALUE_AND_GRADIENT, term, p, x)
+    program.expect(value, reference.value(regularizer, x))
+    program.expect(arrays.run(VALUE, term, p, x)[0], reference.value(regularizer, x))
+    program.expect(gradient, reference.gradient(regularizer, x))
+    _, stepped = arrays.run(PROX, term, scaled(p, STEP), x)
+    program.expect(stepped, reference.prox(regularizer, x, STEP), 0.1)
+    return program
+
+
 def orthogonal(name, capability, x):
     """Make the program of the mean |cosine| by tiles."""
     program = Program(name, capability)
@@ -166,6 +179,11 @@ def programs(capability):
     yield elementwise("all operations, small", capability, _values((10, 10), "float32", 5))
     yield elementwise("all operations, strided", capability, _values((60, 70), "float32", 6)[::-1, 3:-3:2])
     yield elementwise("all operations, rows", capability, _values((70, 300), "float16", 7)[:, 5:-6])
+    for seed, dtype in enumerate(DTYPES):
+        for mode in ("rows", "columns"):
+            yield groups(f"groups, {mode}, {dtype}", capability, _values((90, 70), dtype, 12 + seed), mode)
+    yield groups("groups, long rows", capability, _values((1, 33_001), "float32", 16), "rows")
+    yield groups("groups, strided", capability, _values((30, 9, 40), "float32", 17)[::-1, 1:, ::2], "columns")
     for seed, dtype in enumerate(DTYPES):
         yield orthogonal(f"mean |cosine|, {dtype}", capability, _values((70, 45), dtype, 8 + seed))
 

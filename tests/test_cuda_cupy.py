@@ -236,6 +236,12 @@ def computed(monkeypatch):
     monkeypatch.setattr(engine, "run", run_by_numpy)
     monkeypatch.setattr(engine, "anchored", anchored_by_numpy)
     monkeypatch.setattr(adapter_module.CupyAdapter, "joined", joined)
+    monkeypatch.setattr(
+        adapter_module.CupyAdapter, "empty", lambda self, x, *made: on_device(np.empty(*made), Computed)
+    )
+    monkeypatch.setattr(
+        adapter_module.CupyAdapter, "empty_like", lambda self, x: on_device(np.empty_like(read(x)), Computed)
+    )
     monkeypatch.setattr(cupy_expressions, "cupy", HostFunctions())
     return ran
 
@@ -248,10 +254,12 @@ class OnDevice(np.ndarray):
         return types.SimpleNamespace(device_id=0)
 
 
-WITHOUT_KERNELS = {
+GROUPS = {
     "rows": rk.GroupLasso(0.3),
     "columns": rk.GroupLasso(0.3, "columns", weights="sqrt_size"),
     "sparse": rk.SparseGroupLasso(0.1, 0.3),
+}
+WITHOUT_KERNELS = {
     "squares": rk.OrthogonalRegularizer(0.3, power=2),
     "squares of columns": rk.OrthogonalRegularizer(0.3, "columns", "flatten", power=2),
     "squares of a batch": rk.OrthogonalRegularizer(0.3, leading_axes="batch", power=2),
@@ -261,10 +269,10 @@ WITHOUT_KERNELS = {
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-@pytest.mark.parametrize("name", WITHOUT_KERNELS)
-def test_penalties_without_kernels_are_cupys_own_operations(computed, name, dtype):
+@pytest.mark.parametrize("name", GROUPS | WITHOUT_KERNELS)
+def test_groups_have_kernels_and_other_penalties_are_cupys_own_operations(computed, place, name, dtype):
     """As on the CPU, whose values and gradients are tested by the definitions."""
-    regularizer, epsilon = WITHOUT_KERNELS[name], np.finfo(dtype).eps
+    regularizer, epsilon = (GROUPS | WITHOUT_KERNELS)[name], np.finfo(dtype).eps
     deep = getattr(regularizer, "leading_axes", None) is not None
     host = np.random.default_rng(0).standard_normal((2, 4, 5) if deep else (6, 5)).astype(dtype)
     host[..., 1, :] = 0
@@ -278,13 +286,13 @@ def test_penalties_without_kernels_are_cupys_own_operations(computed, name, dtyp
     assert_near(gradient, slope, epsilon)
     assert regularizer.grad(x, out=gradient, scale=2.0, accumulate=True) is gradient
     assert_near(gradient, 3 * np.float64(slope), 2 * epsilon)
-    if isinstance(regularizer, rk.GroupLasso | rk.SparseGroupLasso):
+    if name in GROUPS:
         assert_near(regularizer.prox(x, STEP), regularizer.prox(host, STEP), epsilon)
         assert_near(regularizer.partial(x), regularizer.partial(host), 4 * np.finfo(value.dtype).eps)
         assert regularizer.prox(x, STEP, out=gradient) is gradient
         assert_near(gradient, regularizer.prox(host, STEP), epsilon)
     np.testing.assert_array_equal(host, before)
-    assert computed
+    assert bool(place.driver.streams) == (name in GROUPS) != bool(computed)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -305,7 +313,7 @@ def test_distances_to_a_reference_are_cupys_own_operations(computed, weighted):
     assert computed
 
 
-@pytest.mark.parametrize("name", ["rows", "squares", "soft"])
+@pytest.mark.parametrize("name", ["squares", "soft"])
 def test_what_cupy_has_operations_for_is_never_an_error(computed, place, name):
     regularizer = WITHOUT_KERNELS[name]
     for shape in [(1, 4), (3, 0), (0, 3)]:
@@ -326,8 +334,9 @@ def test_what_cupy_has_operations_for_is_never_an_error(computed, place, name):
 
 
 @pytest.mark.usefixtures("unowned", "computed")
-def test_penalties_without_kernels_of_libraries_that_are_not_known():
-    host, regularizer = np.arange(-6.0, 6.0).reshape(3, 4), WITHOUT_KERNELS["rows"]
+@pytest.mark.parametrize("regularizer", [GROUPS["rows"], WITHOUT_KERNELS["squares"]])
+def test_other_penalties_of_libraries_that_are_not_known(regularizer):
+    host = np.arange(-6.0, 6.0).reshape(3, 4)
     x, out = Foreign(host), Foreign(np.ones((3, 4)))
     value, gradient = regularizer.value_and_grad(x)
     exact, slope = regularizer.value_and_grad(host)
@@ -405,7 +414,8 @@ def test_arrays_of_jax_are_held_until_their_kernels_have_run(monkeypatch):
 
 
 @pytest.mark.usefixtures("events")
-def test_arrays_of_jax_outside_of_its_transformations(monkeypatch):
+@pytest.mark.parametrize("regularizer", [REGULARIZER, rk.GroupLasso(0.3)])
+def test_arrays_of_jax_outside_of_its_transformations(monkeypatch, regularizer):
     """JAX's arrays of the host stand for those of a device: no stand-in of DLPack is one."""
     jax = pytest.importorskip("jax")
     from regkern.arrays import jax as jax_adapter
@@ -417,11 +427,11 @@ def test_arrays_of_jax_outside_of_its_transformations(monkeypatch):
     monkeypatch.setattr(jax_cuda, "from_cupy", lambda x: jax.numpy.asarray(read(x)))
     host = np.arange(-6, 6, dtype=np.float32).reshape(3, 4)
     x = jax.numpy.asarray(host)
-    value, gradient = REGULARIZER.value_and_grad(x)
-    np.testing.assert_allclose(value, reference.value(REGULARIZER, host), rtol=1e-6)
-    for found in (gradient, REGULARIZER.grad(x), jax.grad(REGULARIZER)(x)):
-        np.testing.assert_allclose(found, reference.gradient(REGULARIZER, host), rtol=1e-6)
-    np.testing.assert_allclose(REGULARIZER.prox(x, STEP), reference.prox(REGULARIZER, host, STEP), rtol=1e-6)
-    assert isinstance(REGULARIZER(x), jax.Array)
+    value, gradient = regularizer.value_and_grad(x)
+    np.testing.assert_allclose(value, reference.value(regularizer, host), rtol=1e-6)
+    for found in (gradient, regularizer.grad(x), jax.grad(regularizer)(x)):
+        np.testing.assert_allclose(found, reference.gradient(regularizer, host), rtol=1e-6)
+    np.testing.assert_allclose(regularizer.prox(x, STEP), reference.prox(regularizer, host, STEP), rtol=1e-6)
+    assert isinstance(regularizer(x), jax.Array)
     with pytest.raises(TypeError, match="dtype"):
-        REGULARIZER(x.astype(int))
+        regularizer(x.astype(int))

@@ -16,6 +16,7 @@ from regkern.kernels.cuda.arithmetic import COMPENSATED, accumulator_of
 from regkern.kernels.cuda.compile import compute_capabilities
 from regkern.kernels.cuda.elementwise import UNROLL, flat_kernel, lanes_of, rows_kernel, strided_kernel
 from regkern.kernels.cuda.gram import fold, fold_beyond, fold_slopes, inverse_norms, project, tile_sums, unit_rows
+from regkern.kernels.cuda.groups import SQUARES, groups_kernel
 from regkern.kernels.cuda.many import chunks_kernel, penalty_of_all, penalty_of_each
 from regkern.kernels.cuda.sums import THREADS, last_stage
 from tests.cuda_code import LOAD, STORE, assembled, compiled, disassembler, main_loop, main_loop_of_machine, registers
@@ -82,6 +83,28 @@ def test_strided_kernels(operation, dtype, dims):
     compiled(strided_kernel(operation, ABS_SQUARE, DTYPES[dtype], dims), capability)
     if dims > 1:
         compiled(rows_kernel(operation, ABS_SQUARE, DTYPES[dtype], dims), capability)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@EVERY_OPERATION
+def test_kernels_of_groups(operation, dtype):
+    """Squares are one product with a sum of float64 each, on every device, four at once."""
+    capability = CAPABILITIES[(list(DTYPES).index(dtype) + list(ADDS_AND_COMPARES).index(operation)) % 4]
+    kernel = groups_kernel(operation, ABS, DTYPES[dtype], (1, 1))
+    ptx = compiled(kernel, capability)
+    loop = "\n".join(main_loop(ptx, re.compile(r"\bfma\.rn\.f64")))
+    assert len(re.findall(r"\bld\.global\.[bfu]\d+", loop)) == UNROLL
+    assert len(re.findall(r"\bfma\.rn\.f64", loop)) == UNROLL
+    assert len(re.findall(r"\bbra\b", loop)) == 1
+    assert MULTIPROCESSOR // (registers(assembled(kernel, capability)) * THREADS) >= 3
+    if dtype == "float32":
+        kernel = groups_kernel(operation, ABS, DTYPES[dtype], (2, 3))
+        assert MULTIPROCESSOR // (registers(assembled(kernel, capability)) * THREADS) >= 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_squares_of_pieces(dtype):
+    assembled(groups_kernel(SQUARES, SQUARE, DTYPES[dtype], (1, 2)), NEWEST)
 
 
 @EVERY_CAPABILITY

@@ -123,6 +123,45 @@ def test_second_derivatives_are_torchs():
     torch.testing.assert_close(second, torch.full_like(x, 2 * REGULARIZER.l2))
 
 
+@pytest.mark.parametrize("mode", ["rows", "columns"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_groups(place, mode, dtype, monkeypatch):
+    regularizer, x = rk.GroupLasso(0.3, mode), tensor(dtype, (7, 40, 3))[:, 2:]
+    gradient = reference.gradient(regularizer, wide(x))
+    value, written = regularizer.value_and_grad(x)
+    assert len(place.driver.streams) == 1
+    assert_near(value, reference.value(regularizer, wide(x)), x)
+    assert_near(written, gradient, x)
+    assert_near(regularizer.prox(x, STEP), reference.prox(regularizer, wide(x), STEP), x)
+    x.requires_grad_()
+    loss = 3.0 * regularizer(x)
+    monkeypatch.setattr(torch.Tensor, "item", lambda x: pytest.fail("the host waited for the device"))
+    loss.backward()
+    assert_near(x.grad, 3 * gradient, x)
+
+
+def test_groups_beside_many_tensors(place):
+    rules = {"filters": rk.GroupLasso(0.3), "*": REGULARIZER}
+    named = {"filters": tensor("float32", (5, 3, 4)), "kernel": tensor("float32"), "bias": tensor("float32", (9,))}
+    expected = [(name, rules.get(name, REGULARIZER), wide(x)) for name, x in named.items()]
+    bound, grads = rk.Penalty(rules).bind(named), {name: torch.full_like(x, 0.5) for name, x in named.items()}
+    place.driver.streams.clear()
+    value, gradients = bound.value_and_grad()
+    assert len(place.driver.streams) == 3 + 1  # chunks, their sum, its rounding; and the groups
+    np.testing.assert_allclose(value.item(), sum(reference.value(rule, x) for _, rule, x in expected), rtol=1e-6)
+    bound.add_grad(grads, scale=2.0)
+    bound.prox_(STEP)
+    for name, rule, x in expected:
+        assert_near(gradients[name], reference.gradient(rule, x), named[name])
+        assert_near(grads[name], 0.5 + 2 * reference.gradient(rule, x), named[name])
+        assert_near(named[name], reference.prox(rule, x, STEP), named[name])
+
+
+def test_second_derivatives_of_groups_are_torchs():
+    x, regularizer = tensor("float64", (4, 5))[1:].requires_grad_(), rk.GroupLasso(0.3)
+    assert torch.autograd.gradgradcheck(regularizer, x)
+
+
 @pytest.fixture(params=["tiles", "panels"])
 def small_panels(request, monkeypatch):
     """Let small matrices have several panels, of which the last is not full, or tiles."""

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("default")  # libraries on machines with
 STEP = 0.7
 REGULARIZER = REGULARIZERS["L1L2"]
 EPSILONS = {name: dtype.epsilon for name, dtype in DTYPES.items()}
-# What the CUDA kernels do not evaluate, and the libraries' own operations do.
+# The rest: CUDA kernels evaluate all but the last, and the libraries' own operations that.
 FAMILY = {
     "huber": rk.Huber(0.3, 0.5),
     "mcp": rk.MCP(0.4, 3.0),

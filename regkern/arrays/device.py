@@ -18,17 +18,18 @@ from regkern.arrays.device_plan import DevicePlan
 from regkern.arrays.layout import Strides, View, check_alike, check_memory, walk
 from regkern.arrays.plan import Member, Plan
 from regkern.dtypes import DType
-from regkern.formulas import NOTHING
+from regkern.formulas import NOTHING, SQUARE
 from regkern.kernels.cuda.elementwise import SEGMENT, count_blocks, flat_kernel, lanes_of, rows_kernel, strided_kernel
+from regkern.kernels.cuda.groups import SQUARES, groups_kernel, shares_of
 from regkern.kernels.cuda.launch import Place, is_capturing, keep_for_graph, launch, scratch
 from regkern.kernels.cuda.sums import MAX_BLOCKS, NULL, Body, last_stage
 from regkern.terms import (
     ADD_GRADIENT,
-    ELEMENTS,
     GRADIENT,
     PARTIAL,
     SUMS,
     Formula,
+    Norms,
     Operation,
     Parameters,
     Products,
@@ -111,7 +112,7 @@ class DeviceAdapter(KernelAdapter):
 
     def serves(self, term: Term) -> bool:
         """Whether there are kernels for a penalty; else the library's own operations serve."""
-        return term.view is ELEMENTS or (isinstance(term.view, Products) and term.view.unit)
+        return not isinstance(term.view, Products) or term.view.unit
 
     def run(
         self, operation: Operation, term: Term, p: Parameters, x: Any, out: Any = None, *, scale: int = NULL
@@ -125,10 +126,10 @@ class DeviceAdapter(KernelAdapter):
             target = out
         elif operation.writes:
             target = self.empty_like(x)
-        if term.view is ELEMENTS:
-            value = self.launch(operation, term, p, x, target, scale)
-        else:
+        if isinstance(term.view, Products):
             value = self._products(operation, term, p, x, target, scale)
+        else:
+            value = self.launch(operation, term, p, x, target, scale)
         if out is not None:
             self.wrote(out)
         return value if operation.sums else None, target
@@ -159,7 +160,7 @@ class DeviceAdapter(KernelAdapter):
     def launch(
         self, operation: Operation, term: Term, p: Parameters, x: Any, out: Any = None, scale: int = NULL
     ) -> Any:
-        """Launch one operation with all elements of x, and of out where something is written.
+        """Launch one operation with all elements of x, or its groups, and those of out where something is written.
 
         The scale is the address of a number on the device by which what is written is multiplied, or null.
 
@@ -171,11 +172,15 @@ class DeviceAdapter(KernelAdapter):
         target = source if out is None or out is x else self.view(out)
         both = operation in (SUMS, PARTIAL)
         result_type = "float64" if operation is PARTIAL else source.dtype.result
-        kernel = operation if operation.writes else SUMS
-        start, out_start, body, sizes, blocks = _prepared(
-            kernel, term.formula, source.dtype, source.shape, source.strides, target.strides, result_type
+        kernel, norms = operation if operation.writes else SUMS, term.view if isinstance(term.view, Norms) else None
+        start, out_start, body, sizes, blocks, squares = _prepared(
+            kernel, term.formula, norms, source.dtype, source.shape, source.strides, target.strides, result_type
         )
         addresses, place = (source.address + start, target.address + out_start), self.place(x)
+        if squares is not None:
+            room = self.temporary(x, squares[1:], "float64")
+            sizes = *sizes[:-1], self.address(room)
+            launch(place, squares[0], blocks, (*addresses, *sizes, *p, scale, NULL, NULL, NULL, NULL))
         if not operation.sums:
             launch(place, body, blocks, (*addresses, *sizes, *p, scale, NULL, NULL, NULL, NULL))
             return None
@@ -225,25 +230,33 @@ def _check_aligned(view: View, name: str) -> None:
 
 
 class _Prepared(NamedTuple):
-    """What is launched for arrays of one layout: bytes to the first elements of x and of out, a kernel, its sizes."""
+    """What is launched for arrays of one layout: bytes to the first elements of x and of out, a kernel, its sizes.
+
+    Of groups that are cut, the last size is where sums of squares go: `squares` is the kernel that writes them there,
+    and how many.
+    """
 
     start: int
     out_start: int
     body: Body
-    sizes: tuple[int, ...]
+    sizes: tuple[int | float, ...]
     blocks: int
+    squares: tuple[Body, int] | None = None
 
 
 @lru_cache(maxsize=4096)  # one look-up for all that does not depend on where the arrays are
 def _prepared(
     operation: Operation,
     formula: Formula,
+    norms: Norms | None,
     dtype: DType,
     shape: tuple[int, ...],
     x: Strides,
     out: Strides,
     result_type: str,
 ) -> _Prepared:
+    if norms is not None and 0 not in shape:
+        return _prepared_groups(operation, formula, norms, dtype, shape, x, out, result_type)
     steps = walk(shape, x, out, dtype.itemsize)
     if steps.dims:
         # Rows of which a warp takes at least half a segment at once.
@@ -255,3 +268,32 @@ def _prepared(
         body = flat_kernel(operation, formula, dtype, result_type=result_type)
     blocks = count_blocks(steps.sizes[0], 1 if steps.dims else lanes_of(dtype))
     return _Prepared(steps.start, steps.out_start, body, steps.sizes, blocks)
+
+
+def _prepared_groups(
+    operation: Operation,
+    formula: Formula,
+    norms: Norms,
+    dtype: DType,
+    shape: tuple[int, ...],
+    x: Strides,
+    out: Strides,
+    result_type: str,
+) -> _Prepared:
+    summed = norms.summed(len(shape))
+    kept = tuple(axis for axis in range(len(shape)) if axis not in summed)
+    groups, elements = (
+        walk(*(tuple(each[axis] for axis in axes) for each in (shape, x, out)), dtype.itemsize)
+        for axes in (kept, summed)
+    )
+    (n, *group_layout), (size, *layout) = (
+        each.sizes if each.dims else (*each.sizes * 2, 1, 1) for each in (groups, elements)
+    )
+    dims = max(1, groups.dims), max(1, elements.dims)
+    across = n > 1 and group_layout[2 * dims[0] - 1] < layout[2 * dims[1] - 1]
+    *shares, blocks = shares_of(n, size, dtype.itemsize, across)
+    sizes = n, size, *group_layout, *layout, *shares, norms.weight(shape), NULL
+    squares = (groups_kernel(SQUARES, SQUARE, dtype, dims), n * shares[-1]) if shares[-1] > 1 else None
+    body = groups_kernel(operation, formula, dtype, dims, result_type=result_type)
+    start, out_start = groups.start + elements.start, groups.out_start + elements.out_start
+    return _Prepared(start, out_start, body, sizes, blocks, squares)

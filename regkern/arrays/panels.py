@@ -77,8 +77,9 @@ def _pieces(panel: Panel, most: int) -> Iterator[Panel]:
         yield panel
         return
     height = max(TILE, min(panel.height, TALLEST, most // TILE))
-    pieces = -(-panel.width // max(TILE, most // height // TILE * TILE))
-    width = -(-panel.width // (pieces * TILE)) * TILE
+    step = max(TILE, min(most, WAVE) // height // TILE * TILE)  # whole tiles for all multiprocessors
+    pieces = -(-panel.width // max(step, most // height // step * step))
+    width = -(-panel.width // (pieces * step)) * step
     for row in range(0, panel.height, height):
         for column in range(0, panel.width, width):
             size = min(height, panel.height - row), min(width, panel.width - column)

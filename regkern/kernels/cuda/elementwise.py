@@ -14,6 +14,7 @@ not wanted. What an operation has no use for is not touched and may be any point
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from regkern.dtypes import DType
@@ -75,8 +76,7 @@ def flat_kernel(operation: Operation, formula: Formula, dtype: DType, result_typ
 
         return kernel
 
-    name = _name("flat", operation, formula, dtype, result_type)
-    return Body(name, make, _arguments(dtype, result_type, INT64), **_rest(operation, formula, result_type))
+    return make_body("flat", make, operation, formula, dtype, result_type, INT64)
 
 
 def make_flat_loop(operation: Operation, formula: Formula, dtype: DType, capability: Capability):
@@ -218,9 +218,8 @@ def strided_kernel(
 
         return kernel
 
-    name = _name(f"strided{dims}", operation, formula, dtype, result_type)
-    arguments = _arguments(dtype, result_type, INT64, numbers("int64", 3 * dims))
-    return Body(name, make, arguments, **_rest(operation, formula, result_type))
+    layout = INT64, numbers("int64", 3 * dims)
+    return make_body(f"strided{dims}", make, operation, formula, dtype, result_type, *layout)
 
 
 # Elements of a row that a warp takes at once.
@@ -285,24 +284,26 @@ def rows_kernel(
 
         return kernel
 
-    name = _name(f"rows{dims}", operation, formula, dtype, result_type)
-    arguments = _arguments(dtype, result_type, INT64, numbers("int64", 3 * dims))
-    return Body(name, make, arguments, **_rest(operation, formula, result_type))
+    layout = INT64, numbers("int64", 3 * dims)
+    return make_body(f"rows{dims}", make, operation, formula, dtype, result_type, *layout)
 
 
-def _rest(operation: Operation, formula: Formula, result_type: str) -> dict[str, Any]:
-    """Return what adds the blocks' sums in a graph, and the formula's version."""
-    return {"companions": (last_stage(result_type),) if operation.sums else (), "version": formula.digest}
-
-
-def _name(layout: str, operation: Operation, formula: Formula, dtype: DType, result_type: str) -> str:
-    return "-".join([operation.name, formula.name, dtype.name, *[result_type] * operation.sums, layout])
-
-
-def _arguments(dtype: DType, result_type: str, *layout: Any) -> tuple[Any, ...]:
+def make_body(
+    layout: str,
+    make: Callable[[Capability], Any],
+    operation: Operation,
+    formula: Formula,
+    dtype: DType,
+    result_type: str,
+    *sizes: Any,
+) -> Body:
+    """Make a kernel with the parameters that all have, and those that say where elements are, after x and out."""
+    name = "-".join([operation.name, formula.name, dtype.name, *[result_type] * operation.sums, layout])
     elements, factors = pointer(dtype.carrier), (*[FLOAT64] * 4, pointer(dtype.result))
     results = pointer(result_type), pointer(result_type)
-    return elements, elements, *layout, *factors, pointer("float64"), pointer("int64"), *results
+    arguments = elements, elements, *sizes, *factors, pointer("float64"), pointer("int64"), *results
+    in_graphs = (last_stage(result_type),) if operation.sums else ()  # adds the blocks' sums there
+    return Body(name, make, arguments, companions=in_graphs, version=formula.digest)
 
 
 def _make_element(operation: Operation, formula: Formula, dtype: DType, accumulator: Accumulator):
