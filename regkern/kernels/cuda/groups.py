@@ -30,7 +30,7 @@ SECTOR = 32
 # Elements of a piece that a thread takes at least. Not measured.
 PIECE = 64
 # Blocks from which on groups stay whole. Not measured.
-ENOUGH_BLOCKS = MAX_BLOCKS // 8
+ENOUGH_BLOCKS = MAX_BLOCKS // 4
 # What stands for an infinite norm in quotients: formulas can square it.
 _LARGE = 1e150
 
