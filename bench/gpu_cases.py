@@ -27,9 +27,9 @@ class GpuCase:
     """One thing that regkern and its peers compute on a device.
 
     Attributes:
-        kind: which functions of `gpu_peers.py`: value, value_and_grad, torch_backward, gram, gram_and_grad, launch (the
-            host's time for a call that nothing waits for), many, many_and_grad (tensors of a model's sizes), step (of
-            training a perceptron by AdamW, in torch).
+        kind: which functions of `gpu_peers.py`: value, value_and_grad, torch_backward, gram, gram_and_grad, group,
+            group_columns and group_and_grad (the group lasso), launch (the host's time for a call that nothing waits
+            for), many, many_and_grad (tensors of a model's sizes), step (of training a perceptron by AdamW, in torch).
         shape: of the array; of many tensors, how many and how large they are at most; of a perceptron, how many layers
             and how wide they are.
         peers: names of the peers beside regkern; one that fails is left out, and it is said.
@@ -76,6 +76,11 @@ GPU_CASES = (
     GpuCase("step", (12, 1024), ("torch", "no penalty"), targets=(over("torch", 1),)),
     GpuCase("gram", (8192, 1024), ("torch", "jax"), targets=(over("torch", 1.6), over("jax", 1.6))),
     GpuCase("gram", (32768, 256), ("torch", "jax"), targets=(over("torch", 1.6), over("jax", 1.6))),
+    GpuCase("gram", (8192, 1024), ("torch",), "bfloat16"),
+    GpuCase("group", (8192, 4096), ("torch",), targets=(over("torch", 1),)),
+    GpuCase("group_columns", (8192, 4096), ("torch",), targets=(over("torch", 1),)),
+    GpuCase("group_and_grad", (8192, 4096), ("torch",), targets=(over("torch", 1),)),
+    GpuCase("group", (10, 10**7), ("torch",)),
     GpuCase("gram", (1024, 256), ("torch", "jax")),
     GpuCase("gram", (256, 256), ("torch", "jax")),
     GpuCase("gram_and_grad", (8192, 1024), ("torch", "jax")),

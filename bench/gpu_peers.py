@@ -104,6 +104,21 @@ def regkern_gram_and_grad(case):
     return functools.partial(ORTHOGONAL.value_and_grad, torch_array(case))
 
 
+@peer("group", "regkern")
+def regkern_group(case):
+    return functools.partial(rk.GroupLasso(L1), torch_array(case))
+
+
+@peer("group_columns", "regkern")
+def regkern_group_columns(case):
+    return functools.partial(rk.GroupLasso(L1, "columns"), torch_array(case))
+
+
+@peer("group_and_grad", "regkern")
+def regkern_group_and_grad(case):
+    return functools.partial(rk.GroupLasso(L1).value_and_grad, torch_array(case))
+
+
 @peer("many", "regkern")
 def regkern_many(case):
     named = {f"kernel{i}": x for i, x in enumerate(many_tensors(case))}
@@ -318,6 +333,27 @@ def _perceptron(case):
         optimizer.step()
 
     return model, optimizer, step
+
+
+@peer("group", "torch")
+def torch_group(case):
+    return functools.partial(_norms_of, 1, torch_array(case))
+
+
+@peer("group_columns", "torch")
+def torch_group_columns(case):
+    return functools.partial(_norms_of, 0, torch_array(case))
+
+
+@peer("group_and_grad", "torch")
+def torch_group_and_grad(case):
+    return _backward(functools.partial(_norms_of, 1), case)
+
+
+def _norms_of(dim, x):
+    import torch
+
+    return L1 * torch.linalg.vector_norm(x, dim=dim).sum()
 
 
 @peer("gram", "torch")

@@ -205,6 +205,33 @@ def test_the_family_is_that_of_the_host(arrays, name, dtype):
         assert_array(arrays.get(regularizer.prox(x, STEP)), stepped, dtype, magnitude=1.0)
 
 
+GROUPS = {
+    "few long rows": ((3, 1_000_003), "rows"),
+    "many short columns": ((7, 100_003), "columns"),
+    "long columns": ((100_003, 7), "columns"),
+    "of one": ((1000, 1), "rows"),
+    "an axis between": ((40, 50, 60), 1),
+    "two axes": ((40, 50, 60), (0, 2)),
+}
+
+
+@pytest.mark.parametrize("arrays", ["cupy", "torch"], indirect=True)
+@pytest.mark.parametrize("name", GROUPS)
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_groups(arrays, name, dtype):
+    shape, mode = GROUPS[name]
+    regularizer, host = rk.GroupLasso(0.3, mode, "sqrt_size"), random(shape, dtype)
+    host[0] = 0
+    expected, slope = regularizer.value_and_grad(host.astype(np.float64))
+    x = arrays.put(host)
+    value, gradient = regularizer.value_and_grad(x)
+    for found in (regularizer(x), value):
+        np.testing.assert_allclose(np.float64(arrays.get(found)), expected, rtol=1e-12 if dtype == "float64" else 1e-6)
+    assert_array(arrays.get(gradient), slope, dtype, np.abs(slope).max())
+    stepped = regularizer.prox(host.astype(np.float64), STEP)
+    assert_array(arrays.get(regularizer.prox(x, STEP)), stepped, dtype, magnitude=1.0)
+
+
 @pytest.mark.parametrize("arrays", ["cupy", "torch", "jax"], indirect=True)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_distances_are_those_of_the_host(arrays, weighted):
