@@ -48,6 +48,7 @@ def allocate(size):
 def place(monkeypatch):
     place = install(monkeypatch)
     monkeypatch.setattr(adapter_module.CupyAdapter, "place", lambda self, x: place)
+    monkeypatch.setattr(adapter_module.CupyAdapter, "product", multiply)
     monkeypatch.setattr(cupy.cuda.device, "get_device_id", lambda: 0)
     cupy.cuda.set_allocator(allocate)
     yield place
@@ -67,6 +68,10 @@ def read(x):
     """Return what an array in the stand-in's memory holds."""
     memory = x.data.mem.data
     return np.ndarray(x.shape, x.dtype, memory.reshape(-1).view(np.uint8).data, x.data.ptr - x.data.mem.ptr, x.strides)
+
+
+def multiply(self, left, right, out):
+    read(out)[...] = np.matmul(read(left).astype(out.dtype), read(right).astype(out.dtype))
 
 
 def assert_near(actual, expected, epsilon):
@@ -259,20 +264,21 @@ GROUPS = {
     "columns": rk.GroupLasso(0.3, "columns", weights="sqrt_size"),
     "sparse": rk.SparseGroupLasso(0.1, 0.3),
 }
-WITHOUT_KERNELS = {
+COSINES = {
+    "cosines": rk.OrthogonalRegularizer(0.3),
     "squares": rk.OrthogonalRegularizer(0.3, power=2),
     "squares of columns": rk.OrthogonalRegularizer(0.3, "columns", "flatten", power=2),
     "squares of a batch": rk.OrthogonalRegularizer(0.3, leading_axes="batch", power=2),
-    "soft": rk.SoftOrthogonal(0.3),
-    "soft columns": rk.SoftOrthogonal(0.3, "columns"),
 }
+WITHOUT_KERNELS = {"soft": rk.SoftOrthogonal(0.3), "soft columns": rk.SoftOrthogonal(0.3, "columns")}
+OTHERS = GROUPS | COSINES | WITHOUT_KERNELS
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-@pytest.mark.parametrize("name", GROUPS | WITHOUT_KERNELS)
-def test_groups_have_kernels_and_other_penalties_are_cupys_own_operations(computed, place, name, dtype):
+@pytest.mark.parametrize("name", OTHERS)
+def test_groups_and_cosines_have_kernels_and_other_penalties_are_cupys_own_operations(computed, place, name, dtype):
     """As on the CPU, whose values and gradients are tested by the definitions."""
-    regularizer, epsilon = (GROUPS | WITHOUT_KERNELS)[name], np.finfo(dtype).eps
+    regularizer, epsilon = OTHERS[name], np.finfo(dtype).eps
     deep = getattr(regularizer, "leading_axes", None) is not None
     host = np.random.default_rng(0).standard_normal((2, 4, 5) if deep else (6, 5)).astype(dtype)
     host[..., 1, :] = 0
@@ -292,7 +298,7 @@ def test_groups_have_kernels_and_other_penalties_are_cupys_own_operations(comput
         assert regularizer.prox(x, STEP, out=gradient) is gradient
         assert_near(gradient, regularizer.prox(host, STEP), epsilon)
     np.testing.assert_array_equal(host, before)
-    assert bool(place.driver.streams) == (name in GROUPS) != bool(computed)
+    assert bool(place.driver.streams) == (name not in WITHOUT_KERNELS) != bool(computed)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -313,7 +319,7 @@ def test_distances_to_a_reference_are_cupys_own_operations(computed, weighted):
     assert computed
 
 
-@pytest.mark.parametrize("name", ["squares", "soft"])
+@pytest.mark.parametrize("name", WITHOUT_KERNELS)
 def test_what_cupy_has_operations_for_is_never_an_error(computed, place, name):
     regularizer = WITHOUT_KERNELS[name]
     for shape in [(1, 4), (3, 0), (0, 3)]:
@@ -334,7 +340,7 @@ def test_what_cupy_has_operations_for_is_never_an_error(computed, place, name):
 
 
 @pytest.mark.usefixtures("unowned", "computed")
-@pytest.mark.parametrize("regularizer", [GROUPS["rows"], WITHOUT_KERNELS["squares"]])
+@pytest.mark.parametrize("regularizer", [GROUPS["rows"], COSINES["squares"], WITHOUT_KERNELS["soft"]])
 def test_other_penalties_of_libraries_that_are_not_known(regularizer):
     host = np.arange(-6.0, 6.0).reshape(3, 4)
     x, out = Foreign(host), Foreign(np.ones((3, 4)))
