@@ -8,6 +8,8 @@ from bench.gpu_cases import GPU_CASES, GpuCase
 
 
 def test_every_case_has_its_peers():
+    assert all(target.at_least + 0 for case in GPU_CASES for target in case.targets)
+    assert all(name in (*case.peers, "12 us") for case in GPU_CASES for each in case.targets for name in each.against)
     assert len({case.name for case in GPU_CASES}) == len(GPU_CASES)
     assert all((case.kind, name) in gpu_peers.peer for case in GPU_CASES for name in ("regkern", *case.peers))
 
