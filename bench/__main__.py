@@ -187,7 +187,7 @@ def run(pattern: str, seconds: float, path: Path) -> None:
 
 
 def main() -> None:
-    """Parse the command line, measure, and write the tables, where the results are among those that they are made of."""
+    """Parse the command line and measure; write the tables, where the results are among those they are made of."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("-k", dest="pattern", default="", help="only what has this in its name")
     parser.add_argument("--seconds", type=float, default=1.0, help="per case and peer, at least (default 1)")
@@ -196,7 +196,7 @@ def main() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the peers' own
         run(options.pattern, options.seconds, options.output)
-    if options.output.parent.resolve() == RESULTS:
+    if options.output.parent.resolve() == RESULTS.resolve():
         tables.write(options.output)
 
 

@@ -1,5 +1,6 @@
 """The family: values, gradients and proximal operators against their definitions, in every library."""
 
+import importlib
 import itertools
 import math
 
@@ -63,6 +64,24 @@ def definition(name, x):
 
 def array(dtype="float64"):
     return RNG.standard_normal((4, 5, 6)).astype(dtype)
+
+
+def test_logarithms_of_kernels_are_within_two_units_in_the_last_place():
+    numba, log1p = pytest.importorskip("numba"), importlib.import_module("regkern.kernels.cpu.scalars").log1p
+
+    @numba.njit(error_model="numpy")
+    def each(x, out):
+        for i in range(x.size):
+            out[i] = log1p(x[i])
+
+    edges = [0.0, 5e-324, 1e-310, 2.0**-53, 2.0**-52, math.sqrt(2) - 1, 1.0, 3.0, 2.0**53, 1e300, math.inf, math.nan]
+    around = [np.nextafter(x, way) for x in (math.sqrt(2) - 1, 1.0, 3.0) for way in (0.0, 9.0)]
+    for x in (np.array(edges + around), RNG.random(100_000), 10.0 ** RNG.uniform(-320, 308, 100_000)):
+        found, exact = np.empty_like(x), np.log1p(x.astype(np.longdouble))
+        each(x, found)
+        finite = np.isfinite(x)
+        assert (abs(found[finite] - exact[finite]) <= 2 * np.spacing(np.float64(exact[finite]))).all()
+        np.testing.assert_array_equal(found[~finite], x[~finite])
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -20,7 +20,7 @@ def _huber(m: Any) -> Functions:
 
     def prox(v, p):  # type: ignore[no-untyped-def]
         """Parikh and Boyd, section 6.5.1's shrinkage inside, a step of constant length outside."""
-        return v - p[0] * clip(v / (1.0 + p[0]), p[2])
+        return v - p[0] * clip(v * (1.0 / (1.0 + p[0])), p[2])
 
     return Functions(terms, derivative, prox)
 

@@ -12,7 +12,7 @@ def _log_sum(m: Any) -> Functions:
     where, maximum, sqrt, log1p = m.where, m.maximum, m.sqrt, m.log1p
 
     def terms(v, p):  # type: ignore[no-untyped-def]
-        return log1p(v / p[2]), 0.0
+        return log1p(v * (1.0 / p[2])), 0.0  # the quotient does not change in the loop, and is taken out of it
 
     def derivative(v, p):  # type: ignore[no-untyped-def]
         slope = p[0] / (p[2] + abs(v))
@@ -23,7 +23,7 @@ def _log_sum(m: Any) -> Functions:
         u = abs(v)
         root = (u + p[2]) * (u + p[2]) - 4.0 * p[0]
         z = maximum(0.5 * (u - p[2] + sqrt(maximum(root, 0.0))), 0.0)
-        better = p[0] * log1p(z / p[2]) + 0.5 * (z - u) * (z - u) < 0.5 * u * u
+        better = p[0] * log1p(z * (1.0 / p[2])) + 0.5 * (z - u) * (z - u) < 0.5 * u * u
         z = where(root < 0.0, 0.0, where(better, z, 0.0))
         z = where(u - u == 0.0, z, u)  # infinity stays, and NaN
         return where(v < 0.0, -z, z)

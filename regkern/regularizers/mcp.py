@@ -13,16 +13,17 @@ def _mcp(m: Any) -> Functions:
 
     def terms(v, p):  # type: ignore[no-untyped-def]
         inside = minimum(v, p[2] * p[3])
-        return inside * (p[2] - inside / (2.0 * p[3])), 0.0
+        # Quotients do not change in the loop, and are taken out of it.
+        return inside * (p[2] - inside * (0.5 / p[3])), 0.0
 
     def derivative(v, p):  # type: ignore[no-untyped-def]
-        slope = maximum(p[2] - abs(v) / p[3], 0.0) * p[0]
+        slope = maximum(p[2] - abs(v) * (1.0 / p[3]), 0.0) * p[0]
         return where(v > 0.0, slope, where(v < 0.0, -slope, v))
 
     def prox(v, p):  # type: ignore[no-untyped-def]
         """Zhang 2010, section 2.2's firm threshold; for steps of gamma or more, where it is concave, a hard one."""
         small = p[0] < p[3]
-        soft = (v - clip(v, p[0] * p[2])) / where(small, 1.0 - p[0] / p[3], 1.0)
+        soft = (v - clip(v, p[0] * p[2])) * (1.0 / where(small, 1.0 - p[0] / p[3], 1.0))
         firm = where(abs(v) <= p[2] * p[3], soft, v)
         hard = where(abs(v) <= sqrt(p[0] * p[3]) * p[2], 0.0, v)
         return where(small, firm, hard)

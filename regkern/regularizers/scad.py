@@ -14,10 +14,11 @@ def _scad(m: Any) -> Functions:
     def terms(v, p):  # type: ignore[no-untyped-def]
         inside = minimum(v, p[2] * p[3])
         beyond = maximum(inside - p[2], 0.0)
-        return p[2] * inside - beyond * beyond / (2.0 * (p[3] - 1.0)), 0.0
+        # Quotients do not change in the loop, and are taken out of it.
+        return p[2] * inside - beyond * beyond * (0.5 / (p[3] - 1.0)), 0.0
 
     def derivative(v, p):  # type: ignore[no-untyped-def]
-        slope = minimum(maximum(p[2] * p[3] - abs(v), 0.0) / (p[3] - 1.0), p[2]) * p[0]
+        slope = minimum(maximum(p[2] * p[3] - abs(v), 0.0) * (1.0 / (p[3] - 1.0)), p[2]) * p[0]
         return where(v > 0.0, slope, where(v < 0.0, -slope, v))
 
     def prox(v, p):  # type: ignore[no-untyped-def]
@@ -25,7 +26,7 @@ def _scad(m: Any) -> Functions:
         u, limit = abs(v), p[2] * p[3]
         soft = maximum(u - p[0] * p[2], 0.0)
         small = p[0] < p[3] - 1.0
-        middle = ((p[3] - 1.0) * u - p[0] * limit) / where(small, p[3] - 1.0 - p[0], 1.0)
+        middle = ((p[3] - 1.0) * u - p[0] * limit) * (1.0 / where(small, p[3] - 1.0 - p[0], 1.0))
         convex = where(u <= p[2] + p[0] * p[2], soft, where(u <= limit, middle, u))
         low, high, gap = minimum(soft, p[2]), maximum(u, limit), maximum(limit - u, 0.0)
         at_low = p[0] * p[2] * low + 0.5 * (u - low) * (u - low)
