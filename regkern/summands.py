@@ -39,7 +39,9 @@ Summands = Sequence[Summand]
 def penalty(summands: Summands, x: Any) -> Any:
     """Return the value of a penalty."""
     adapter, first = ADAPTERS[type(x)], summands[0]
-    if first.plain and len(summands) == 1 and not adapter.compiles:
+    if len(summands) == 1 and not (first.arrays or adapter.compiles):
+        if not first.plain:
+            _check_shape(first.term.view, x.shape)
         return adapter.value(first.term, first.p, x)
     total = _value(first, adapter, x)
     for summand in summands[1:]:
@@ -83,6 +85,8 @@ def _check_shape(view: View, shape: Sequence[int]) -> None:
     if not isinstance(view, Norms):
         return
     rank = len(shape)
+    if len(view.axes) == 1 and -rank <= view.axes[0] < rank:  # the usual, first: for a small array, looks are the cost
+        return
     if rank == 0:
         raise ValueError(
             "x: expected an array of one dimension or more, whose rows or columns are groups; got one without "

@@ -171,9 +171,9 @@ def _norms(
     strides = adapter.strides(x)
     out_address, out_strides = (address, strides) if out is None else (adapter.memory(out)[0], adapter.strides(out))
     total, weight = 0.0, term.view.weight(x.shape)
-    for start, out_start, root, each, across in group_loops(x.shape, strides, out_strides, term.view.axes):
+    for start, out_start, root, each, visited, across in group_loops(x.shape, strides, out_strides, term.view.axes):
         places = address + start, out_address + out_start
-        total += root * groups.evaluate(operation, dtype, *places, each, weight * p[0], across)
+        total += root * groups.evaluate(operation, dtype, *places, weight * p[0], each, visited, across)
     return weight * total, 0.0, dtype
 
 

@@ -110,6 +110,7 @@ class GroupLoops(NamedTuple):
         out_start: the same of out.
         root: what norms are multiplied by: the root of how often each element is repeated in both.
         groups: how many groups there are, the strides between them in x and in out, and the layout of each.
+        size: elements that are visited.
         across: whether the innermost loop runs over groups; then they are the layout's last column.
     """
 
@@ -117,6 +118,7 @@ class GroupLoops(NamedTuple):
     out_start: int
     root: float
     groups: tuple[int, int, int, np.ndarray[Any, Any]]
+    size: int
     across: bool
 
 
@@ -145,8 +147,8 @@ def group_loops(shape: tuple[int, ...], x: Strides, out: Strides, axes: tuple[in
     across = bool(group[0] >= 8 and (abs(group[1]) < abs(strides[-1]) or lengths.prod() < 16))
     if across:
         layout = np.column_stack([layout, group])
-    root = math.sqrt(repeats) * times
-    return tuple(GroupLoops(*place, root, (*group, layout), across) for place in places)
+    root, size = math.sqrt(repeats) * times, int(lengths.prod()) * group[0]
+    return tuple(GroupLoops(*place, root, (*group, layout), size, across) for place in places)
 
 
 def locate_matrices(

@@ -84,8 +84,9 @@ def evaluate(
     dtype: DType,
     x: int,
     out: int,
-    groups: tuple[int, int, int, Any],
     factor: float,
+    groups: tuple[int, int, int, Any],
+    size: int,
     across: bool,
 ) -> float:
     """Return the sum of norms of groups, and write what the operation writes.
@@ -95,24 +96,31 @@ def evaluate(
         dtype: of x and of out.
         x: the address of the first element of the first group.
         out: the address of what is written for it.
+        factor: the penalty's.
         groups: how many there are; bytes from one to the next in x and in out; the layout of each, an int64 array of
             three rows, lengths and byte strides of x and of out. Across groups, its last column is the groups.
-        factor: the penalty's.
+        size: how many elements all groups have.
         across: whether loops go across groups.
     """
     n, x_stride, out_stride, layout = groups
+    kernel, squares, squares_run, scale, scale_run, kind, task = _prepared(operation, dtype, x == out, across)
+    places = squares, squares_run, scale, scale_run, x, x_stride, out, out_stride
+    total: float = kernel(*places, layout, n, kind, factor, across, task, width_for(size))
+    return total
+
+
+@functools.cache
+def _prepared(operation: Operation, dtype: DType, in_place: bool, across: bool) -> tuple[Any, ...]:
+    """Return the kernel, what it calls to sum and to scale, what is written, and the task."""
     kind = _kind(operation)
     squares_run = scale_run = 0
     if not across:
         squares_run = kernels(SUMS, SQUARE, dtype, False).run
         if kind != NOTHING:  # the gradient of a sum of squares is the elements times a number
             write = ADD_GRADIENT if kind == ADDED_DERIVATIVE else GRADIENT
-            scale_run = kernels(write, SQUARE, dtype, x == out and kind != ADDED_DERIVATIVE).run
+            scale_run = kernels(write, SQUARE, dtype, in_place and kind != ADDED_DERIVATIVE).run
     squares, scale = _functions(dtype, across)
-    size = int(layout[0].prod()) * (1 if across else n)
-    arguments = (squares, squares_run, scale, scale_run, x, x_stride, out, out_stride)
-    total: float = _kernel()(*arguments, layout, n, kind, factor, across, _task(), width_for(size))
-    return total
+    return _kernel(), squares, squares_run, scale, scale_run, kind, _task()
 
 
 def load(dtype: DType) -> int:
