@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 
+import numpy as np
+
 from regkern.arrays import ADAPTERS
 from regkern.arrays import compiling as compiling
 from regkern.arrays.numbers import as_float as as_float
@@ -24,7 +26,6 @@ from regkern.summands import check_mode, check_rank
 from regkern.terms import NONE, PARTIAL, SUMS, Products, Term
 
 if TYPE_CHECKING:
-    import numpy as np
     import numpy.typing as npt
 
     from regkern.arrays.adapter import Adapter, KernelAdapter
@@ -123,7 +124,8 @@ def zero_and_nonfinite_counts(x: Any) -> tuple[int, int]:
         >>> zero_and_nonfinite_counts(np.array([0.0, 1.0, np.nan]))
         (1, 1)
     """
-    zeros, nonfinite = ADAPTERS[type(x)].run(PARTIAL, COUNTED, NONE, x)[0]
+    sums = ADAPTERS[type(x)].run(PARTIAL, COUNTED, NONE, x)[0]
+    zeros, nonfinite = sums.tolist() if hasattr(sums, "tolist") else np.asarray(sums).tolist()
     return int(zeros), int(nonfinite)
 
 
