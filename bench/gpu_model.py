@@ -98,7 +98,7 @@ def square_panels(n: int, d: int) -> Cost:
 def triangle(n: int, d: int) -> Cost:
     """Squares beside the diagonal and blocks on it, of raw rows, norms applied as they are folded: what there is."""
     parts = list(panels(n, largest(n)))
-    products = Counter((part.together * part.height, part.width, d) for part in parts)
+    products = Counter((part.rows, part.width, d) for part in parts)
     read = sum(4 * part.together * (part.height + part.width) * d for part in parts)
     between = sum(2 * 4 * part.size for part in parts)
     return Cost(4 * n * d + read, between, 4 * max(part.size for part in parts), products, 2 * len(parts) + 2)

@@ -109,12 +109,12 @@ class Expressions(ExpressionsAdapter):
             v = self.transpose(v)
         rows, depth = v.shape[-2:]
         if not view.unit:
-            gradient = 2.0 * (derivative(self.less_identity(v @ self.transpose(v)), p) @ v)  # each pair counts twice
+            gradient = 2.0 * (derivative(self.less_identity(self.gram(v)), p) @ v)  # each pair counts twice
         elif rows < 2 or depth == 0:
             gradient = cupy.zeros_like(v)
         else:
             u, norms = self._unit(v)
-            slopes = derivative(self.off_diagonal(u @ self.transpose(u)), p)
+            slopes = derivative(self.off_diagonal(self.gram(u)), p)
             pulled = slopes @ u * (2.0 / (rows * (rows - 1)))
             gradient = self.quotient(pulled - (pulled * u).sum(axis=-1, keepdims=True) * u, norms)
         return (self.transpose(gradient) if view.columns else gradient).reshape(x.shape)

@@ -8,7 +8,6 @@ float32 products, and inverse norms are applied in the fold; for gradients, unit
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -210,9 +209,9 @@ def _add_panels(adapter: DeviceAdapter, formula: Formula, x: Any, matrices: Matr
         return adapter.temporary(x, (n,), work), adapter.temporary(x, (whole,), work)
 
     most, (inverse, memory) = _allocate(adapter, largest(n), SMALLEST_PANEL * n, allocate)
-    parts = [(part, -(-part.together * part.height * -(-part.width // STRETCH) // WARPS)) for part in panels(n, most)]
-    beyond = min(FOLD_BLOCKS, -(-n // WARPS))
-    sums = _Sums(adapter, x, count * sum(min(FOLD_BLOCKS, blocks) for _, blocks in parts) + count * beyond)
+    parts = [(part, _fold_blocks(part.rows * -(-part.width // STRETCH))) for part in panels(n, most)]
+    beyond = _fold_blocks(n)
+    sums = _Sums(adapter, x, count * (sum(blocks for _, blocks in parts) + beyond))
     source, rows = x, matrices
     if not matrices.can_be_multiplied:
         source = adapter.temporary(x, (n, d), work)
@@ -225,17 +224,22 @@ def _add_panels(adapter: DeviceAdapter, formula: Formula, x: Any, matrices: Matr
         arguments: tuple[Any, ...] = (first, n, 1, 0, 0, *sizes, adapter.address(inverse))
         launch(place, inverse_norms(rows.dtype, 1, limited=True), n, arguments)
         for part, blocks in parts:
-            shape, blocks = (part.together, part.height, part.width), min(FOLD_BLOCKS, blocks)
+            products = memory[: part.size].reshape(part.together, part.height, part.width)
             left = adapter.over(source, *rows.stretches(matrix, part.row, part.height, part.together, part.apart))
             right = adapter.over(source, *rows.stretches(matrix, part.column, part.width, part.together, part.apart))
-            adapter.product(left, right.swapaxes(1, 2), memory[: math.prod(shape)].reshape(shape))
-            corner = part.together * part.height, part.height, part.width, part.row, part.column, part.apart
-            arguments = (adapter.address(memory), *corner, adapter.address(inverse), sums.take(blocks))
+            adapter.product(left, right.swapaxes(1, 2), products)
+            places = part.rows, part.height, part.width, part.row, part.column, part.apart
+            arguments = (adapter.address(memory), *places, adapter.address(inverse), sums.take(blocks))
             launch(place, fold(formula, rows.dtype), blocks, arguments)
         if rows.dtype is not FLOAT16:  # whose norms are all within the limits
             arguments = (first, n, *sizes, adapter.address(inverse), sums.take(beyond))
             launch(place, fold_beyond(formula, rows.dtype), beyond, arguments)
     return sums
+
+
+def _fold_blocks(items: int) -> int:
+    """Return how many blocks fold what so many warps can do at once."""
+    return min(FOLD_BLOCKS, -(-items // WARPS))
 
 
 def _launch_unit_rows(adapter: DeviceAdapter, x: Any, matrices: Matrices, matrix: int, unit: Any, inverse: Any) -> None:

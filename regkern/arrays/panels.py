@@ -33,9 +33,14 @@ class Panel(NamedTuple):
     apart: int = 0
 
     @property
+    def rows(self) -> int:
+        """How many rows all have."""
+        return self.together * self.height
+
+    @property
     def size(self) -> int:
         """How many elements it has."""
-        return self.together * self.height * self.width
+        return self.rows * self.width
 
 
 def largest(n: int) -> int:

@@ -67,6 +67,14 @@ def _block_total(value):
 
 
 @device
+def _write_sums(partial, sum0, sum1):
+    """Write a block's sums where the last stage reads them; all threads of the block call it."""
+    sum0, sum1 = block_sums(sum0, sum1)
+    if cuda.threadIdx.x == 0:
+        partial[2 * cuda.blockIdx.x], partial[2 * cuda.blockIdx.x + 1] = sum0, sum1
+
+
+@device
 def _block_largest(value):
     """Return the largest of the numbers of a block's threads, in all of them."""
     shared = cuda.shared.array(THREADS, FLOAT64)
@@ -204,9 +212,7 @@ def tile_sums(formula: Formula, dtype: DType, dims: int) -> Body:
                     dot = dot0 if k == 0 else (dot1 if k == 1 else (dot2 if k == 2 else dot3))
                     term0, term1 = terms(to_float64(dot))
                     sum0, sum1 = sum0 + term0, sum1 + term1
-        sum0, sum1 = block_sums(sum0, sum1)
-        if thread == 0:
-            partial[2 * cuda.blockIdx.x], partial[2 * cuda.blockIdx.x + 1] = sum0, sum1
+        _write_sums(partial, sum0, sum1)
 
     sizes = (INT64, numbers("int64", 3 * dims), INT64, INT64, INT64)
     arguments = (pointer(dtype.carrier), *sizes, pointer("float64"), pointer("float64"))
@@ -274,9 +280,7 @@ def fold(formula: Formula, dtype: DType) -> Body:
                 term0, term1 = element(products[at + k], first + k, i, own, inverse[first + k])
                 sum0, sum1 = sum0 + to_float64(term0), sum1 + to_float64(term1)
                 k += WARP
-        sum0, sum1 = block_sums(sum0, sum1)
-        if cuda.threadIdx.x == 0:
-            partial[2 * cuda.blockIdx.x], partial[2 * cuda.blockIdx.x + 1] = sum0, sum1
+        _write_sums(partial, sum0, sum1)
 
     work = pointer(dtype.result)
     arguments = (work, INT64, INT64, INT64, INT64, INT64, INT64, work, pointer("float64"))
@@ -338,9 +342,7 @@ def fold_beyond(formula: Formula, dtype: DType) -> Body:
                         sum0, sum1 = sum0 + term0, sum1 + term1
                 j += 1
             i += step
-        sum0, sum1 = block_sums(sum0, sum1)
-        if cuda.threadIdx.x == 0:
-            partial[2 * cuda.blockIdx.x], partial[2 * cuda.blockIdx.x + 1] = sum0, sum1
+        _write_sums(partial, sum0, sum1)
 
     arguments = (pointer(dtype.carrier), INT64, INT64, INT64, INT64, pointer(dtype.result), pointer("float64"))
     name = f"fold_beyond-{formula.name}-{dtype.name}"
@@ -394,9 +396,7 @@ def fold_slopes(formula: Formula, dtype: DType) -> Body:
                 cosines[at] = narrow(0.0 if column == i else derivative(v, _UNIT))
                 column += cuda.blockDim.x
             row += cuda.gridDim.x
-        sum0, sum1 = block_sums(sum0, sum1)
-        if cuda.threadIdx.x == 0:
-            partial[2 * cuda.blockIdx.x], partial[2 * cuda.blockIdx.x + 1] = sum0, sum1
+        _write_sums(partial, sum0, sum1)
 
     arguments = (pointer(dtype.result), INT64, INT64, INT64, pointer("float64"))
     name = f"fold_slopes-{formula.name}-{dtype.name}"
