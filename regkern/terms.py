@@ -106,8 +106,10 @@ class Norms:
         Raises:
             ValueError: a length that counts is not known.
         """
+        if not self.weighted:
+            return 1.0
         size = 1
-        for axis in self.summed(len(shape)) if self.weighted else ():
+        for axis in self.summed(len(shape)):
             if shape[axis] is None:
                 raise ValueError(
                     "x: expected a known number of elements in each group, whose root is its weight; got shape "

@@ -210,7 +210,7 @@ def test_sums_are_the_same_bits_with_a_gradient(dtype, capability):
 
 def walk(x, out):
     """Return the first elements of x and out in memory, and the layout that a kernel is given."""
-    start, out_start, repeats, layout = loops(x.shape, x.strides, out.strides)
+    start, out_start, repeats, layout, _ = loops(x.shape, x.strides, out.strides)
     assert repeats == 1
     sizes = layout[0].tolist() + (layout[1:] // x.itemsize).ravel().tolist()
     return start, out_start, sizes

@@ -80,7 +80,7 @@ class HostAdapter(KernelAdapter):
         address, size, dtype, contiguous = self.memory(x)
         if contiguous and size <= CHUNK:  # the shortest way: for a small array, the calls in between are the cost
             kernel = kernels(SUMS, term.formula, dtype, False)
-            sum0, sum1 = kernel.small(kernel.contiguous_run, kernel.itemsize, address, address, size, *p, 1)
+            sum0, sum1 = kernel.small(kernel.contiguous_run, address, address, size, *p)
         else:
             sum0, sum1, _ = _elements(self, VALUE, term, p, x, None)
         return self.scalar(p[0] * sum0 + p[1] * sum1, dtype)
@@ -147,14 +147,15 @@ def _elements(
     else:
         kernel = kernels(SUMS, term.formula, dtype, False)
     if contiguous and out_strides == strides:
-        evaluate = kernel.small if size <= CHUNK else kernel.flat
-        run, width = kernel.contiguous_run, width_for(size)
-        sum0, sum1 = evaluate(run, kernel.itemsize, address, out_address, size, *p, width)
+        if size <= CHUNK:
+            sum0, sum1 = kernel.small(kernel.contiguous_run, address, out_address, size, *p)
+        else:
+            places = address, out_address, size
+            sum0, sum1 = kernel.flat(kernel.contiguous_run, kernel.itemsize, *places, *p, width_for(size))
         return sum0, sum1, dtype
-    offset, out_offset, repeats, layout = loops(x.shape, strides, out_strides)
-    run, width = kernel.run, width_for(size // repeats)
-    words, dims = layout.ctypes.data, layout.shape[1]
-    sum0, sum1 = kernel.strided(run, address + offset, out_address + out_offset, words, dims, *p, width)
+    offset, out_offset, repeats, layout, words = loops(x.shape, strides, out_strides)
+    places, width = (address + offset, out_address + out_offset), width_for(size // repeats)
+    sum0, sum1 = kernel.strided(kernel.run, *places, words, layout.shape[1], *p, width)
     return repeats * sum0, repeats * sum1, dtype
 
 
@@ -171,7 +172,7 @@ def _norms(
     strides = adapter.strides(x)
     out_address, out_strides = (address, strides) if out is None else (adapter.memory(out)[0], adapter.strides(out))
     total, weight = 0.0, term.view.weight(x.shape)
-    for start, out_start, root, each, visited, across in group_loops(x.shape, strides, out_strides, term.view.axes):
+    for start, out_start, root, each, visited, across, _ in group_loops(x.shape, strides, out_strides, term.view.axes):
         places = address + start, out_address + out_start
         total += root * groups.evaluate(operation, dtype, *places, weight * p[0], each, visited, across)
     return weight * total, 0.0, dtype

@@ -22,7 +22,7 @@ class View(NamedTuple):
 
 
 @lru_cache(maxsize=1024)  # a program has few layouts and meets each of them often
-def loops(shape: tuple[int, ...], x: Strides, out: Strides) -> tuple[int, int, int, np.ndarray[Any, Any]]:
+def loops(shape: tuple[int, ...], x: Strides, out: Strides) -> tuple[int, int, int, np.ndarray[Any, Any], int]:
     """Merge dimensions that follow each other in memory, in x and in out at once.
 
     Element-wise work may visit elements in any order, so the order is memory's, as x has it: C order, Fortran order and
@@ -35,10 +35,11 @@ def loops(shape: tuple[int, ...], x: Strides, out: Strides) -> tuple[int, int, i
 
     Returns:
         Byte offsets of the first elements to visit in x and in out; how often each element is repeated by axes that
-        are broadcast in both; and an int64 array of three rows: lengths, strides of x, strides of out.
+        are broadcast in both; an int64 array of three rows: lengths, strides of x, strides of out; and its address, as
+        long as it lives.
     """
     (x_start, out_start), repeats, layout = merged(shape, x, out)
-    return x_start, out_start, repeats, layout
+    return x_start, out_start, repeats, layout, layout.ctypes.data
 
 
 @lru_cache(maxsize=1024)
@@ -90,7 +91,7 @@ def walk(shape: tuple[int, ...], x: Strides, out: Strides, itemsize: int) -> Wal
     """
     if 0 in shape:
         return Walk(0, 0, 0, (0,))
-    start, out_start, repeats, layout = loops(shape, x, out)
+    start, out_start, repeats, layout, _ = loops(shape, x, out)
     if (layout[1:] % itemsize).any():
         raise ValueError(f"x: expected strides that are multiples of {itemsize} bytes; got {x}; pass a copy.")
     layout = np.vstack([layout[:1], layout[1:] // itemsize])
@@ -109,7 +110,8 @@ class GroupLoops(NamedTuple):
         start: bytes from x's address to the first element that is visited.
         out_start: the same of out.
         root: what norms are multiplied by: the root of how often each element is repeated in both.
-        groups: how many groups there are, the strides between them in x and in out, and the layout of each.
+        groups: how many groups there are, the strides between them in x and in out, and the layout of each: the address
+            of its words, which live as long as this does, and its dimensions.
         size: elements that are visited.
         across: whether the innermost loop runs over groups; then they are the layout's last column.
     """
@@ -117,9 +119,10 @@ class GroupLoops(NamedTuple):
     start: int
     out_start: int
     root: float
-    groups: tuple[int, int, int, np.ndarray[Any, Any]]
+    groups: tuple[int, int, int, int, int]
     size: int
     across: bool
+    layout: np.ndarray[Any, Any]
 
 
 @lru_cache(maxsize=1024)
@@ -133,10 +136,10 @@ def group_loops(shape: tuple[int, ...], x: Strides, out: Strides, axes: tuple[in
     kept = {axis % len(dims) for axis in axes}
     groups = [dims[axis] for axis in sorted(kept)]
     rest = [each for axis, each in enumerate(dims) if axis not in kept]
-    start, out_start, repeats, layout = loops(*(tuple(axis[i] for axis in rest) for i in range(3)))
+    start, out_start, repeats, layout, _ = loops(*(tuple(axis[i] for axis in rest) for i in range(3)))
     places, group, times = [(start, out_start)], groups[0], 1
     if len(groups) > 1:
-        first, out_first, times, merged = loops(*(tuple(axis[i] for axis in groups) for i in range(3)))
+        first, out_first, times, merged, _ = loops(*(tuple(axis[i] for axis in groups) for i in range(3)))
         outer, (*_, group) = merged[:, :-1], map(tuple, merged.T.tolist())
         places = [
             (start + first + int(steps[0]), out_start + out_first + int(steps[1]))
@@ -148,7 +151,8 @@ def group_loops(shape: tuple[int, ...], x: Strides, out: Strides, axes: tuple[in
     if across:
         layout = np.column_stack([layout, group])
     root, size = math.sqrt(repeats) * times, int(lengths.prod()) * group[0]
-    return tuple(GroupLoops(*place, root, (*group, layout), size, across) for place in places)
+    groups_of = (*group, layout.ctypes.data, layout.shape[1])
+    return tuple(GroupLoops(*place, root, groups_of, size, across, layout) for place in places)
 
 
 def locate_matrices(

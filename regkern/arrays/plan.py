@@ -293,7 +293,7 @@ class HostPlan(Plan):
                 offset, out_offset, repeats, layout, kept = self._anchored(i, operation, formula, out.strides)
                 run = int(kept[0].ctypes.data)
             else:
-                offset, out_offset, repeats, layout = loops(view.shape, view.strides, out.strides)
+                offset, out_offset, repeats, layout, _ = loops(view.shape, view.strides, out.strides)
                 in_place = bool(operation.writes) and outs is None
                 run = kernels(operation, formula, view.dtype, in_place).run
             start, itemsize = view.address + offset, view.dtype.itemsize

@@ -99,7 +99,7 @@ class Kernels:
         """The kernel for any layout, the same for all."""
         return strided_kernel()
 
-    @property
+    @CachedAttribute
     def run(self) -> int:
         """The address of what describes the run to a walk over any layout."""
         return int(self._description.ctypes.data)
@@ -292,7 +292,7 @@ def flat(run, itemsize, x, out, n, p, width):
     return evaluate(task, run, x, out, n, itemsize, p, count_chunks(n), n, width)
 
 
-def _small(run, itemsize, x, out, n, p0, p1, p2, p3, width):
+def _small(run, x, out, n, p0, p1, p2, p3):
     return run_sums(run, x, out, n, (p0, p1, p2, p3))
 
 
@@ -315,19 +315,18 @@ def _strided(run, x, out, layout, dims, p0, p1, p2, p3, width):
 _INT = types.intp
 
 
-# Of elements that follow each other: ``(run, itemsize, x, out, n, *p, width) -> (sum0, sum1)``.
 _FLAT = _PAIR(*[_INT] * 5, *PARAMETERS, _INT)
 
 
 @functools.cache
 def small_kernel() -> Any:
-    """Return the kernel for up to CHUNK elements that follow each other."""
-    return compile_entry(_small, _FLAT, "small")
+    """Return the kernel ``(run, x, out, n, *p) -> (sum0, sum1)`` for up to CHUNK elements that follow each other."""
+    return compile_entry(_small, _PAIR(*[_INT] * 4, *PARAMETERS), "small")
 
 
 @functools.cache
 def flat_kernel() -> Any:
-    """Return the kernel for elements that follow each other."""
+    """Return the kernel ``(run, itemsize, x, out, n, *p, width) -> (sum0, sum1)`` for any number of them."""
     load_flat_task()
     return compile_entry(_flat, _FLAT, "flat")
 

@@ -85,7 +85,7 @@ def evaluate(
     x: int,
     out: int,
     factor: float,
-    groups: tuple[int, int, int, Any],
+    groups: tuple[int, int, int, int, int],
     size: int,
     across: bool,
 ) -> float:
@@ -97,15 +97,16 @@ def evaluate(
         x: the address of the first element of the first group.
         out: the address of what is written for it.
         factor: the penalty's.
-        groups: how many there are; bytes from one to the next in x and in out; the layout of each, an int64 array of
-            three rows, lengths and byte strides of x and of out. Across groups, its last column is the groups.
+        groups: how many there are; bytes from one to the next in x and in out; the layout of each, the address of int64
+            words in three rows, lengths and byte strides of x and of out; its dimensions. Across groups, its last column
+            is the groups.
         size: how many elements all groups have.
         across: whether loops go across groups.
     """
-    n, x_stride, out_stride, layout = groups
+    n, x_stride, out_stride, *layout = groups
     kernel, squares, squares_run, scale, scale_run, kind, task = _prepared(operation, dtype, x == out, across)
     places = squares, squares_run, scale, scale_run, x, x_stride, out, out_stride
-    total: float = kernel(*places, layout, n, kind, factor, across, task, width_for(size))
+    total: float = kernel(*places, *layout, n, kind, factor, across, task, width_for(size))
     return total
 
 
@@ -136,15 +137,29 @@ def _task() -> int:
 
 @functools.cache
 def _kernel() -> Any:
-    signature = types.float64(*[_INT] * 8, types.Array(types.int64, 2, "C"), _INT, _INT, types.float64, *[_INT] * 3)
+    signature = types.float64(*[_INT] * 12, types.float64, *[_INT] * 3)
     return compile_entry(_lasso, signature, "groups-lasso")
 
 
 def _lasso(
-    squares, squares_run, scale, scale_run, x, x_stride, out, out_stride, layout, n, kind, factor, across, task, width
+    squares,
+    squares_run,
+    scale,
+    scale_run,
+    x,
+    x_stride,
+    out,
+    out_stride,
+    layout,
+    dims,
+    n,
+    kind,
+    factor,
+    across,
+    task,
+    width,
 ):
-    dims, words = layout.shape[1], layout.ctypes.data
-    size = count_rows(words, dims) if across else count_elements(words, dims)
+    size = count_rows(layout, dims) if across else count_elements(layout, dims)
     steps = size if across else count_chunks(size)
     strip = min(n, max(TILE if across else 1, CHUNK // size))
     step = max(1, steps * PIECE // (strip * size))
@@ -154,7 +169,7 @@ def _lasso(
         raise MemoryError
     totals = job + _WORDS
     functions, places = (0, squares, squares_run, scale, scale_run), (x, x_stride, out, out_stride)
-    sizes = (words, dims, n, kind, steps, strip, step, pieces)
+    sizes = (layout, dims, n, kind, steps, strip, step, pieces)
     store_words(job, (*functions, *places, *sizes, totals + 8 * strips, totals, factor))
     work = n * size // 4
     team.launch(task, job, strips * pieces, 4, work, width)
