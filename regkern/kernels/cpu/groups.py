@@ -98,8 +98,8 @@ def evaluate(
         out: the address of what is written for it.
         factor: the penalty's.
         groups: how many there are; bytes from one to the next in x and in out; the layout of each, the address of int64
-            words in three rows, lengths and byte strides of x and of out; its dimensions. Across groups, its last column
-            is the groups.
+            words in three rows, lengths and byte strides of x and of out; its dimensions. Across groups, the last of
+            these is the groups.
         size: how many elements all groups have.
         across: whether loops go across groups.
     """
