@@ -9,6 +9,7 @@ import time
 import pytest
 
 import regkern as rk
+from regkern.kernels import cache
 from tests.processes import HEAD, PATIENCE, run
 
 # Two kernels: the run of a formula, and what calls it.
@@ -51,6 +52,7 @@ def test_processes_that_start_cold_at_once(tmp_path, count):
     assert names(tmp_path) == KERNELS  # and no temporary file
 
 
+@pytest.mark.slow
 def test_a_writer_whom_another_one_overtakes(tmp_path):
     """Each has a temporary file of its own."""
     code = f"""
@@ -97,6 +99,14 @@ print(cache_folder().is_absolute(), os.listdir())
     assert run(code) == "True []\n"
 
 
+def test_a_folder_that_cannot_be_made_costs_one_warning(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.warns(RuntimeWarning, match=r"^regkern cannot keep compiled kernels in .*/file/cache ") as caught:
+        cache.store(tmp_path / "file" / "cache" / "first.kernel", b"")
+    cache.store(tmp_path / "file" / "cache" / "second.kernel", b"")  # an error, were it to warn again
+    assert len(caught) == 1
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of resources")
 def test_a_full_disk(tmp_path):
     """The system refuses to write more than a thousand bytes to a file: one warning, and no part of a file is left."""
@@ -106,18 +116,28 @@ def test_a_full_disk(tmp_path):
 
 
 def flipped(data, place):
+    place %= len(data)
     return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+
+def test_a_damaged_file_is_as_none(tmp_path):
+    path, payload = tmp_path / "sums.kernel", os.urandom(1000)
+    cache.store(path, payload)
+    assert cache.load(path) == payload
+    good = path.read_bytes()
+    digest = (flipped(good, 31), flipped(good, 32), flipped(good, len(good) - 1))  # of the digest, and of what it is of
+    for damaged in (*digest, good[: len(good) // 2], os.urandom(len(good)), b""):
+        path.write_bytes(damaged)
+        assert cache.load(path) is None
 
 
 def test_a_damaged_file_is_replaced(tmp_path):
     run(CODE, REGKERN_CACHE_DIR=str(tmp_path))
     (kernel,) = tmp_path.glob("sums-*")
-    good = kernel.read_bytes()
-    digest = (flipped(good, 31), flipped(good, 32), flipped(good, len(good) - 1))  # of the digest, and of what it is of
-    for damaged in (*digest, good[: len(good) // 2], os.urandom(len(good)), b""):
-        kernel.write_bytes(damaged)
-        assert run(CODE, REGKERN_CACHE_DIR=str(tmp_path)) == ANSWER
-        assert kernel.read_bytes() != damaged
+    kernel.write_bytes(flipped(kernel.read_bytes(), -1))
+    damaged = kernel.read_bytes()
+    assert run(CODE, REGKERN_CACHE_DIR=str(tmp_path)) == ANSWER
+    assert kernel.read_bytes() != damaged
 
 
 @pytest.mark.slow
@@ -141,15 +161,15 @@ def test_what_nobody_has_used_for_long_is_removed(tmp_path):
         path.write_bytes(b"")
         os.utime(path, (months_ago, months_ago))
     os.utime(used, (time.time(), months_ago))
-    run(CODE, REGKERN_CACHE_DIR=str(tmp_path))
-    assert names(tmp_path) == ["notes.txt", *KERNELS, "sums-used.kernel"]
+    cache.store(tmp_path / "sums-new.kernel", b"")
+    assert names(tmp_path) == ["notes.txt", "sums-new.kernel", "sums-used.kernel"]
 
 
 def test_loading_a_kernel_counts_as_use(tmp_path):
-    run(CODE, REGKERN_CACHE_DIR=str(tmp_path))
-    (kernel,) = tmp_path.glob("sums-*")
+    kernel = tmp_path / "sums.kernel"
+    cache.store(kernel, b"")
     os.utime(kernel, (0, 0))
-    run(CODE, REGKERN_CACHE_DIR=str(tmp_path))
+    assert cache.load(kernel) == b""
     assert (kernel.stat().st_atime > 1e9, kernel.stat().st_mtime) == (True, 0)
 
 

@@ -30,7 +30,7 @@ def test_every_example_is_here():
         assert picture is None or f"]({picture})" in gallery
 
 
-OFTEN = ("sparse_mlp", "lasso_path", "larger_than_memory")
+OFTEN = ("lasso_path",)
 
 
 @pytest.mark.parametrize("name", [slow_unless(name in OFTEN, name) for name in EXAMPLES])

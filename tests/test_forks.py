@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from tests.cases import slow_unless
 from tests.processes import ENGINES, HEAD, PATIENCE, THEIRS, by_engine, run
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks on this system")
@@ -22,7 +23,9 @@ def child(function, expected):
 
 
 @by_engine()
-@pytest.mark.parametrize("before", ["everything(x)", "None", THEIRS + "theirs(x)"])
+@pytest.mark.parametrize(
+    "before", ["everything(x)", slow_unless(False, "None"), slow_unless(False, THEIRS + "theirs(x)")]
+)
 def test_a_child_computes(engine, before):
     code = f"""{FORK}
 {before}
@@ -74,7 +77,7 @@ stop.set()
     assert printed.splitlines()[-1] == "{0}"  # TBB says first that it cannot join its threads
 
 
-@pytest.mark.parametrize("moment", [0.5, *(pytest.param(moment, marks=pytest.mark.slow) for moment in (0.05, 1.0))])
+@pytest.mark.parametrize("moment", [slow_unless(moment == 0.5, moment) for moment in (0.05, 0.5, 1.0)])
 def test_forks_while_another_thread_imports_and_compiles(tmp_path, moment):
     """Locks of Python's, Numba's and LLVM's would stay locked in the child."""
     code = (
@@ -158,7 +161,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+@pytest.mark.parametrize("method", ["fork", slow_unless(False, "forkserver"), slow_unless(False, "spawn")])
 def test_multiprocessing(tmp_path, method):
     assert run_file(tmp_path, POOLS, method) == "{True}\n"
 
@@ -166,9 +169,9 @@ def test_multiprocessing(tmp_path, method):
 @pytest.mark.parametrize(
     ("method", "engine"),
     [
-        pytest.param("forkserver", "omp", marks=pytest.mark.slow),
-        ("spawn", "omp"),
-        *(pytest.param("fork", each, marks=() if each == "helpers" else pytest.mark.slow) for each in ENGINES),
+        slow_unless(False, "forkserver", "omp"),
+        slow_unless(False, "spawn", "omp"),
+        *(slow_unless(each == "helpers", "fork", each) for each in ENGINES),
     ],
 )
 def test_workers_of_a_torch_data_loader(tmp_path, method, engine):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.cases import slow_unless
 from tests.commands import command, run_process, told
 from tests.processes import PATIENCE
 
@@ -39,6 +40,7 @@ def half(figure, file, **options):
     time.sleep(600)
 Figure.savefig = half
 """
+MOMENTS = {"before the move": BEFORE_THE_MOVE, "in the middle": IN_THE_MIDDLE}
 # Large cosines have begun.
 IN_A_KERNEL = """
 from regkern import report
@@ -76,23 +78,30 @@ def assert_interrupted(process):
     assert (process.returncode, told(error)) == (130, "Interrupted.\n")
 
 
-@pytest.mark.parametrize("old", [None, b"old"])
-@pytest.mark.parametrize("moment", [BEFORE_THE_MOVE, IN_THE_MIDDLE], ids=["before the move", "in the middle"])
+@pytest.mark.parametrize(
+    ("moment", "old"),
+    [
+        slow_unless(False, "before the move", None),
+        slow_unless(False, "before the move", b"old"),
+        slow_unless(False, "in the middle", None),
+        slow_unless(True, "in the middle", b"old"),
+    ],
+)
 def test_ctrl_c_leaves_the_old_picture_or_none(tmp_path, moment, old):
     target = tmp_path / "x.png"
     if old:
         target.write_bytes(old)
-    with reporting(moment, "--demo", "--no-cosine", "--plot", target) as process:
+    with reporting(MOMENTS[moment], "--demo", "--no-cosine", "--plot", target) as process:
         wait_for(process, "writing")
         assert_interrupted(process)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == ({"x.png": old} if old else {})
 
 
-@pytest.mark.parametrize("moment", [BEFORE_THE_MOVE, IN_THE_MIDDLE], ids=["before the move", "in the middle"])
+@pytest.mark.parametrize("moment", [slow_unless(False, "before the move"), "in the middle"])
 def test_a_killed_report_leaves_the_old_picture(tmp_path, moment):
     target = tmp_path / "x.png"
     target.write_bytes(b"old")
-    with reporting(moment, "--demo", "--no-cosine", "--plot", target) as process:
+    with reporting(MOMENTS[moment], "--demo", "--no-cosine", "--plot", target) as process:
         wait_for(process, "writing")
         process.kill()
         process.wait()
@@ -114,7 +123,7 @@ def test_ctrl_c_during_long_cosines(tmp_path):
         assert process.stdout.closed
 
 
-@pytest.mark.parametrize("option", ["--json", "--csv"])
+@pytest.mark.parametrize("option", [slow_unless(False, "--json"), "--csv"])
 def test_nothing_is_printed_before_everything_is_there(tmp_path, option):
     np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.float32, (1 << 23, 4))
     in_the_second = IN_A_KERNEL.replace("print(", "x.size > 1 << 20 and print(").replace("*arguments", "regularizer, x")
@@ -125,6 +134,7 @@ def test_nothing_is_printed_before_everything_is_there(tmp_path, option):
     assert (process.returncode, output) == (130, "")
 
 
+@pytest.mark.slow
 def test_ctrl_c_at_any_time():
     """While libraries and kernels are loaded, and at the end: complete JSON, or one line and status 130."""
     up = "import sys; from regkern.__main__ import main; print('up', file=sys.stderr, flush=True)"

@@ -28,7 +28,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("name", [slow_unless(name != "SSE2", name) for name in SETTINGS])
+@pytest.mark.parametrize("name", [slow_unless(name in ("this processor", "SSE2"), name) for name in SETTINGS])
 def test_digests(name):
     settings = SETTINGS[name]
     if "NUMBA_CPU_NAME" in settings and platform.machine() not in ("x86_64", "AMD64"):
@@ -61,6 +61,7 @@ for each in {each.py_func.__qualname__: each for each in reversed(compile._compi
 """
 
 
+@pytest.mark.slow
 def test_nothing_is_left_to_llvm(tmp_path):
     lines = [line.split() for line in run(FLAGS, REGKERN_CACHE_DIR=str(tmp_path)).splitlines()]
     assert {"sums-abs_square-float32", "add_gradient-abs_square-float64"} <= {line[0] for line in lines}

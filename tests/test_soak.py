@@ -117,7 +117,7 @@ print("flat")
 
 @pytest.mark.skipif(sys.platform != "linux", reason="how memory is measured")
 @pytest.mark.slow
-@by_engine()
+@by_engine("helpers")  # theirs is long
 def test_a_short_soak(engine):
     assert run(SOAK, **ENGINES[engine], NUMBA_NUM_THREADS="2").splitlines()[-1] == "flat"
 
