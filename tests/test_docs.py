@@ -109,6 +109,7 @@ def test_commands_of_weight_files(tmp_path, monkeypatch):
     assert {command[1] for command in commands} == {"report", "diff", "demo", "info"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALONE)
 def test_blocks_of_their_own(name, tmp_path):
     mark, value, code = ALONE[name]

@@ -83,6 +83,7 @@ def test_an_adapted_weight():
     assert number(whole) == pytest.approx(l2(layer.weight))
 
 
+@pytest.mark.slow
 def test_an_adapted_module_of_peft():
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
