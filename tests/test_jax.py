@@ -83,6 +83,22 @@ def test_orthogonal(mode, dtype):
     assert calls_a_kernel(regularizer, y)
 
 
+@pytest.mark.parametrize("mode", ["rows", "columns", 1, (0, 1)])
+def test_groups_have_numpys_bits(mode):
+    x = RNG.standard_normal((3, 20, 30)).astype(np.float32)
+    regularizer = rk.GroupLasso(0.3, mode, weights="sqrt_size")
+    assert calls_a_kernel(regularizer, x)
+    assert jax.jit(regularizer)(x) == regularizer(x)
+    for found, expected in zip(jax.jit(regularizer.value_and_grad)(x), regularizer.value_and_grad(x), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    np.testing.assert_allclose(jax.jit(jax.grad(regularizer))(x), regularizer.grad(x), rtol=1e-5)
+    operator = functools.partial(regularizer.prox, step=0.5)
+    np.testing.assert_array_equal(jax.jit(operator)(x), operator(x))
+    batch = np.stack([x, 2 * x, x[::-1]])
+    for each in (regularizer, regularizer.grad, operator):
+        np.testing.assert_array_equal(jax.vmap(each)(batch), np.stack([each(piece) for piece in batch]))
+
+
 @pytest.mark.parametrize("leading_axes", ["flatten", "batch"])
 def test_orthogonal_of_more_axes(leading_axes):
     x = RNG.standard_normal((3, 4, 5, 6)).astype(np.float32)

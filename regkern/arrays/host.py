@@ -150,8 +150,8 @@ def _elements(
         if size <= CHUNK:
             sum0, sum1 = kernel.small(kernel.contiguous_run, address, out_address, size, *p)
         else:
-            places = address, out_address, size
-            sum0, sum1 = kernel.flat(kernel.contiguous_run, kernel.itemsize, *places, *p, width_for(size))
+            described = kernel.contiguous_run, kernel.itemsize, address, out_address, size
+            sum0, sum1 = kernel.flat(*described, *p, width_for(size))
         return sum0, sum1, dtype
     offset, out_offset, repeats, layout, words = loops(x.shape, strides, out_strides)
     places, width = (address + offset, out_address + out_offset), width_for(size // repeats)

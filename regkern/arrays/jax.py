@@ -20,6 +20,7 @@ from jax.interpreters import ad, batching, mlir
 
 from regkern.arrays.adapter import Adapter, no_partial, require
 from regkern.arrays.jax_expressions import OPERATIONS, result_type, widest
+from regkern.arrays.layout import group_loops
 from regkern.dtypes import DTYPES, complex_advice
 from regkern.formulas import ABS, SQUARE
 from regkern.kernels.cpu import xla
@@ -33,6 +34,7 @@ from regkern.terms import (
     SUMS,
     VALUE,
     VALUE_AND_GRADIENT,
+    Norms,
     Operation,
     Parameters,
     Products,
@@ -55,14 +57,27 @@ def _kernel(operation: Operation, term: Term, shape: Sequence[int], dtype: str) 
     """Return the call of a kernel for arrays, of a batch, with one shape; None where there is none."""
     if term.view is ELEMENTS:
         return xla.elementwise_call(operation, term.formula, DTYPES[dtype], math.prod(shape))
-    if not isinstance(term.view, Products) or operation is PARTIAL:
+    if operation is PARTIAL:
         return None
-    if not term.view.unit or term.formula not in (ABS, SQUARE):
+    if isinstance(term.view, Norms):
+        return _groups_call(operation, term.view, tuple(shape), dtype) if term.formula is ABS else None
+    if not (isinstance(term.view, Products) and term.view.unit and term.formula in (ABS, SQUARE)):
         return None
     n, d = reversed(shape) if term.view.columns else shape
     return (
         xla.gram_call(operation, term.formula.name, DTYPES[dtype], n, d, columns=term.view.columns) if n > 1 else None
     )
+
+
+def _groups_call(operation: Operation, view: Norms, shape: tuple[int, ...], dtype: str) -> xla.Call | None:
+    """Do so for groups, where one launch is enough for all."""
+    itemsize = DTYPES[dtype].itemsize
+    strides = tuple(itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape)))  # as XLA lays them out
+    first, *others = group_loops(shape, strides, strides, view.axes)
+    if others:
+        return None
+    loops = first.groups, first.layout, first.across
+    return xla.groups_call(operation, DTYPES[dtype], math.prod(shape), *loops, view.weight(shape))
 
 
 def _fused(term: Term) -> bool:

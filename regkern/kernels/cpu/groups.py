@@ -103,16 +103,15 @@ def evaluate(
         size: how many elements all groups have.
         across: whether loops go across groups.
     """
-    n, x_stride, out_stride, *layout = groups
-    kernel, squares, squares_run, scale, scale_run, kind, task = _prepared(operation, dtype, x == out, across)
-    places = squares, squares_run, scale, scale_run, x, x_stride, out, out_stride
-    total: float = kernel(*places, *layout, n, kind, factor, across, task, width_for(size))
+    n, x_stride, out_stride, layout, dims = groups
+    record = prepared(operation, dtype, x == out, across)[1]
+    total: float = _kernel()(record, x, x_stride, out, out_stride, layout, dims, n, factor, width_for(size))
     return total
 
 
 @functools.cache
-def _prepared(operation: Operation, dtype: DType, in_place: bool, across: bool) -> tuple[Any, ...]:
-    """Return the kernel, what it calls to sum and to scale, what is written, and the task."""
+def prepared(operation: Operation, dtype: DType, in_place: bool, across: bool) -> tuple[Any, int]:
+    """Return what describes an operation to `lasso`, and its address."""
     kind = _kind(operation)
     squares_run = scale_run = 0
     if not across:
@@ -121,7 +120,8 @@ def _prepared(operation: Operation, dtype: DType, in_place: bool, across: bool) 
             write = ADD_GRADIENT if kind == ADDED_DERIVATIVE else GRADIENT
             scale_run = kernels(write, SQUARE, dtype, in_place and kind != ADDED_DERIVATIVE).run
     squares, scale = _functions(dtype, across)
-    return _kernel(), squares, squares_run, scale, scale_run, kind, _task()
+    record = np.array([squares, squares_run, scale, scale_run, _task(), kind, across], np.int64)
+    return record, record.ctypes.data
 
 
 def load(dtype: DType) -> int:
@@ -137,28 +137,20 @@ def _task() -> int:
 
 @functools.cache
 def _kernel() -> Any:
-    signature = types.float64(*[_INT] * 12, types.float64, *[_INT] * 3)
-    return compile_entry(_lasso, signature, "groups-lasso")
+    return compile_entry(_lasso, types.float64(*[_INT] * 8, types.float64, _INT), "groups-lasso")
 
 
-def _lasso(
-    squares,
-    squares_run,
-    scale,
-    scale_run,
-    x,
-    x_stride,
-    out,
-    out_stride,
-    layout,
-    dims,
-    n,
-    kind,
-    factor,
-    across,
-    task,
-    width,
-):
+def _lasso(record, x, x_stride, out, out_stride, layout, dims, n, factor, width):
+    found, total = lasso(record, x, x_stride, out, out_stride, layout, dims, n, factor, width)
+    if not found:
+        raise MemoryError
+    return total
+
+
+@inlined
+def lasso(record, x, x_stride, out, out_stride, layout, dims, n, factor, width):
+    """Return whether there was memory, and the sum of the norms of n groups."""
+    squares, squares_run, scale, scale_run, task, kind, across = load_words(record, 7)
     size = count_rows(layout, dims) if across else count_elements(layout, dims)
     steps = size if across else count_chunks(size)
     strip = min(n, max(TILE if across else 1, CHUNK // size))
@@ -166,7 +158,7 @@ def _lasso(
     strips, pieces = (n + strip - 1) // strip, (steps + step - 1) // step
     job = allocate(_WORDS + 8 * (strips + pieces * n))
     if job == 0:
-        raise MemoryError
+        return False, 0.0
     totals = job + _WORDS
     functions, places = (0, squares, squares_run, scale, scale_run), (x, x_stride, out, out_stride)
     sizes = (layout, dims, n, kind, steps, strip, step, pieces)
@@ -183,7 +175,7 @@ def _lasso(
             store_word(job, 1)
             team.launch(task, job, strips * pieces, 4, work, width)
     free(job)
-    return total
+    return True, total
 
 
 def _run(job, worker, first, last):

@@ -1,9 +1,9 @@
 """The CPU kernels as calls of XLA's foreign function interface (FFI), inside its programs, without Python in between.
 
 XLA calls a handler with one argument, the address of a call frame, whose layout is `xla/ffi/api/c_api.h` in jaxlib's
-include folder. There are two handlers, for all element-wise kernels and for all Gram kernels. A program names the
-kernel that a call means by a digest of its name, so that it stays valid in another process; the handler looks it up in
-a table of loaded kernels. An unknown one, or one that fails, becomes an error of XLA.
+include folder. There are three handlers, for all element-wise kernels, for groups and for Gram kernels. A program names
+the kernel that a call means by a digest of its name, so that it stays valid in another process; the handler looks it up
+in a table of loaded kernels. An unknown one, or one that fails, becomes an error of XLA.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ from numba.extending import intrinsic
 
 from regkern.dtypes import DType
 from regkern.kernels import forks
-from regkern.kernels.cpu import elementwise, gram, team
+from regkern.kernels.cpu import elementwise, gram, groups, team
 from regkern.kernels.cpu.compile import compile_function, inlined, inner
 from regkern.kernels.cpu.gram.gradient import mean_and_gradient
 from regkern.kernels.cpu.gram.value import sum_pairs
@@ -33,6 +33,7 @@ from regkern.kernels.cpu.words import (
     load_float,
     load_int,
     load_word,
+    load_words,
     store_double,
     store_float,
     store_int,
@@ -63,10 +64,10 @@ _loading = threading.Lock()
 
 
 class Call(NamedTuple):
-    """A handler's name and the attributes that it is called with."""
+    """A handler's name and the attributes that it is called with; it gets them in the order of their names."""
 
     target: str
-    attributes: dict[str, np.int64]
+    attributes: dict[str, Any]
 
 
 def elementwise_call(operation: Operation, formula: Formula, dtype: DType, size: int) -> Call:
@@ -78,6 +79,34 @@ def elementwise_call(operation: Operation, formula: Formula, dtype: DType, size:
     return Call(
         "regkern_elementwise", {"kernel": _load(kernel.name + kernel.version, kernel.contiguous_run), "kind": kind}
     )
+
+
+def groups_call(
+    operation: Operation,
+    dtype: DType,
+    size: int,
+    loops: tuple[int, int, int, int, int],
+    layout: Any,
+    across: bool,
+    weight: float,
+) -> Call:
+    """Load the kernel for arrays of groups, which are described as to `groups.evaluate`, and say how it is called.
+
+    Args:
+        operation: what to do.
+        dtype: of the array.
+        size: its elements.
+        loops: over its groups, which lie in it as XLA has them.
+        layout: what their layout's address points to.
+        across: whether loops go across groups.
+        weight: of each norm.
+    """
+    count, stride, _, _, dims = loops
+    _, address = groups.prepared(operation, dtype, False, across)
+    elementwise.width_for(size)
+    key = _load(f"groups-{operation.name}-{dtype.name}-{across}", address)
+    words = np.concatenate([[size, count, stride, dims, np.float64(weight).view(np.int64)], layout.ravel()])
+    return Call("regkern_groups", {"kernel": key, "kind": np.int64(_KINDS[operation]), "layout": words})
 
 
 def gram_call(operation: Operation, fold: str, dtype: DType, n: int, d: int, *, columns: bool) -> Call:
@@ -259,41 +288,73 @@ def _threads(work, least):
     return threads if threads > 1 else 1
 
 
+@inlined
+def _target(frame, kind, size):
+    """Return where an operation writes, and the bytes between pieces there, of which so many are written in all."""
+    out = _data(_result(frame, 1 if kind == _VALUE_AND_GRADIENT else 0))
+    if kind >= _GRADIENT:
+        _ask_for_large_pages(out, size)
+    return out
+
+
+@inlined
+def _write_value(frame, kind, i, value):
+    """Write a value, and the one that comes with it, where an operation has them."""
+    if kind in (_VALUE, _VALUE_AND_ONE, _VALUE_AND_GRADIENT):
+        _write(_result(frame, 0), i, value)
+        if kind == _VALUE_AND_ONE:
+            _write(_result(frame, 1), i, 1.0)
+
+
 def _evaluate_elementwise(frame):
     if _answers_metadata(frame):
         return 0
     kind, x, first = _attribute(frame, 1), _argument(frame, 0), _result(frame, 0)
     a, b, c, d = elementwise.load_parameters(_data(_argument(frame, 1)))
-    batch, out, step = 1, first, 0
-    if kind in (_VALUE, _VALUE_AND_ONE):
+    batch = 1
+    if kind in (_VALUE, _VALUE_AND_ONE, _VALUE_AND_GRADIENT):
         batch = _elements(first)
     elif kind == _PARTIAL:
         batch = _elements(first) // 2
     elif kind == _GRADIENT:
         batch = _elements(_argument(frame, 2))
-    elif kind == _VALUE_AND_GRADIENT:
-        batch, out = _elements(first), _result(frame, 1)
     n, itemsize = _elements(x) // batch, _itemsize(x)
-    if kind >= _GRADIENT:
-        step = n * itemsize
-        _ask_for_large_pages(_data(out), batch * step)
+    out, step = _target(frame, kind, batch * n * itemsize), n * itemsize if kind >= _GRADIENT else 0
     run = _find(_attribute(frame, 0))
     if run == 0:
         return _not_loaded(frame)
     width = _threads(n, elementwise.PARALLEL_FROM)
     for i in range(batch):
         g = _read(_argument(frame, 2), i) if kind == _GRADIENT else 1.0
-        place, target = _data(x) + i * n * itemsize, _data(out) + i * step
+        place, target = _data(x) + i * n * itemsize, out + i * step
         found, sum0, sum1 = elementwise.flat(run, itemsize, place, target, n, (a * g, b * g, c, d), width)
         if not found:
             return _failed(frame)
-        if kind in (_VALUE, _VALUE_AND_ONE, _VALUE_AND_GRADIENT):
-            _write(first, i, a * sum0 + b * sum1)
-            if kind == _VALUE_AND_ONE:
-                _write(_result(frame, 1), i, 1.0)
-        elif kind == _PARTIAL:
+        _write_value(frame, kind, i, a * sum0 + b * sum1)
+        if kind == _PARTIAL:
             _write(first, 2 * i, sum0)
             _write(first, 2 * i + 1, sum1)
+    return 0
+
+
+def _evaluate_groups(frame):
+    if _answers_metadata(frame):
+        return 0
+    kind, x, record = _attribute(frame, 1), _argument(frame, 0), _find(_attribute(frame, 0))
+    if record == 0:
+        return _not_loaded(frame)
+    words = load_word(load_word(load_word(frame + 120 + 40) + 16) + 16)  # of an array: its dtype, size and data
+    n, count, stride, dims = load_words(words, 4)
+    factor = load_double(words + 32) * load_double(_data(_argument(frame, 1)))
+    size, width = n * _itemsize(x), _threads(n, elementwise.PARALLEL_FROM)
+    out, step = _target(frame, kind, _elements(x) * _itemsize(x)), size if kind >= _GRADIENT else 0
+    for i in range(_elements(x) // n):
+        g = _read(_argument(frame, 2), i) if kind == _GRADIENT else 1.0
+        place, target = _data(x) + i * size, out + i * step
+        found, total = groups.lasso(record, place, stride, target, stride, words + 40, dims, count, factor * g, width)
+        if not found:
+            return _failed(frame)
+        _write_value(frame, kind, i, factor * total)
     return 0
 
 
@@ -337,7 +398,11 @@ def _evaluate_gram(frame):
 
 def handlers() -> dict[str, int]:
     """Return the handlers' addresses by target name; they are compiled now."""
-    bodies = {"regkern_elementwise": _evaluate_elementwise, "regkern_gram": _evaluate_gram}
+    bodies = {
+        "regkern_elementwise": _evaluate_elementwise,
+        "regkern_groups": _evaluate_groups,
+        "regkern_gram": _evaluate_gram,
+    }
     return {name: compile_function(body, types.intp(types.intp), name) for name, body in bodies.items()}
 
 
