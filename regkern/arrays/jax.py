@@ -230,10 +230,11 @@ def _lower_to_operations(ctx: Any, *operands: Any, **parameters: Any) -> Any:
 def _lower_on_cpu(ctx: Any, *operands: Any, kind: Operation, term: Term, batch: int) -> Any:
     x = ctx.avals_in[0]
     call = None
-    if kind is not SLOPE and math.prod(x.shape) > 0 and _has_its_own_memory(ctx.module_context) and _register():
+    if kind is not SLOPE and math.prod(x.shape) > 0 and _has_its_own_memory(ctx.module_context) and _can_call():
         call = _kernel(VALUE if kind is LOSS else kind, term, x.shape[batch:], x.dtype.name)
     if call is None:
         return _lower_to_operations(ctx, *operands, kind=kind, term=term, batch=batch)
+    _register(call.target)
     return ffi.ffi_lowering(call.target)(ctx, *operands, **call.attributes)
 
 
@@ -249,16 +250,14 @@ def _has_its_own_memory(module: Any) -> bool:
     return True
 
 
-def _register() -> bool:
-    """Make the kernels known to XLA, once; whether it can call them."""
-    return xla.available(xla.api_version(ffi.include_dir())) and _register_handlers()
+def _can_call() -> bool:
+    return xla.available(xla.api_version(ffi.include_dir()))
 
 
 @functools.cache
-def _register_handlers() -> bool:
-    for name, address in xla.handlers().items():
-        ffi.register_ffi_target(name, xla.capsule(address), platform="cpu")
-    return True
+def _register(target: str) -> None:
+    """Make a handler known to XLA, once."""
+    ffi.register_ffi_target(target, xla.capsule(xla.handler(target)), platform="cpu")
 
 
 _primitive.def_impl(_compute)

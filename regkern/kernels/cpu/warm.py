@@ -60,4 +60,4 @@ def compile_shared() -> int:
     ]
     load_walk()
     called = 4  # by the kernels for flat and for strided arrays, and for tables: a task each; and what walks
-    return len(entries) + called + gram.load_shared() + threads.load() + len(xla.handlers())
+    return len(entries) + called + gram.load_shared() + threads.load() + len([*map(xla.handler, xla.HANDLERS)])

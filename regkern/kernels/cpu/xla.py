@@ -396,14 +396,16 @@ def _evaluate_gram(frame):
     return 0
 
 
-def handlers() -> dict[str, int]:
-    """Return the handlers' addresses by target name; they are compiled now."""
-    bodies = {
-        "regkern_elementwise": _evaluate_elementwise,
-        "regkern_groups": _evaluate_groups,
-        "regkern_gram": _evaluate_gram,
-    }
-    return {name: compile_function(body, types.intp(types.intp), name) for name, body in bodies.items()}
+HANDLERS = {
+    "regkern_elementwise": _evaluate_elementwise,
+    "regkern_groups": _evaluate_groups,
+    "regkern_gram": _evaluate_gram,
+}
+
+
+def handler(target: str) -> int:
+    """Return the address of a handler, which is compiled now."""
+    return compile_function(HANDLERS[target], types.intp(types.intp), target)
 
 
 def capsule(address: int) -> Any:
