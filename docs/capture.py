@@ -24,7 +24,8 @@ def main() -> None:
     console.print(Text.from_ansi(f"$ {SHOWN}\n{result.stdout}".rstrip()), soft_wrap=True)
     svg = console.export_svg(title="regkern report")
     # No font from anybody else's server: a reader's own monospaced one does.
-    Path(__file__).with_name("report.svg").write_text(re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL))
+    svg = re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL)
+    Path(__file__).with_name("pages").joinpath("report.svg").write_text(svg)
 
 
 if __name__ == "__main__":
