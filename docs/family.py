@@ -10,7 +10,8 @@ import regkern as rk
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-INK, BLUE, ORANGE = "#808080", "#2a7de1", "#e07b00"  # each of them is read on white and on black
+plt.style.use(Path(__file__).with_name("examples") / "picture.mplstyle")
+
 X = np.linspace(-6.0, 6.0, 1201)
 STEPS = (1.0, 4.0)
 FAMILY = {
@@ -38,29 +39,26 @@ def along(values: np.ndarray) -> np.ndarray:
 
 def main() -> None:
     """Draw a column for each penalty and a row for each of the three."""
-    colours = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), INK)
-    with mpl.rc_context(colours | {"svg.hashsalt": "regkern", "font.size": 8}):
-        rows, columns = 3, len(FAMILY)
-        figure, axes = plt.subplots(rows, columns, figsize=(12, 5), sharex=True, sharey="row", layout="constrained")
-        for (name, reg), (value, slope, step) in zip(FAMILY.items(), axes.T, strict=True):
-            value.set_title(name, fontsize=8)
-            value.plot(X, [reg(X[i : i + 1]) for i in range(len(X))], color=BLUE)
-            gradient = reg.grad(X)
-            slope.plot(along(gradient), broken(gradient), color=BLUE)
-            step.plot(X, X, color=INK, linewidth=0.6, linestyle=":")
-            for size, colour, style in zip(STEPS, (BLUE, ORANGE), ("-", "--"), strict=True):
-                moved = reg.prox(X, size)
-                step.plot(along(moved), broken(moved), color=colour, linestyle=style, label=f"step {size:g}")
-            step.set_xticks([-5, 0, 5])
-            for each in (value, slope, step):
-                each.axhline(0.0, color=INK, linewidth=0.6)
-                each.spines[["top", "right"]].set_visible(False)
-        axes[0, 0].set_ylim(-0.2, 6.0)
-        axes[1, 0].set_ylim(-2.2, 2.2)
-        for line, label in zip(axes[:, 0], ("P(x)", "dP/dx", "prox(x, step)"), strict=True):
-            line.set_ylabel(label)
-        figure.legend(*axes[2, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-        figure.savefig(Path(__file__).with_name("pages") / "family.svg", transparent=True, metadata={"Date": None})
+    ink = mpl.rcParams["text.color"]
+    figure, axes = plt.subplots(3, len(FAMILY), figsize=(9, 4.4), sharex=True, sharey="row")
+    for (name, reg), (value, slope, step) in zip(FAMILY.items(), axes.T, strict=True):
+        value.set_title(name.replace("(", "\n("), fontsize=9)
+        value.plot(X, [reg(X[i : i + 1]) for i in range(len(X))])
+        gradient = reg.grad(X)
+        slope.plot(along(gradient), broken(gradient))
+        step.plot(X, X, color=ink, linewidth=0.6, linestyle=":")
+        for size, style in zip(STEPS, ("-", "--"), strict=True):
+            moved = reg.prox(X, size)
+            step.plot(along(moved), broken(moved), style, label=f"step {size:g}")
+        step.set_xticks([-5, 0, 5])
+        for each in (value, slope, step):
+            each.axhline(0.0, color=ink, linewidth=0.6)
+    axes[0, 0].set_ylim(-0.2, 6.0)
+    axes[1, 0].set_ylim(-2.2, 2.2)
+    for line, label in zip(axes[:, 0], ("P(x)", "dP/dx", "prox(x, step)"), strict=True):
+        line.set_ylabel(label)
+    figure.legend(*axes[2, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.savefig(Path(__file__).with_name("pages") / "family.svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":

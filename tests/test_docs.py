@@ -91,6 +91,19 @@ def test_pages(page):
         exec(compile(block, str(page), "exec"), namespace)
 
 
+def test_code_fits_its_page():
+    pages = {page: re.findall(r"```(?:python|sh|text)\n(.*?)```", page.read_text(), re.DOTALL) for page in PAGES[1:]}
+    lines = [(page.stem, line) for page, blocks in pages.items() for line in "".join(blocks).splitlines()]
+    assert [line for line in lines if len(line[1]) > 115] == []
+
+
+def test_the_table_of_steps_is_one():
+    region = re.compile(r"<!-- bench-steps:start -->.*<!-- bench-steps:end -->", re.DOTALL)
+    readme, speed = (region.findall((ROOT / path).read_text()) for path in ("README.md", "docs/pages/speed.md"))
+    assert readme
+    assert [text.replace("(docs/pages/", "(") for text in readme] == speed
+
+
 def test_commands_of_weight_files(tmp_path, monkeypatch):
     torch = pytest.importorskip("torch")
     safetensors = pytest.importorskip("safetensors.torch")

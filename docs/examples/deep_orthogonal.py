@@ -17,8 +17,9 @@ import regkern as rk
 import regkern.torch
 
 mpl.use("Agg")
-mpl.rcParams["svg.hashsalt"] = "regkern"
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
+
+plt.style.use(Path(__file__).with_name("picture.mplstyle"))
 
 LAYERS, WIDTH, TRAINED = 30, 32, 1347
 
@@ -65,7 +66,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "pages")
     arguments = parser.parse_args()
-    figure, (curves, values) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    figure, (curves, values) = plt.subplots(1, 2, figsize=(9, 3.2))
     for name, factor in {"no penalty": 0.0, "SoftOrthogonal(0.5)": 0.5}.items():
         net, losses, accuracy = train(factor, arguments.steps)
         singular = [torch.linalg.svdvals(net[2 * i].weight.detach()) for i in range(LAYERS)]
@@ -74,7 +75,7 @@ def main() -> None:
         curves.plot(losses, label=f"{name}: accuracy {accuracy:.3f}", linewidth=0.8)
         values.fill_between(range(LAYERS), [s.min() for s in singular], [s.max() for s in singular], alpha=0.5)
     curves.set(xlabel="step", ylabel="loss")
-    curves.legend(fontsize=8)
+    curves.legend()
     values.set(xlabel="layer", ylabel="singular values", title="smallest to largest", ylim=(0, None))
     figure.savefig(arguments.out / "deep_orthogonal.svg", metadata={"Date": None})
 

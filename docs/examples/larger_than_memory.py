@@ -20,8 +20,9 @@ import psutil
 import regkern as rk
 
 mpl.use("Agg")
-mpl.rcParams["svg.hashsalt"] = "regkern"
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
+
+plt.style.use(Path(__file__).with_name("picture.mplstyle"))
 
 COLUMNS, ROWS_OF_A_CHUNK = 1000, 2000  # 16 MB
 
@@ -69,9 +70,9 @@ def main() -> None:
     most = max(watch.held)
     print(f"{x.nbytes / 1e9:.1f} GB evaluated in at most {most / 1e9:.2f} GB; {left:.1%} are left by a step of 1")
     assert most < x.nbytes
-    figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
-    axes.fill_between(watch.times, np.divide(watch.held, 1e9), color="#3b6ea5", label="held by the process")
-    axes.axhline(x.nbytes / 1e9, color="#d98032", label="the array")
+    figure, axes = plt.subplots(figsize=(9, 2.8))
+    axes.fill_between(watch.times, np.divide(watch.held, 1e9), color="C0", label="held by the process")
+    axes.axhline(x.nbytes / 1e9, color="C1", label="the array")
     axes.set(xlabel="seconds", ylabel="GB", ylim=(0, None))
     axes.legend()
     figure.savefig(arguments.out / "larger_than_memory.svg", metadata={"Date": None})

@@ -17,8 +17,9 @@ from sklearn.linear_model import lasso_path
 import regkern as rk
 
 mpl.use("Agg")
-mpl.rcParams["svg.hashsalt"] = "regkern"
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
+
+plt.style.use(Path(__file__).with_name("picture.mplstyle"))
 
 
 def path(x: np.ndarray, y: np.ndarray, alphas: np.ndarray, steps: int = 500) -> np.ndarray:
@@ -44,17 +45,19 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "pages")
     arguments = parser.parse_args()
-    x, y = load_diabetes(return_X_y=True)
+    data = load_diabetes()
+    x, y = data.data, data.target
     x, y = x / x.std(axis=0), y - y.mean()
     alphas = abs(x.T @ y).max() / len(x) * np.geomspace(1.0, 1e-3, 30)  # from where all weights are zero
     _, theirs, _ = lasso_path(x, y, alphas=alphas, tol=1e-9, max_iter=100_000)
     ours = path(x, y, alphas)
     np.testing.assert_allclose(ours, theirs, atol=1e-3 * abs(theirs).max())
     print(f"30 alphas, {x.shape[1]} features: the largest difference is {abs(ours - theirs).max():.1e}")
-    figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
-    axes.plot(alphas, ours.T)
+    figure, axes = plt.subplots(figsize=(9, 3.6))
+    axes.plot(alphas, ours.T, label=data.feature_names)
     axes.set(xscale="log", xlabel="alpha", ylabel="weights")
     axes.invert_xaxis()
+    figure.legend(loc="outside right center")
     figure.savefig(arguments.out / "lasso_path.svg", metadata={"Date": None})
 
 

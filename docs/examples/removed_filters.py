@@ -21,8 +21,9 @@ import regkern as rk
 import regkern.keras
 
 mpl.use("Agg")
-mpl.rcParams["svg.hashsalt"] = "regkern"
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
+
+plt.style.use(Path(__file__).with_name("picture.mplstyle"))
 
 TRAINED = 1347
 
@@ -52,12 +53,12 @@ def smaller(model: keras.Model) -> keras.Model:
 def draw(kernel: np.ndarray, path: Path) -> None:
     """Draw the filters, those that are left first."""
     order = np.argsort(-np.square(kernel).sum(axis=(0, 1, 2)), kind="stable")
-    figure, axes = plt.subplots(2, 16, figsize=(9, 1.6), layout="constrained")
+    figure, axes = plt.subplots(2, 16, figsize=(9, 1.5))
     most = abs(kernel).max()
     for each, i in zip(axes.flat, order, strict=True):
         each.imshow(kernel[:, :, 0, i], cmap="RdBu", vmin=-most, vmax=most)
         each.set(xticks=[], yticks=[])
-    figure.suptitle("32 filters: those that are white are exactly zero", fontsize=9)
+    figure.suptitle("32 filters: those that are white are exactly zero")
     figure.savefig(path, metadata={"Date": None})
 
 

@@ -23,8 +23,9 @@ import regkern as rk
 import regkern.keras
 
 mpl.use("Agg")
-mpl.rcParams["svg.hashsalt"] = "regkern"  # the same picture, the same file
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
+
+plt.style.use(Path(__file__).with_name("picture.mplstyle"))
 
 TRAINED = 1347
 
@@ -63,12 +64,12 @@ def share_of_zeros(model: keras.Model) -> float:
 
 def draw(rows: list[tuple[str, float, float]], kernel: np.ndarray, path: Path) -> None:
     """Draw zeros and accuracies, and how many of the first layer's weights each pixel has left."""
-    figure, (bars, image) = plt.subplots(1, 2, figsize=(9, 3.2), width_ratios=[2.2, 1], layout="constrained")
+    figure, (bars, image) = plt.subplots(1, 2, figsize=(9, 3.2), width_ratios=[2.2, 1])
     names = [name.replace("`", "") for name, _, _ in rows]
-    bars.barh(names, [100 * zeros for _, zeros, _ in rows], color="#3b6ea5")
+    bars.barh(names, [100 * zeros for _, zeros, _ in rows], color="C0")
     for i, (_, zeros, accuracy) in enumerate(rows):
-        bars.text(100 * zeros + 1, i, f"{100 * zeros:.0f} % zeros, accuracy {accuracy:.3f}", va="center", fontsize=8)
-    bars.set(xlim=(0, 145), xticks=[0, 25, 50, 75, 100], xlabel="exact zeros, %")
+        bars.text(100 * zeros + 2, i, f"{100 * zeros:.0f} % zeros, accuracy {accuracy:.3f}", va="center")
+    bars.set(xlim=(0, 130), xticks=[0, 25, 50, 75, 100], xlabel="exact zeros, %")
     bars.invert_yaxis()
     shown = image.imshow((kernel != 0).sum(axis=1).reshape(8, 8), cmap="Blues", vmin=0, vmax=kernel.shape[1])
     image.set(title="weights left, by pixel", xticks=[], yticks=[])
