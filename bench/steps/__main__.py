@@ -140,7 +140,9 @@ def write(results: dict[str, Any]) -> None:
     """Write the tables and the picture."""
     line = tables.machine_line(results)
     own = table(results, headlines(results), "l1l2", asked=False)
-    tables.put_between_markers(tables.ROOT / "README.md", "bench-steps", f"{own}\n\n{PICTURE}\n\n{line}")
+    text = f"{own}\n\n{PICTURE}\n\n{line}"
+    tables.put_between_markers(tables.ROOT / "README.md", "bench-steps", text)
+    tables.put_between_markers(tables.SPEED, "bench-steps", text.replace("(docs/pages/", "("))
     parts = [f"{label}:\n\n{table(results, results['steps'], penalty)}" for penalty, label in PENALTIES.items()]
     tables.put_between_markers(tables.ROOT / "bench/README.md", "bench-steps", "\n\n".join([line, *parts]))
     plot(results, tables.ROOT / "docs/pages/steps.svg")
