@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 import regkern as rk
 from regkern.report import evaluate
-from regkern.rows import SORTS, by_layer, layer, sorted_rows
+from regkern.rows import SORTS, by_layer, layer, shown
 from regkern.rules import parse_rules, selected
 from regkern.text import decimal, elided, padded, width
 from regkern.weights import open_weights
@@ -117,7 +117,7 @@ def test_nan_comes_first(tmp_path):
     save_file({"a": np.ones(2), "b": np.array([np.nan, 1]), "c": np.full(2, 5.0)}, tmp_path / "x.safetensors")
     with open_weights(tmp_path / "x.safetensors") as tensors:
         rows = evaluate(tensors, parse_rules(["*=l1"])).rows
-    assert [row.name for row in sorted_rows(rows, "penalty")] == ["b", "c", "a"]
+    assert [row.name for row in shown(rows, "penalty", None, "name")] == ["b", "c", "a"]
 
 
 def test_the_largest_few(model):

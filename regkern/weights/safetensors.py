@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from regkern.weights.elements import Decoded, Source
+from regkern.weights.elements import Decoded, Source, Stored
 from regkern.weights.errors import WeightsError, library
 from regkern.weights.pieces import Array, ranges
 from regkern.weights.tensors import (
@@ -24,7 +24,6 @@ from regkern.weights.tensors import (
     in_natural_order,
     made,
     small_float,
-    stored,
     unreadable,
     without_elements,
 )
@@ -109,7 +108,7 @@ def _tensor(
         )
         return made(path, name, shape, elements, nbytes=nbytes)
     if dtype is not None:
-        return stored(source, name, shape, dtype, offset)
+        return made(path, name, shape, Stored(source, dtype, shape, offset))
     if known and tag not in known:
         version = library("safetensors", path, "report").__version__
         error = WeightsError(

@@ -18,11 +18,11 @@ import numpy as np
 
 from regkern.text import elided
 from regkern.weights import pickles
-from regkern.weights.elements import Decoded, Elements, Source, Stored
+from regkern.weights.elements import Decoded, Source, Stored
 from regkern.weights.errors import WeightsError, library
 from regkern.weights.pieces import Array
 from regkern.weights.tensors import WIDENED, Tensor, Tensors, halves, is_state, made, small_float, without_elements
-from regkern.weights.zips import window
+from regkern.weights.zips import start_of
 
 # PyTorch's dtypes that NumPy, or ml_dtypes, has under the same name.
 _DTYPES = {
@@ -176,7 +176,9 @@ def _is_dense(tensor: Any) -> bool:
     return True
 
 
-def _elements(torch: Any, source: Source, places: dict[int, int], tensor: Any, dtype: np.dtype[Any]) -> Elements:
+def _elements(
+    torch: Any, source: Source, places: dict[int, int], tensor: Any, dtype: np.dtype[Any]
+) -> Stored | Decoded:
     """Return how to read a tensor: from the file if it lies there as it is, else from memory, where it is already."""
     shape = tuple(tensor.shape)
     start = places.get(tensor.untyped_storage().data_ptr())
@@ -230,5 +232,5 @@ def _places(path: Path, keys: list[str], storages: list[Any]) -> dict[int, int]:
             info = records.get(key)
             if info is None or info.file_size != storage.nbytes():
                 return {}
-            places[storage.data_ptr()] = window(file, info)[0]
+            places[storage.data_ptr()] = start_of(file, info)
     return places
