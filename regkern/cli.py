@@ -196,9 +196,9 @@ def report(files: tuple[Path, ...], **options: Any) -> None:
             _print_report(path, rules, reports[path], view)
     _check_selection(not reports or any(report.rows for report in reports.values()), options)
     if options["as_json"]:
-        click.echo(output.reports_as_json(rules, reports, view))
+        click.echo(output.as_json(output.of_reports(rules, reports, view)))
     elif options["as_csv"]:
-        click.echo(output.reports_as_csv(reports, view), nl=False)
+        click.echo(output.as_csv(reports, view), nl=False)
     if options["plot"] is not None and reports:
         title = f"{', '.join(file.name for file in reports)}   penalty: {rules}"
         rows = [row for report in reports.values() for row in report.rows]
@@ -237,6 +237,8 @@ def _evaluate(path: Path, rules: Rules, options: Mapping[str, Any]) -> Report:
 
 
 def _selected(tensors: Tensors, options: Mapping[str, Any]) -> Tensors:
+    if not (options["only"] or options["exclude"]):
+        return tensors
     names = selected(tensors, options["only"], options["exclude"])
     return Tensors((tensor for tensor in tensors if tensor.name in names), tensors.metadata)
 
@@ -306,7 +308,7 @@ def diff(first: Path, second: Path, **options: Any) -> None:
     _check_selection(bool(changes.rows or changes.only_first or changes.only_second), options)
     rows = shown(changes.rows, options["sort"], options["top"], "relative")
     if options["as_json"]:
-        click.echo(output.changes_as_json(first, second, changes, rows))
+        click.echo(output.as_json(output.of_changes(first, second, changes, rows)))
     else:
         _print_changes(first, second, changes, rows)
     if options["plot"] is not None:

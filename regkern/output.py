@@ -37,15 +37,13 @@ def _valid(value: Any) -> Any:
     return {math.inf: "Infinity", -math.inf: "-Infinity"}.get(value, "NaN")
 
 
-def reports_as_json(rules: Rules, reports: Mapping[Path, Report], view: View) -> str:
-    """Return reports as JSON; `regkern report --help` says what null and strings mean."""
-    return as_json(
-        {
-            "regkern": regkern.__version__,
-            "rules": {glob: regkern.serialize(regularizer) for glob, regularizer in rules.regularizers.items()},
-            "files": [_file(path, report, view) for path, report in reports.items()],
-        }
-    )
+def of_reports(rules: Rules, reports: Mapping[Path, Report], view: View) -> dict[str, Any]:
+    """Return what JSON holds of reports; `regkern report --help` says what null and strings mean."""
+    return {
+        "regkern": regkern.__version__,
+        "rules": {glob: regkern.serialize(regularizer) for glob, regularizer in rules.regularizers.items()},
+        "files": [_file(path, report, view) for path, report in reports.items()],
+    }
 
 
 def _file(path: Path, report: Report, view: View) -> dict[str, Any]:
@@ -74,7 +72,7 @@ def _fields(row: Any) -> dict[str, Any]:
     return {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
 
 
-def reports_as_csv(reports: Mapping[Path, Report], view: View) -> str:
+def as_csv(reports: Mapping[Path, Report], view: View) -> str:
     """Return a line for each row, and a header."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -86,17 +84,15 @@ def reports_as_csv(reports: Mapping[Path, Report], view: View) -> str:
     return text.getvalue()
 
 
-def changes_as_json(first: Path, second: Path, changes: Changes, rows: Sequence[Change]) -> str:
-    """Return a difference as JSON."""
+def of_changes(first: Path, second: Path, changes: Changes, rows: Sequence[Change]) -> dict[str, Any]:
+    """Return what JSON holds of a difference."""
     totals = _fields(changes.totals)
-    return as_json(
-        {
-            "regkern": regkern.__version__,
-            "a": str(first),
-            "b": str(second),
-            "tensors": list(map(_fields, rows)),
-            "only_in_a": changes.only_first,
-            "only_in_b": changes.only_second,
-            "totals": {key: value for key, value in totals.items() if key not in ("name", "shape", "dtype")},
-        }
-    )
+    return {
+        "regkern": regkern.__version__,
+        "a": str(first),
+        "b": str(second),
+        "tensors": list(map(_fields, rows)),
+        "only_in_a": changes.only_first,
+        "only_in_b": changes.only_second,
+        "totals": {key: value for key, value in totals.items() if key not in ("name", "shape", "dtype")},
+    }

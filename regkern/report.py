@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from regkern.formulas import BOTH_SUMS
 from regkern.reductions import zero_and_nonfinite_counts
 from regkern.regularizers import L1L2, OrthogonalRegularizer, PenaltyRegularizer
 from regkern.rows import FIRST, LAST, ROWS, Report, Row, Way, statistics
@@ -44,13 +45,12 @@ class _Statistics:
     def add(self, piece: Array) -> None:
         if not piece.size:
             return
-        with np.errstate(all="ignore"):
-            x = piece.astype(np.float64).reshape(-1)
-            if not self._parts and math.isfinite(x[0]):
-                self._first = float(x[0])
-            minimum, maximum = x.min(), x.max()
-            x -= self._first
-            self._parts.append((x.size, minimum, maximum, x.mean(), x.std()))
+        x = piece.astype(np.float64).reshape(-1)
+        if not self._parts and math.isfinite(x[0]):
+            self._first = float(x[0])
+        minimum, maximum = x.min(), x.max()
+        x -= self._first
+        self._parts.append((x.size, minimum, maximum, x.mean(), x.std()))
 
     def values(self) -> dict[str, float]:
         return statistics(self._parts, self._first)
@@ -115,9 +115,10 @@ def evaluate(
     )
     job = _Job(rules, filters if cosine else None, stats, report, done)
     started = time.perf_counter()
-    for tensor in tensors:
-        done(tensor, 0)
-        report.rows.append(_row_or_error(tensor, job, files[tensor.path]))
+    with np.errstate(all="ignore"):  # infinities are for the table to show
+        for tensor in tensors:
+            done(tensor, 0)
+            report.rows.append(_row_or_error(tensor, job, files[tensor.path]))
     report.seconds = time.perf_counter() - started
     for path, stamp in files.items():
         _check_unchanged(path, stamp)
@@ -175,9 +176,8 @@ def _evaluated(tensor: Tensor, job: _Job, penalised: bool) -> dict[str, Any]:
             found.add(piece)
         if not whole:
             job.done(tensor, piece.nbytes)
-    with np.errstate(all="ignore"):  # infinities are for the table to show
-        counts, sums, terms = _BOTH_SUMS.combine(partials) if partials else np.zeros((3, 2))
-        penalty = None if elementwise is None else elementwise.finish(terms, tensor.kernel_dtype)
+    counts, sums, terms = _BOTH_SUMS.combine(partials) if partials else np.zeros((3, 2))
+    penalty = None if elementwise is None else elementwise.finish(terms, tensor.kernel_dtype)
     mean = None
     if whole:
         if job.report.comparison and x is not None:
@@ -272,7 +272,8 @@ def _partials(piece: Array, regularizer: Any, report: Report) -> Array:
     started = time.perf_counter()
     sums = _BOTH_SUMS.partial(piece)
     report.sums_seconds += time.perf_counter() - started
-    return np.array([counts, sums, (0.0, 0.0) if regularizer is None else regularizer.partial(piece)])
+    known = regularizer is None or [summand.term for summand in regularizer._summands] == [BOTH_SUMS]
+    return np.array([counts, sums, sums if known else regularizer.partial(piece)])
 
 
 def _sums(x: Array) -> tuple[float, float]:
@@ -342,30 +343,25 @@ def _load_kernels(tensors: Sequence[Tensor], cosine: bool) -> float:
     return time.perf_counter() - started
 
 
-def _as_written(x: Array) -> tuple[Any, Any]:
-    return np.abs(x).sum(), np.square(x).sum()
+_WAYS: dict[str, Callable[[Array], tuple[Any, Any]]] = {
+    "regkern": _sums,
+    AS_WRITTEN: lambda x: (np.abs(x).sum(), np.square(x).sum()),
+    "NumPy in float64": lambda x: (np.abs(x).sum(dtype=np.float64), np.square(x, dtype=np.float64).sum()),
+}
 
 
-def _in_float64(x: Array) -> tuple[Any, Any]:
-    return np.abs(x).sum(dtype=np.float64), np.square(x, dtype=np.float64).sum()
-
-
-_WAYS = {"regkern": _sums, AS_WRITTEN: _as_written, "NumPy in float64": _in_float64}
-
-
-def _compare(ways: Iterable[Way], x: Array) -> None:
+def _compare(ways: Sequence[Way], x: Array) -> None:
     """Add the time of the best of three runs, and keep the difference from float64 where it is the largest so far."""
-    with np.errstate(all="ignore"):  # float16 overflows; that is for the difference to show
-        exact = _in_float64(x)
-        for way in ways:
-            best = math.inf
-            for _ in range(3):
-                started = time.perf_counter()
-                sums = way.compute(x)
-                best = min(best, time.perf_counter() - started)
-            way.seconds += best
-            for value, expected in zip(sums, exact, strict=True):
-                way.difference = max(way.difference, _relative_difference(float(value), float(expected)))
+    exact = ways[-1].compute(x)
+    for way in ways:
+        best = math.inf
+        for _ in range(3):
+            started = time.perf_counter()
+            sums = way.compute(x)
+            best = min(best, time.perf_counter() - started)
+        way.seconds += best
+        for value, expected in zip(sums, exact, strict=True):
+            way.difference = max(way.difference, _relative_difference(float(value), float(expected)))
 
 
 def _relative_difference(value: float, expected: float) -> float:

@@ -148,11 +148,7 @@ def _of(key: str, spell: Callable[[Any], str] = number) -> Callable[[Any], str]:
 
 
 def _share(key: str) -> Callable[[Any], str]:
-    def cell(row: Any) -> str:
-        value = getattr(row, key)
-        return "" if value is None else share(value, row.size)
-
-    return cell
+    return lambda row: "" if getattr(row, key) is None else share(getattr(row, key), row.size)
 
 
 def _shape(row: Row | Change) -> str:

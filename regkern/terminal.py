@@ -68,14 +68,14 @@ def progress(tensors: Sequence[Tensor], cosine: bool) -> Iterator[Callable[[Tens
     matrices = [tensor.shape for tensor in tensors if cosine and tensor.evaluated and len(tensor.shape) == 2]
     long = nbytes > _LONG_BYTES or sum(rows**2 * columns for rows, columns in matrices) > _LONG_PRODUCTS
     with _bar(nbytes, DownloadColumn(), long) as show:
-        yield lambda tensor, nbytes: show(nbytes, elided(printable(tensor.name), 40))
+        yield lambda tensor, nbytes: show(nbytes, tensor.name)
 
 
 @contextmanager
 def steps_shown(total: int) -> Iterator[Callable[[str], None]]:
     """Show a bar of steps on stderr where that is a terminal, and what it is given for each."""
     with _bar(total, MofNCompleteColumn()) as show:
-        yield lambda text: show(1, text)
+        yield lambda doing: show(1, doing)
 
 
 @contextmanager
@@ -83,13 +83,13 @@ def _bar(total: int, counts: ProgressColumn, wanted: bool = True) -> Iterator[Ca
     """Show a bar on stderr where that is a terminal, and give what moves it on and says what is being done."""
     console = Console(stderr=True)
     if not (wanted and console.is_terminal):
-        yield lambda advance, text: None
+        yield lambda advance, doing: None
         return
     text = TextColumn("{task.description}", markup=False)
     columns = (SpinnerColumn(), BarColumn(), counts, TimeElapsedColumn(), text)
     with Progress(*columns, console=console, transient=True) as shown:
         task = shown.add_task("", total=total)
-        yield lambda advance, text: shown.update(task, advance=advance, description=text)
+        yield lambda advance, doing: shown.update(task, advance=advance, description=elided(printable(doing), 40))
 
 
 def make_console() -> Console:

@@ -17,9 +17,9 @@ from typing import IO, Any
 import numpy as np
 
 from regkern.weights.elements import Decoded, Source, Stored
-from regkern.weights.errors import WeightsError, explained, library
+from regkern.weights.errors import WeightsError, library
 from regkern.weights.pieces import Array, boxes, counts_of_steps
-from regkern.weights.tensors import Tensor, Tensors, in_natural_order, made, unreadable
+from regkern.weights.tensors import Tensor, Tensors, in_natural_order, listed, made
 
 # What a heap of strings in an HDF5 file starts with: its signature and version.
 _HEAP = b"GCOL\x01"
@@ -89,7 +89,10 @@ def datasets(
     shown = {name: _layers_name(file, name, own_names) for name in found}
     if len(set(shown.values())) < len(shown):
         shown = {name: name for name in found}
-    tensors = [_listed(path, shown[name], item, source, start) for name, item in found.items()]
+    tensors = [
+        listed(path, shown[name], partial(_dataset, path, shown[name], item, source, start), tuple(item.shape))
+        for name, item in found.items()
+    ]
     return Tensors(in_natural_order(tensors), _metadata(file))
 
 
@@ -136,15 +139,6 @@ def _attribute(item: Any, name: str) -> str | None:
         return None
     value = item.attrs[name]
     return value if isinstance(value, str) else None
-
-
-def _listed(path: Path, name: str, item: Any, source: Source | None, start: int) -> Tensor:
-    """Return a dataset as a tensor; one that cannot be read is listed as such."""
-    try:
-        with explained(path, f"readable elements of {name}"):
-            return _dataset(path, name, item, source, start)
-    except WeightsError as error:
-        return unreadable(path, name, error, tuple(item.shape))
 
 
 def _dataset(path: Path, name: str, item: Any, source: Source | None, start: int) -> Tensor:

@@ -13,9 +13,9 @@ from typing import Any, Literal
 import numpy as np
 
 from regkern.weights.elements import Decoded, Source, Stored
-from regkern.weights.errors import WeightsError, explained
+from regkern.weights.errors import WeightsError
 from regkern.weights.pieces import Array, ranges
-from regkern.weights.tensors import Tensor, Tensors, made, unreadable
+from regkern.weights.tensors import Tensor, Tensors, listed, made, unreadable
 from regkern.weights.zips import refuse_dense
 
 _Header = tuple[tuple[int, ...], np.dtype[Any], Literal["C", "F"]]
@@ -53,16 +53,12 @@ def read_npy(path: Path, stack: ExitStack) -> Tensors:
 def read_npz(path: Path, stack: ExitStack) -> Tensors:
     """Return the members, which are decompressed piece by piece; one that cannot be read is listed as such."""
     archive = stack.enter_context(zipfile.ZipFile(path))
-    tensors = []
-    for info in archive.infolist():
-        if info.filename.endswith(".npy"):
-            name = info.filename.removesuffix(".npy")
-            try:
-                with explained(path, f"readable elements of {name}"):
-                    tensors.append(_member(path, archive, info, name))
-            except WeightsError as error:
-                tensors.append(unreadable(path, name, error))
-    return Tensors(tensors)
+    members = ((info, info.filename.removesuffix(".npy")) for info in archive.infolist())
+    return Tensors(
+        listed(path, name, partial(_member, path, archive, info, name))
+        for info, name in members
+        if name != info.filename
+    )
 
 
 def _member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> Tensor:

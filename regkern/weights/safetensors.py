@@ -22,10 +22,10 @@ from regkern.weights.tensors import (
     Tensors,
     halves,
     in_natural_order,
+    is_state,
     made,
     small_float,
     unreadable,
-    without_elements,
 )
 
 # Tags that NumPy has a dtype for.
@@ -118,7 +118,7 @@ def _tensor(
             "pip install --upgrade safetensors",
         )
         return unreadable(path, name, error, shape, tag.lower())
-    return without_elements(path, name, shape, tag, nbytes)
+    return Tensor(path, name, shape, tag.lower(), nbytes, state=is_state(name))  # of a dtype that NumPy lacks
 
 
 def _nibbles(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Hashable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,7 +122,7 @@ class Tensor:
         x = self.load()
         return x[part] if axis == 0 else x[..., part]
 
-    def _explained(self) -> AbstractContextManager[None]:
+    def _explained(self) -> explained:
         return explained(self.path, f"readable elements of {elided(self.name, 100)}")
 
     def _readable(self) -> Stored | Decoded:
@@ -156,14 +155,18 @@ def made(path: Path, name: str, shape: tuple[int, ...], elements: Stored | Decod
     return Tensor(path, name, shape, called, elements=elements, **more)
 
 
-def without_elements(path: Path, name: str, shape: tuple[int, ...], dtype: str, nbytes: int = 0) -> Tensor:
-    """Return a tensor whose dtype NumPy lacks: it is listed, and cannot be loaded."""
-    return Tensor(path, name, shape, dtype.lower(), nbytes, state=is_state(name))
-
-
 def unreadable(path: Path, name: str, error: WeightsError, shape: tuple[int, ...] = (), dtype: str = "") -> Tensor:
     """Return a tensor that is listed with the reason why it cannot be read."""
     return Tensor(path, name, shape, dtype or "unreadable", error=error, state=is_state(name))
+
+
+def listed(path: Path, name: str, make: Callable[[], Tensor], shape: tuple[int, ...] = ()) -> Tensor:
+    """Return what a function makes of a part of a file; one that cannot be read is listed as such."""
+    try:
+        with explained(path, f"readable elements of {name}"):
+            return make()
+    except WeightsError as error:
+        return unreadable(path, name, error, shape)
 
 
 def is_state(name: str) -> bool:
