@@ -163,13 +163,15 @@ def _evaluated(tensor: Tensor, job: _Job, penalised: bool) -> dict[str, Any]:
     """Return what a row holds of a tensor that kernels evaluate."""
     glob, regularizer = job.rules.find(tensor.name) if penalised else (None, None)
     elementwise = regularizer if getattr(regularizer, "_pieces", None) == "any" else None
+    # The usual rule's two terms are the sums that are shown.
+    other = elementwise if elementwise and [each.term for each in elementwise._summands] != [BOTH_SUMS] else None
     over = _cosine_over(tensor, job)
     whole = over is not None or job.report.comparison or regularizer is not elementwise
     in_blocks = tensor.size > 2 * _BLOCK and not tensor.packed and not job.report.comparison
     x = _widened(tensor.load()) if whole and not in_blocks else None
     partials, nan, found = [], 0, _Statistics()
     for piece in map(_widened, tensor.pieces()) if x is None else flat_pieces(x):
-        partials.append(_partials(piece, elementwise, job.report))
+        partials.append(_partials(piece, other, job.report))
         if partials[-1][0, 1]:
             nan += int(np.isnan(piece).sum())
         if job.stats:
@@ -267,13 +269,12 @@ def _cosine(over: str, matrix: _Matrix) -> Any:
 
 
 def _partials(piece: Array, regularizer: Any, report: Report) -> Array:
-    """Return, of a piece, what is added over pieces: counts of zeros and of NaN, both sums, a penalty's two terms."""
+    """Return what is added over pieces: counts of zeros and of NaN, both sums, and a penalty's terms or these again."""
     counts = zero_and_nonfinite_counts(piece)  # first, so that the sums below are timed in memory
     started = time.perf_counter()
     sums = _BOTH_SUMS.partial(piece)
     report.sums_seconds += time.perf_counter() - started
-    known = regularizer is None or [summand.term for summand in regularizer._summands] == [BOTH_SUMS]
-    return np.array([counts, sums, sums if known else regularizer.partial(piece)])
+    return np.array([counts, sums, sums if regularizer is None else regularizer.partial(piece)])
 
 
 def _sums(x: Array) -> tuple[float, float]:

@@ -78,8 +78,8 @@ def zip_bomb(path, method):
 
 
 def quine_of_entries(path):
-    """Many entries of one member: a zip of 200 kB that unpacks to 60 GB."""
-    size = 1 << 25
+    """Many entries of one member: a zip of 100 kB that unpacks to 4 GB."""
+    size = 1 << 21
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("w.npy", npy_header((size // 4,)) + bytes(size))
     data = path.read_bytes()
@@ -92,7 +92,7 @@ def quine_of_entries(path):
 
 def keras_bomb(path):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("model.weights.h5", bytes(100 << 20))
+        archive.writestr("model.weights.h5", bytes((1 << 26) + 1))
 
 
 def negative_lengths(path):
