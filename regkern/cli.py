@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,14 @@ from rich.table import Table
 from rich.text import Text
 
 import regkern
-from regkern import tables
-from regkern.demo import FEATURES, RELEVANT, SAMPLES, STEPS, WAYS, Problem, table
+from regkern import output, tables
+from regkern.demo import FEATURES, RELEVANT, SAMPLES, STEPS, WAYS, Problem, lines
 from regkern.diff import Changes, difference
-from regkern.output import as_csv, as_json, changes_as_json
 from regkern.plot import PlotError, check_target, save_changes, save_plot
 from regkern.report import AS_WRITTEN, evaluate
-from regkern.rows import SORTS, Report, Row
+from regkern.rows import CHANGE_SORTS, SORTS, Report, shown
 from regkern.rules import RuleError, Rules, parse_rules, selected
-from regkern.tables import CHANGE_SORTS, View
+from regkern.tables import View
 from regkern.terminal import bold_lines, compiling_said, make_console, print_lines, progress, steps_shown
 from regkern.text import decimal, elided, printable
 from regkern.weights import Tensor, Tensors, WeightsError, open_weights
@@ -37,13 +36,14 @@ _REPORT_HELP = """Show the sums, sparsity and penalties of every tensor in weigh
 Formats: .npy, .npz, .safetensors, .h5 and .hdf5 (Keras's and others), .keras, PyTorch's .pt, .pth and .bin (weights
 only), and the .index.json of a sharded checkpoint, which is reported as one. They never run code.
 
-Files can be larger than memory: they are read piece by piece. Cosines and orthogonal penalties of packed tensors, and
---compare, need a tensor in memory as a whole.
+Files can be larger than memory: they are read piece by piece. Cosines and orthogonal penalties of compressed
+tensors, and --compare, need a tensor in memory as a whole.
 
 A rule is GLOB=none or GLOB=REGULARIZER[:factor=value,...], where the regularizer is l1, l2, l1_l2 (both factors 0.01
-unless given), orthogonal_regularizer (2-D tensors alone) or another of regkern's. A glob that is a tensor's name is
-that tensor's alone. In a glob's place, @rank>=2 (or <, <=, =, >) stands for tensors with so many axes, and @no_decay
-for biases, by their names, and all tensors with less than two axes.
+unless given), huber, mcp, scad, log_sum, group_lasso, sparse_group_lasso, orthogonal_regularizer or soft_orthogonal
+(these two of 2-D tensors alone). A glob that is a tensor's name is that tensor's alone. In a glob's place, @rank>=2 (or
+<, <=, =, >) stands for tensors with so many axes, and @no_decay for biases, by their names, and all tensors with less
+than two axes.
 
 The state of optimizers and metrics is listed apart, and tied tensors count once. A tensor that cannot be read is
 listed as such.
@@ -99,6 +99,21 @@ class _WrongUse(_Failure):
     exit_code = 2
 
 
+@contextmanager
+def _failing() -> Iterator[None]:
+    """Turn what is wrong with the command line, a file or the machine into one line and an exit status."""
+    try:
+        yield
+    except (RuleError, PlotError) as error:
+        raise _WrongUse(str(error)) from error
+    except WeightsError as error:
+        raise _Failure(str(error)) from error
+
+
+def _say(text: str) -> None:
+    click.echo(printable(text), err=True)
+
+
 _HELP_EPILOG = """\b
 Tab completion, in the shell's start-up file:
   bash:  eval "$(_REGKERN_COMPLETE=bash_source regkern)"
@@ -110,7 +125,12 @@ Tab completion, in the shell's start-up file:
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=_HELP_EPILOG)
 @click.version_option(regkern.__version__, prog_name="regkern")
 def cli() -> None:
-    """Weight penalties (L1, L2, L1L2, orthogonal), evaluated by fused kernels."""
+    """Weight penalties, evaluated by fused kernels."""
+
+
+def _sort(keys: Sequence[str]) -> Callable[[Any], Any]:
+    text = f"Sort, largest first, by {', '.join(keys)}."
+    return click.option("--sort", type=click.Choice(keys), metavar="KEY", help=text)
 
 
 _ONLY = click.option("--only", metavar="GLOB", multiple=True, help="Take tensors alone whose name matches a GLOB.")
@@ -131,7 +151,7 @@ _STATE = click.option("--state", is_flag=True, help="Take the state of optimizer
 )
 @_ONLY
 @_EXCLUDE
-@click.option("--sort", type=click.Choice(SORTS), metavar="KEY", help=f"Sort, largest first, by {', '.join(SORTS)}.")
+@_sort(SORTS)
 @_TOP
 @click.option("--by-layer", is_flag=True, help="Show a line for each layer.")
 @click.option("--stats", is_flag=True, help="Minimum, maximum, mean, standard deviation and bytes of each tensor.")
@@ -149,10 +169,11 @@ _STATE = click.option("--state", is_flag=True, help="Take the state of optimizer
 @click.option("--fail-on", type=click.Choice(["nonfinite"]), help="Exit with 3 if an element is NaN or infinite.")
 @click.option("--max-penalty", type=float, metavar="P", help="Exit with 3 unless each file's penalty is at most P.")
 @click.option(
-    "--plot", metavar="PNG", type=click.Path(path_type=Path), help="Save a picture: penalty and zeros by layer."
+    "--plot", metavar="FILE", type=click.Path(path_type=Path), help="Save a picture: penalty and zeros by layer."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; NaN and infinities are strings, null is no value.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV, a line per tensor.")
+@_failing()
 def report(files: tuple[Path, ...], **options: Any) -> None:
     """Show the sums, sparsity and penalties of every tensor in weight files."""
     files = (_DEMO, *files) if options["demo"] else files
@@ -166,19 +187,19 @@ def report(files: tuple[Path, ...], **options: Any) -> None:
         try:
             reports[path] = _evaluate(path, rules, options)
         except WeightsError as error:  # the other files are worth reporting
-            click.echo(f"Error: {error}", err=True)
+            _say(f"Error: {error}")
             failed = True
             continue
         failed |= _say_unread(path, reports[path])
         if not reports[path].rows:
-            click.echo(f"Warning: {printable(str(path))}: --only and --exclude leave no tensor of it.", err=True)
+            _say(f"Warning: {path}: --only and --exclude leave no tensor of it.")
         elif not quiet:
             _print_report(path, rules, reports[path], view)
     _check_selection(not reports or any(report.rows for report in reports.values()), options)
     if options["as_json"]:
-        click.echo(json.dumps(as_json(rules, reports, view), indent=2, allow_nan=False))
+        click.echo(output.as_json(output.of_reports(rules, reports, view)))
     elif options["as_csv"]:
-        click.echo(as_csv(reports, view), nl=False)
+        click.echo(output.as_csv(reports, view), nl=False)
     if options["plot"] is not None and reports:
         title = f"{', '.join(file.name for file in reports)}   penalty: {rules}"
         rows = [row for report in reports.values() for row in report.rows]
@@ -197,12 +218,9 @@ def _checked(files: Sequence[Path], options: Mapping[str, Any]) -> Rules:
         raise click.UsageError("expected --json or --csv; got both.")
     if options["max_penalty"] is not None and not options["max_penalty"] >= 0:
         raise click.UsageError(f"expected --max-penalty of at least 0; got {options['max_penalty']}.")
-    try:
-        if options["plot"] is not None:
-            check_target(options["plot"])
-        return parse_rules(options["rules"] or (_DEFAULT_RULE,))
-    except (RuleError, PlotError) as error:
-        raise _WrongUse(str(error)) from error
+    if options["plot"] is not None:
+        check_target(options["plot"])
+    return parse_rules(options["rules"] or (_DEFAULT_RULE,))
 
 
 def _evaluate(path: Path, rules: Rules, options: Mapping[str, Any]) -> Report:
@@ -217,11 +235,11 @@ def _evaluate(path: Path, rules: Rules, options: Mapping[str, Any]) -> Report:
             f"{path}: expected memory for cosines and comparisons; got too little of it; "
             "leave them out by --no-cosine, and without --compare."
         ) from error
-    except RuleError as error:
-        raise _WrongUse(str(error)) from error
 
 
 def _selected(tensors: Tensors, options: Mapping[str, Any]) -> Tensors:
+    if not (options["only"] or options["exclude"]):
+        return tensors
     names = selected(tensors, options["only"], options["exclude"])
     return Tensors((tensor for tensor in tensors if tensor.name in names), tensors.metadata)
 
@@ -236,21 +254,18 @@ def _say_unread(path: Path, report: Report) -> bool:
     """Say which tensors of a file could not be read, and return whether there are any."""
     errors = [row for row in report.rows if row.error]
     for row in errors[:_MOST_ERRORS]:
-        click.echo(f"Error: {printable(f'{elided(str(path), 1000)}: {elided(row.name, 100)}: {row.error}')}", err=True)
+        _say(f"Error: {elided(str(path), 1000)}: {elided(row.name, 100)}: {row.error}")
     if len(errors) > _MOST_ERRORS:
-        click.echo(f"Error: {printable(str(path))}: {len(errors) - _MOST_ERRORS} more cannot be read.", err=True)
+        _say(f"Error: {path}: {len(errors) - _MOST_ERRORS} more cannot be read.")
     return bool(errors)
 
 
 def _warn_of_unused(rules: Rules, reports: Mapping[Path, Report]) -> None:
-    used = {row.rule for report in reports.values() for row in report.rows}
-    for report in reports.values():  # a rule is also used by what has no penalty: another dtype, say
-        bound = rules.of_file(report.rows)
-        used |= {bound.find(row.name)[0] for row in report.rows}
-    for glob in rules.regularizers if reports else ():
-        if glob not in used:
+    unused = [rules.of_file(report.rows).unused(row.name for row in report.rows) for report in reports.values()]
+    for glob in rules.regularizers:
+        if unused and all(glob in each for each in unused):
             advice = "" if glob.startswith("@") else "; a glob matches a whole name, as '*kernel*' does"
-            click.echo(f"Warning: rule '{printable(glob)}' falls to no tensor{advice}.", err=True)
+            _say(f"Warning: rule '{glob}' falls to no tensor{advice}.")
 
 
 def _gates(reports: Mapping[Path, Report], options: Mapping[str, Any]) -> bool:
@@ -261,22 +276,17 @@ def _gates(reports: Mapping[Path, Report], options: Mapping[str, Any]) -> bool:
         if options["fail_on"] and nonfinite:
             count = sum(row.nonfinite or 0 for row in nonfinite)
             names = tables.names([row.name for row in nonfinite])
-            click.echo(f"Failed: {printable(str(path))}: {count:,} elements are NaN or infinite, in {names}.", err=True)
+            _say(f"Failed: {path}: {count:,} elements are NaN or infinite, in {names}.")
             failed = True
-        unseen = [row for row in report.rows if row.nonfinite is None and not row.error and not _whole_numbers(row)]
+        unseen = [row.name for row in report.rows if row.zeros is None and not row.error]
         if options["fail_on"] and unseen:
-            names = tables.names([row.name for row in unseen])
-            click.echo(f"Warning: {printable(str(path))}: not looked at for NaN: {names}.", err=True)
+            _say(f"Warning: {path}: not looked at for NaN: {tables.names(unseen)}.")
         most, penalty = options["max_penalty"], report.totals.penalty
         if most is not None and not penalty <= most:  # NaN fails as well
             beyond = f"more than {most!r}" if penalty > most else f"and not at most {most!r}"
-            click.echo(f"Failed: {printable(str(path))}: the penalty is {penalty!r}, {beyond}.", err=True)
+            _say(f"Failed: {path}: the penalty is {penalty!r}, {beyond}.")
             failed = True
     return failed
-
-
-def _whole_numbers(row: Row) -> bool:
-    return row.dtype.lstrip("<>").startswith(("int", "uint", "bool", "i", "u", "b")) and not row.dtype.startswith("bf")
 
 
 @cli.command(help=_DIFF_HELP)
@@ -284,39 +294,29 @@ def _whole_numbers(row: Row) -> bool:
 @click.argument("second", metavar="B", type=click.Path(path_type=Path))
 @_ONLY
 @_EXCLUDE
-@click.option(
-    "--sort",
-    type=click.Choice(CHANGE_SORTS),
-    metavar="KEY",
-    help=f"Sort, largest first, by {', '.join(CHANGE_SORTS)}.",
-)
+@_sort(CHANGE_SORTS)
 @_TOP
 @_STATE
-@click.option("--plot", metavar="PNG", type=click.Path(path_type=Path), help="Save a picture: change and zeros.")
-@click.option("--json", "json_wanted", is_flag=True, help="Print JSON; NaN and infinities are strings.")
+@click.option("--plot", metavar="FILE", type=click.Path(path_type=Path), help="Save a picture: change and zeros.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON; NaN and infinities are strings.")
+@_failing()
 def diff(first: Path, second: Path, **options: Any) -> None:
     """Show how the tensors of two weight files differ."""
-    try:
-        if options["plot"] is not None:
-            check_target(options["plot"])
-        with open_weights(first) as a, open_weights(second) as b:
-            changes = difference(*(_weights(tensors, options) for tensors in (a, b)))
-    except (PlotError, RuleError) as error:
-        raise _WrongUse(str(error)) from error
-    except WeightsError as error:
-        raise _Failure(str(error)) from error
+    if options["plot"] is not None:
+        check_target(options["plot"])
+    with open_weights(first) as a, open_weights(second) as b:
+        changes = difference(*(_weights(tensors, options) for tensors in (a, b)))
     _check_selection(bool(changes.rows or changes.only_first or changes.only_second), options)
-    rows = tables.sorted_changes(changes.rows, options["sort"], options["top"])
-    if options["json_wanted"]:
-        click.echo(json.dumps(changes_as_json(first, second, changes, rows), indent=2, allow_nan=False))
+    rows = shown(changes.rows, options["sort"], options["top"], "relative")
+    if options["as_json"]:
+        click.echo(output.as_json(output.of_changes(first, second, changes, rows)))
     else:
         _print_changes(first, second, changes, rows)
     if options["plot"] is not None:
         _plot(options["plot"], lambda: save_changes(options["plot"], f"{first.name} -> {second.name}", rows))
+    for reason in changes.unread:
+        _say(f"Error: {reason}")
     if changes.unread:
-        for row in changes.rows:
-            if row.name in changes.unread:
-                click.echo(f"Error: {printable(row.error or '')}", err=True)
         raise SystemExit(1)
 
 
@@ -327,12 +327,12 @@ def _weights(tensors: Tensors, options: Mapping[str, Any]) -> list[Tensor]:
 def _print_changes(first: Path, second: Path, changes: Changes, rows: Sequence[Any]) -> None:
     console = make_console()
     print_lines(console, [f"A: {printable(str(first))}", f"B: {printable(str(second))}"], bold=(0, 1))
-    lines = tables.changes_table(changes, rows, console.width)
-    print_lines(console, lines, bold=bold_lines(lines))
+    table = tables.changes_table(changes, rows, console.width)
+    print_lines(console, table, bold=bold_lines(table))
     print_lines(console, [*tables.changes_notes(changes, rows), ""])
 
 
-@cli.command()
+@cli.command(short_help="Find the features that matter, in NumPy alone.")
 def demo() -> None:
     """Find the features that matter, in NumPy alone: what a proximal step is for.
 
@@ -346,14 +346,13 @@ def demo() -> None:
                 show(f"{name}: {(weights == 0).mean():.1%} zeros")
             results.append(problem.judge(name, weights))
     console = make_console()
-    print_lines(
-        console, [f"{RELEVANT} of {FEATURES} features matter, {SAMPLES} noisy measurements, {STEPS} steps:", ""]
-    )
-    print_lines(console, table(results), bold=(0,))
+    said = f"{RELEVANT} of {FEATURES} features matter, {SAMPLES} noisy measurements, {STEPS} steps:"
+    print_lines(console, [said, ""])
+    print_lines(console, lines(results), bold=(0,))
     print_lines(console, ["", "w -= rate * gradient; rk.L1(0.1).prox(w, rate, out=w)  # exact zeros, in place", ""])
 
 
-@cli.command()
+@cli.command(short_help="Show what this machine gives regkern.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for example to attach to an issue.")
 def info(as_json: bool) -> None:
     """Show what this machine gives regkern: CPU, threads, kernel cache, GPU, versions."""
@@ -361,7 +360,7 @@ def info(as_json: bool) -> None:
 
     found = collect()
     if as_json:
-        click.echo(json.dumps(found, indent=2))
+        click.echo(output.as_json(found))
         return
     grid = Table.grid(padding=(0, 2))
     for label, value in _info_lines(found):
@@ -402,8 +401,8 @@ def _print_report(path: Path, rules: Rules, report: Report, view: View) -> None:
         print_lines(console, [tables.metadata_line(report.metadata)])
     weights, *state = tables.report_tables(report, view, console.width)
     print_lines(console, weights, bold=bold_lines(weights))
-    for lines in state:
-        print_lines(console, ["", *lines])
+    for table in state:
+        print_lines(console, ["", *table])
     for note in tables.notes(report, view):
         console.print(Text(note))
     if report.comparison:

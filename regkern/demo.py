@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from regkern.regularizers import L1, MCP
+from regkern.tables import Column, table
 
 SAMPLES, FEATURES, RELEVANT, STEPS = 400, 1000, 20, 300
 
@@ -90,11 +91,13 @@ WAYS: dict[str, _Update] = {
 }
 
 
-def table(results: Sequence[Result]) -> list[str]:
+def lines(results: Sequence[Result]) -> list[str]:
     """Return the lines of a table."""
-    head = f"{'w is trained with':<20}  {'exact zeros':>11}  {'found':>7}  {'wrong':>5}  {'error of w':>10}"
-    lines = [head, "-" * len(head)]
-    for each in results:
-        found = f"{each.found}/{RELEVANT}"
-        lines.append(f"{each.name:<20}  {each.zeros:>11.1%}  {found:>7}  {each.wrong:>5}  {each.error:>10.1%}")
-    return lines
+    columns = [
+        Column("w is trained with", lambda each: each.name, right=False),
+        Column("exact zeros", lambda each: f"{each.zeros:.1%}"),
+        Column("found", lambda each: f"{each.found}/{RELEVANT}"),
+        Column("wrong", lambda each: str(each.wrong)),
+        Column("error of w", lambda each: f"{each.error:.1%}"),
+    ]
+    return table(columns, results, 10_000)

@@ -59,7 +59,7 @@ class Changes:
         rows: a change for each name that both files have, in the first one's order.
         only_first: names that the first file alone has.
         only_second: names that the second file alone has.
-        unread: tensors of either file that could not be read.
+        unread: why tensors of either file could not be read.
     """
 
     rows: list[Change] = field(default_factory=list)
@@ -73,7 +73,6 @@ class Changes:
         rows = [row for row in self.rows if row.norm is not None and row.tied_to is None]
         norm = math.hypot(*(row.norm or 0.0 for row in rows))
         base = math.hypot(*(row.base_norm or 0.0 for row in rows))
-        largest = [row.largest or 0.0 for row in rows]
         return Change(
             "total",
             (),
@@ -81,7 +80,7 @@ class Changes:
             sum(row.size for row in rows),
             norm=norm,
             relative=_relative(norm, base),
-            largest=math.nan if any(map(math.isnan, largest)) else max(largest, default=0.0),
+            largest=float(np.max([0.0, *(row.largest or 0.0 for row in rows)])),  # NaN is the largest
             changed=sum(row.changed or 0 for row in rows),
             zeros_gained=sum(row.zeros_gained or 0 for row in rows),
             zeros_lost=sum(row.zeros_lost or 0 for row in rows),
@@ -113,7 +112,7 @@ def difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> Changes:
             values = _compared(tensor, others[tensor.name])
         except WeightsError as error:
             values = {"error": str(error)}
-            found.unread.append(tensor.name)
+            found.unread.append(str(error))
         dtypes = dict.fromkeys((tensor.dtype, others[tensor.name].dtype))
         owner = tensor.name if tensor.place is None else tied.setdefault(tensor.place, tensor.name)
         tied_to = None if owner == tensor.name else owner
@@ -132,18 +131,20 @@ def _compared(a: Tensor, b: Tensor) -> dict[str, Any]:
     if a.shape != b.shape:
         lengths = " and ".join("x".join(map(str, tensor.shape)) or "scalar" for tensor in (a, b))
         return {"error": f"other lengths: {lengths}"}
-    partials, base, counts, largest = [], [], np.zeros(3, np.int64), 0.0
+    partials, base = [], []
+    changed = gained = lost = 0
+    largest = 0.0
     with np.errstate(all="ignore"):  # infinities are for the table to show
         for x, y in _pairs(a, b):
             same = (x == y) | ((x != x) & (y != y))
             step = np.where(same, 0.0, y - x)
-            partials.append(_SQUARE.partial(_floats(step)))
-            base.append(_SQUARE.partial(_floats(x)))
+            partials.append(_SQUARE.partial(step.view(np.float64)))
+            base.append(_SQUARE.partial(x.view(np.float64)))
             largest = float(np.maximum(largest, np.abs(step).max(initial=0.0)))
-            zero, zero_then = x == 0, y == 0
-            counts += np.array([_count(~same), _count(~zero & zero_then), _count(zero & ~zero_then)])
+            changed += int(np.count_nonzero(~same))
+            gained += int(np.count_nonzero((x != 0) & (y == 0)))
+            lost += int(np.count_nonzero((x == 0) & (y != 0)))
         norm, base_norm = (math.sqrt(_SQUARE.combine(each)[1]) if each else 0.0 for each in (partials, base))
-    changed, gained, lost = map(int, counts)
     return {
         "norm": norm,
         "relative": _relative(norm, base_norm),
@@ -157,25 +158,12 @@ def _compared(a: Tensor, b: Tensor) -> dict[str, Any]:
 
 def _pairs(a: Tensor, b: Tensor) -> Iterator[tuple[Array, Array]]:
     """Yield pieces of both that have the same elements, in float64 or complex128."""
-    assert a.elements is not None
-    assert b.elements is not None
-    order = a.elements.order
-    pieces: Any
-    if len(a.shape) < 2 or (order is not None and order == b.elements.order):
-        pieces = zip(a.pieces(), b.pieces(), strict=True)
-    else:
-        pieces = zip(*(flat_pieces(np.ascontiguousarray(tensor.load())) for tensor in (a, b)), strict=True)
-    for x, y in pieces:
+    orders = {tensor.elements.order for tensor in (a, b) if tensor.elements}
+    flat = len(a.shape) < 2 or (len(orders) == 1 and None not in orders)
+    pieces = [tensor.pieces() if flat else flat_pieces(np.ascontiguousarray(tensor.load())) for tensor in (a, b)]
+    for x, y in zip(*pieces, strict=True):
         dtype = np.complex128 if "c" in (x.dtype.kind, y.dtype.kind) else np.float64
         yield x.astype(dtype), y.astype(dtype)
-
-
-def _floats(x: Array) -> Array:
-    return x.view(np.float64)
-
-
-def _count(x: Array) -> int:
-    return int(np.count_nonzero(x))
 
 
 def _relative(norm: float, base: float) -> float:

@@ -42,7 +42,7 @@ def collect() -> dict[str, Any]:
         "xla": _xla(),
         "cache": _cache(),
         "cuda": _cuda(),
-        "versions": _versions(),
+        "versions": {package: _version(package) for package in _PACKAGES},
     }
 
 
@@ -101,16 +101,10 @@ def _cache() -> dict[str, Any]:
 
 
 def _cuda() -> dict[str, Any]:
-    found: dict[str, Any] = {"driver": None, "gpus": [], "packages": {}}
-    for distribution in importlib.metadata.distributions():
-        name = (distribution.metadata["Name"] or "").lower()
-        if _CUDA_PACKAGES.fullmatch(name):
-            found["packages"][name] = distribution.version
-    found["packages"] = dict(sorted(found["packages"].items()))
-    driver = _cuda_driver()
-    if driver is not None:
-        found["driver"], found["gpus"] = driver
-    return found
+    named = ((str(each.metadata["Name"]).lower(), each.version) for each in importlib.metadata.distributions())
+    packages = dict(sorted((name, version) for name, version in named if _CUDA_PACKAGES.fullmatch(name)))
+    driver, gpus = _cuda_driver() or (None, [])
+    return {"driver": driver, "gpus": gpus, "packages": packages}
 
 
 def _cuda_driver() -> tuple[str, list[dict[str, Any]]] | None:
@@ -139,10 +133,6 @@ def _gpu(cuda: Any, index: int) -> dict[str, Any]:
         "bytes": memory.value,
         "compute_capability": f"{major.value}.{minor.value}",
     }
-
-
-def _versions() -> dict[str, str | None]:
-    return {package: _version(package) for package in _PACKAGES}
 
 
 def _version(package: str) -> str | None:

@@ -1,10 +1,11 @@
-"""Reports as JSON and CSV."""
+"""Reports and differences as JSON and CSV."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
 import io
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,8 +19,26 @@ from regkern.tables import View
 from regkern.text import printable
 
 
-def as_json(rules: Rules, reports: Mapping[Path, Report], view: View) -> dict[str, Any]:
-    """Return reports as JSON can hold them; `regkern report --help` says what null and strings mean."""
+def as_json(values: Any) -> str:
+    """Return values as text.
+
+    JSON has no NaN and no infinities: they become the strings that Python's float, and JavaScript's Number, take.
+    """
+    return json.dumps(_valid(values), indent=2, allow_nan=False)
+
+
+def _valid(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _valid(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_valid(each) for each in value]
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    return {math.inf: "Infinity", -math.inf: "-Infinity"}.get(value, "NaN")
+
+
+def of_reports(rules: Rules, reports: Mapping[Path, Report], view: View) -> dict[str, Any]:
+    """Return what JSON holds of reports; `regkern report --help` says what null and strings mean."""
     return {
         "regkern": regkern.__version__,
         "rules": {glob: regkern.serialize(regularizer) for glob, regularizer in rules.regularizers.items()},
@@ -28,7 +47,6 @@ def as_json(rules: Rules, reports: Mapping[Path, Report], view: View) -> dict[st
 
 
 def _file(path: Path, report: Report, view: View) -> dict[str, Any]:
-    shown = "layers" if view.layers else "tensors"
     return {
         "file": str(path),
         "bytes": report.file_bytes,
@@ -37,54 +55,44 @@ def _file(path: Path, report: Report, view: View) -> dict[str, Any]:
             dtype: {"tensors": tensors, "size": size, "nbytes": nbytes}
             for dtype, (tensors, size, nbytes) in report.dtypes.items()
         },
-        shown: [valid(dataclasses.asdict(row)) for row in view.rows(report.weights)],
-        "state": [valid(dataclasses.asdict(row)) for row in view.rows(report.state)],
-        "totals": valid(dataclasses.asdict(report.totals)),
+        "layers" if view.layers else "tensors": list(map(_fields, view.rows(report.weights))),
+        "state": list(map(_fields, view.rows(report.state))),
+        "totals": _fields(report.totals),
         "seconds": report.seconds,
         "sums_seconds": report.sums_seconds,
         "sums_gb_per_s": report.gb_per_s,
         "comparison": [
-            valid({"by": way.name, "seconds": way.seconds, "largest_relative_difference": way.difference})
+            {"by": way.name, "seconds": way.seconds, "largest_relative_difference": way.difference}
             for way in report.comparison
         ],
     }
 
 
-def valid(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN and no infinities: they become the strings that Python's float, and JavaScript's Number, take."""
-    names = {math.inf: "Infinity", -math.inf: "-Infinity"}
-
-    def one(value: Any) -> Any:
-        if not isinstance(value, float) or math.isfinite(value):
-            return value
-        return names.get(value, "NaN")
-
-    return {key: one(value) for key, value in values.items()}
+def _fields(row: Any) -> dict[str, Any]:
+    return {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
 
 
 def as_csv(reports: Mapping[Path, Report], view: View) -> str:
     """Return a line for each row, and a header."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    fields = [field.name for field in dataclasses.fields(Row)]
-    writer.writerow(["file", *fields])
+    writer.writerow(["file", *(field.name for field in dataclasses.fields(Row))])
     for path, report in reports.items():
         for row in [*view.rows(report.weights), *view.rows(report.state)]:
-            values = dataclasses.asdict(row) | {"shape": "x".join(map(str, row.shape))}
-            cells = [str(path), *(values[field] for field in fields)]
+            cells = [str(path), *(_fields(row) | {"shape": "x".join(map(str, row.shape))}).values()]
             writer.writerow([printable(cell) if isinstance(cell, str) else cell for cell in cells])
     return text.getvalue()
 
 
-def changes_as_json(first: Path, second: Path, changes: Changes, rows: Sequence[Change]) -> dict[str, Any]:
-    """Return a difference as JSON can hold it."""
-    totals = dataclasses.asdict(changes.totals)
+def of_changes(first: Path, second: Path, changes: Changes, rows: Sequence[Change]) -> dict[str, Any]:
+    """Return what JSON holds of a difference."""
+    totals = _fields(changes.totals)
     return {
         "regkern": regkern.__version__,
         "a": str(first),
         "b": str(second),
-        "tensors": [valid(dataclasses.asdict(row)) for row in rows],
+        "tensors": list(map(_fields, rows)),
         "only_in_a": changes.only_first,
         "only_in_b": changes.only_second,
-        "totals": valid({key: value for key, value in totals.items() if key not in ("name", "shape", "dtype")}),
+        "totals": {key: value for key, value in totals.items() if key not in ("name", "shape", "dtype")},
     }

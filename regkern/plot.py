@@ -7,8 +7,7 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -21,26 +20,24 @@ _MOST_BARS = 48
 # A bar that is so many times the median would flatten the rest: then the scale is logarithmic.
 _FLATTENING = 30
 _DECADES = 24  # that a logarithmic scale shows at most
-_PENALTY, _SPARSITY, _LOST = "#3b6ea8", "#d98032", "#7a9e4e"
+_PENALTY, _SPARSITY = "#3b6ea8", "#d98032"
 _TEXT, _FAULT, _NOTHING = "#444444", "#c0392b", "#999999"
 _FONT = "DejaVu Sans"  # comes with matplotlib
 
 
 class _Bar(NamedTuple):
     name: str
-    values: tuple[float | None, ...]  # one for each panel; None where there is none
-    labels: tuple[str, ...]
-    rank: float | None  # by which the largest are chosen
+    values: tuple[float | None, float | None]  # one for each panel; None where there is none
+    labels: tuple[str, str]
     fault: bool  # NaN, infinite or unread
 
 
-@dataclass(frozen=True, slots=True)
-class _Panel:
-    """One of the two diagrams: what its bars are, and the largest value that there can be."""
+class _Panel(NamedTuple):
+    """One of the two diagrams."""
 
     label: str
     color: str
-    most: float | None = None
+    percent: bool = False
 
 
 class PlotError(ValueError):
@@ -76,7 +73,7 @@ def save_plot(path: Path, title: str, rows: Sequence[Row]) -> None:
         OSError: it cannot be written; no part of it is left.
     """
     bars, unit = _bars([row for row in rows if not row.state])
-    panels = (_Panel(f"penalty by {unit}", _PENALTY), _Panel("exact zeros, % of elements", _SPARSITY, 100.0))
+    panels = (_Panel(f"penalty by {unit}", _PENALTY), _Panel("exact zeros, % of elements", _SPARSITY, True))
     _draw(path, title, bars, panels)
 
 
@@ -94,7 +91,7 @@ def save_changes(path: Path, title: str, rows: Sequence[Change]) -> None:
     bars, unit = _largest([_change_bar(row) for row in rows], "relative change")
     panels = (
         _Panel(f"||b - a|| / ||a|| by {unit}", _PENALTY),
-        _Panel("zeros gained minus lost, % of elements", _SPARSITY, 100.0),
+        _Panel("zeros gained minus lost, % of elements", _SPARSITY, True),
     )
     _draw(path, title, bars, panels)
 
@@ -124,7 +121,7 @@ def _panel(axes: Any, panel: _Panel, values: list[float | None], labels: list[st
     finite = [value if value is not None and math.isfinite(value) else 0.0 for value in values]
     axes.barh(range(len(values)), finite, height=0.7, color=panel.color)
     label = panel.label
-    if panel.most is not None:
+    if panel.percent:
         lowest = min(finite, default=0.0)
         axes.set_xlim(max(1.5 * lowest - 20, -115) if lowest < 0 else 0, 115)
     elif _scale(axes, finite):
@@ -209,40 +206,30 @@ def _spelled(text: str, missing: frozenset[str]) -> str:
 def _bars(rows: Sequence[Row]) -> tuple[list[_Bar], str]:
     """Return the bars and what one stands for: the deepest level of names that gives few enough of them."""
     parts = [re.split(r"[./]", row.name) for row in rows]
-    deepest = max(map(len, parts), default=0)
     bars: list[_Bar] = []
-    for depth in range(deepest, 0, -1):
-        names = [row.name[: len(".".join(part[:depth]))] for row, part in zip(rows, parts, strict=True)]
-        bars = [_merged(name, members) for name, members in _grouped(zip(names, rows, strict=True)).items()]
+    for depth in range(max(map(len, parts), default=0), 0, -1):
+        groups: dict[str, list[Row]] = {}
+        for row, part in zip(rows, parts, strict=True):
+            groups.setdefault(row.name[: len(".".join(part[:depth]))], []).append(row)
+        bars = [_merged(name, members) for name, members in groups.items()]
         if len(bars) <= _MOST_BARS:
             return bars, "tensor" if len(bars) == len(rows) else "layer"
     return _largest(bars, "penalty")
 
 
-def _grouped(named: Iterable[tuple[str, Row]]) -> dict[str, list[Row]]:
-    groups: dict[str, list[Row]] = {}
-    for name, row in named:
-        groups.setdefault(name, []).append(row)
-    return groups
-
-
 def _merged(name: str, rows: Sequence[Row]) -> _Bar:
-    counted = [row for row in rows if row.counts]
-    zeros = [row for row in rows if row.zeros is not None and row.tied_to is None]
-    size = sum(row.size for row in zeros)
-    percent = 100 * sum(row.zeros or 0 for row in zeros) / size if size else None
-    unread = any(row.error for row in rows)
-    nonfinite = sum(row.nonfinite or 0 for row in rows)
-    if counted:
-        penalty: float | None = sum((row.penalty or 0.0 for row in counted), start=0.0)
-        text = number(penalty or 0.0, 3)
-    else:
-        penalty, text = None, _why_none(rows[0])
+    counted = [row.penalty or 0.0 for row in rows if row.counts]
+    seen = [row for row in rows if row.zeros is not None and row.tied_to is None]
+    zeros, size = sum(row.zeros or 0 for row in seen), sum(row.size for row in seen)
+    unread, nonfinite = any(row.error for row in rows), sum(row.nonfinite or 0 for row in rows)
+    penalty = sum(counted, start=0.0) if counted else None
+    text = _why_none(rows[0]) if penalty is None else number(penalty, 3)
     if nonfinite:
         text += f"  ({nonfinite:,} NaN or infinite)"
-    zero_text = "" if percent is None else share(sum(row.zeros or 0 for row in zeros), size)
-    text += "  (a part is not read)" * (unread and bool(counted))
-    return _Bar(name, (penalty, percent), (text, zero_text), penalty, bool(unread or nonfinite))
+    if unread and counted:
+        text += "  (a part is not read)"
+    percent, zero_text = (100 * zeros / size, share(zeros, size)) if size else (None, "")
+    return _Bar(name, (penalty, percent), (text, zero_text), bool(unread or nonfinite))
 
 
 def _why_none(row: Row) -> str:
@@ -253,12 +240,11 @@ def _why_none(row: Row) -> str:
 
 def _change_bar(row: Change) -> _Bar:
     if row.relative is None:
-        return _Bar(row.name, (None, None), (elided(printable(row.error or ""), 60), ""), None, True)
+        return _Bar(row.name, (None, None), (elided(printable(row.error or ""), 60), ""), True)
     gained, lost = row.zeros_gained or 0, row.zeros_lost or 0
     percent = 100 * (gained - lost) / row.size if row.size else 0.0
     zeros = f"+{gained:,}  -{lost:,}" if gained or lost else "0"
-    fault = not math.isfinite(row.relative)
-    return _Bar(row.name, (row.relative, percent), (number(row.relative, 3), zeros), row.relative, fault)
+    return _Bar(row.name, (row.relative, percent), (number(row.relative, 3), zeros), not math.isfinite(row.relative))
 
 
 def _largest(bars: list[_Bar], of: str) -> tuple[list[_Bar], str]:
@@ -267,14 +253,14 @@ def _largest(bars: list[_Bar], of: str) -> tuple[list[_Bar], str]:
         return bars, "tensor"
 
     def rank(i: int) -> tuple[bool, float]:
-        value = bars[i].rank
+        value = bars[i].values[0]
         return bars[i].fault, -1.0 if value is None or math.isnan(value) else value
 
     ranked = sorted(range(len(bars)), key=rank, reverse=True)
-    kept, others = sorted(ranked[:_MOST_BARS]), ranked[_MOST_BARS:]
-    rest = number(sum(bars[i].rank or 0.0 for i in others), 3)
+    rest = number(sum(bars[i].values[0] or 0.0 for i in ranked[_MOST_BARS:]), 3)
     text = f"tensor: the largest {_MOST_BARS} of {len(bars)}"
-    return [bars[i] for i in kept], f"{text}; the others are {rest} in all" if of == "penalty" else text
+    text = f"{text}; the others are {rest} in all" if of == "penalty" else text
+    return [bars[i] for i in sorted(ranked[:_MOST_BARS])], text
 
 
 def _write(path: Path, write: Callable[[IO[bytes]], object]) -> None:

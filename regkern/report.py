@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from regkern.dtypes import DTYPES
+from regkern.formulas import BOTH_SUMS
 from regkern.reductions import zero_and_nonfinite_counts
 from regkern.regularizers import L1L2, OrthogonalRegularizer, PenaltyRegularizer
-from regkern.rows import Report, Row, Way
+from regkern.rows import FIRST, LAST, ROWS, Report, Row, Way, statistics
 from regkern.rules import RuleError, Rules
 from regkern.text import quoted
 from regkern.weights import Array, Tensor, WeightsError, flat_pieces, shortened
@@ -34,47 +34,26 @@ _COSINE = OrthogonalRegularizer(1.0)
 _COLUMNS = OrthogonalRegularizer(1.0, "columns")
 
 AS_WRITTEN = "NumPy as written"
-ROWS, FIRST, LAST = "rows", "filters (axis 0)", "filters (last axis)"
 
 
-@dataclass(slots=True)
-class _Moments:
-    """Minimum, maximum, mean and sum of squared deviations, updated piece by piece (Chan, Golub and LeVeque, 1983).
+class _Statistics:
+    """Minimum, maximum, mean and standard deviation of what is added piece by piece; NaN propagates."""
 
-    The mean is that of what elements are over the first one, so that a large mean costs no digits of a small deviation.
-    """
-
-    size: int = 0
-    minimum: float = math.inf
-    maximum: float = -math.inf
-    first: float = 0.0
-    mean: float = 0.0
-    squares: float = 0.0
+    def __init__(self) -> None:
+        self._first, self._parts = 0.0, list[tuple[float, ...]]()
 
     def add(self, piece: Array) -> None:
-        """Add a piece, in float64; NaN propagates."""
         if not piece.size:
             return
-        with np.errstate(all="ignore"):
-            x = piece.astype(np.float64).reshape(-1)
-            if not self.size and math.isfinite(x[0]):
-                self.first = float(x[0])
-            self.minimum = float(np.minimum(self.minimum, x.min()))
-            self.maximum = float(np.maximum(self.maximum, x.max()))
-            x -= self.first
-            mean = float(x.mean())
-            x -= mean
-            squares = float(np.square(x, out=x).sum())
-        size, step = self.size + x.size, mean - self.mean
-        self.squares += squares + step * step * self.size * x.size / size
-        self.mean, self.size = self.mean + step * x.size / size, size
+        x = piece.astype(np.float64).reshape(-1)
+        if not self._parts and math.isfinite(x[0]):
+            self._first = float(x[0])
+        minimum, maximum = x.min(), x.max()
+        x -= self._first
+        self._parts.append((x.size, minimum, maximum, x.mean(), x.std()))
 
     def values(self) -> dict[str, float]:
-        """Return what a row holds of it."""
-        if not self.size:
-            return {}
-        sd = math.sqrt(self.squares / self.size) if self.squares >= 0 else math.nan
-        return {"minimum": self.minimum, "maximum": self.maximum, "mean": self.first + self.mean, "sd": sd}
+        return statistics(self._parts, self._first)
 
 
 @dataclass(slots=True)
@@ -129,16 +108,17 @@ def evaluate(
     _check_ranks(tensors, rules)
     files = {path: _stamp(path) for path in {tensor.path for tensor in tensors}}
     report = Report(
-        comparison=_ways() if compare else [],
+        comparison=[Way(name, compute) for name, compute in _WAYS.items()] if compare else [],
         loading_seconds=_load_kernels(tensors, cosine),
         metadata=metadata,
         file_bytes=sum(size for _, size, _ in files.values()),
     )
     job = _Job(rules, filters if cosine else None, stats, report, done)
     started = time.perf_counter()
-    for tensor in tensors:
-        done(tensor, 0)
-        report.rows.append(_row_or_error(tensor, job, files[tensor.path]))
+    with np.errstate(all="ignore"):  # infinities are for the table to show
+        for tensor in tensors:
+            done(tensor, 0)
+            report.rows.append(_row_or_error(tensor, job, files[tensor.path]))
     report.seconds = time.perf_counter() - started
     for path, stamp in files.items():
         _check_unchanged(path, stamp)
@@ -183,24 +163,23 @@ def _evaluated(tensor: Tensor, job: _Job, penalised: bool) -> dict[str, Any]:
     """Return what a row holds of a tensor that kernels evaluate."""
     glob, regularizer = job.rules.find(tensor.name) if penalised else (None, None)
     elementwise = regularizer if getattr(regularizer, "_pieces", None) == "any" else None
+    # The usual rule's two terms are the sums that are shown.
+    other = elementwise if elementwise and [each.term for each in elementwise._summands] != [BOTH_SUMS] else None
     over = _cosine_over(tensor, job)
     whole = over is not None or job.report.comparison or regularizer is not elementwise
-    assert tensor.elements is not None
-    in_blocks = tensor.size > 2 * _BLOCK and not tensor.elements.packed and not job.report.comparison
-    widened = _as_it_is if tensor.dtype in DTYPES else _widened
-    x = widened(tensor.load()) if whole and not in_blocks else None
-    partials, nan, moments = [], 0, _Moments()
-    for piece in map(widened, tensor.pieces()) if x is None else flat_pieces(x):
-        partials.append(_partials(piece, elementwise, job.report))
+    in_blocks = tensor.size > 2 * _BLOCK and not tensor.packed and not job.report.comparison
+    x = _widened(tensor.load()) if whole and not in_blocks else None
+    partials, nan, found = [], 0, _Statistics()
+    for piece in map(_widened, tensor.pieces()) if x is None else flat_pieces(x):
+        partials.append(_partials(piece, other, job.report))
         if partials[-1][0, 1]:
             nan += int(np.isnan(piece).sum())
         if job.stats:
-            moments.add(piece)
+            found.add(piece)
         if not whole:
             job.done(tensor, piece.nbytes)
-    with np.errstate(all="ignore"):  # infinities are for the table to show
-        counts, sums, terms = _BOTH_SUMS.combine(partials) if partials else np.zeros((3, 2))
-        penalty = None if elementwise is None else elementwise.finish(terms, tensor.kernel_dtype)
+    counts, sums, terms = _BOTH_SUMS.combine(partials) if partials else np.zeros((3, 2))
+    penalty = None if elementwise is None else elementwise.finish(terms, tensor.kernel_dtype)
     mean = None
     if whole:
         if job.report.comparison and x is not None:
@@ -219,14 +198,14 @@ def _evaluated(tensor: Tensor, job: _Job, penalised: bool) -> dict[str, Any]:
         "nan": nan,
         "penalty": None if penalty is None else float(penalty),
         "rule": glob,
-        **moments.values(),
+        **found.values(),
     }
 
 
 def _counted(tensor: Tensor, job: _Job) -> dict[str, Any]:
     """Return what a row holds of integers, bools, complex and byte-swapped numbers."""
     assert tensor.elements is not None
-    zeros, nonfinite, nan, moments = 0, 0, 0, _Moments()
+    zeros, nonfinite, nan, found = 0, 0, 0, _Statistics()
     inexact = tensor.elements.dtype.kind in "fc"
     for piece in tensor.pieces():
         zeros += piece.size - int(np.count_nonzero(piece))
@@ -234,37 +213,32 @@ def _counted(tensor: Tensor, job: _Job) -> dict[str, Any]:
             nonfinite += piece.size - int(np.isfinite(piece).sum())
             nan += int(np.isnan(piece).sum())
         if job.stats and piece.dtype.kind != "c":
-            moments.add(piece)
+            found.add(piece)
         job.done(tensor, piece.nbytes)
-    found = {"nonfinite": nonfinite, "nan": nan} if inexact else {}
-    return {"zeros": zeros, **found, **moments.values()}
-
-
-def _as_it_is(x: Array) -> Array:
-    return x
+    counts = {"nonfinite": nonfinite, "nan": nan} if inexact else {}
+    return {"zeros": zeros, **counts, **found.values()}
 
 
 def _widened(x: Array) -> Array:
     """Return elements of less than 16 bits as float32, which has all of their values, and others as they are."""
-    return x if x.dtype.name in DTYPES else x.astype(np.float32)
+    return x.astype(np.float32) if x.itemsize < 2 else x
 
 
 def _cosine_over(tensor: Tensor, job: _Job) -> str | None:
-    """Return between what cosines are taken: rows of a matrix, or filters of a convolution kernel."""
+    """Return between what cosines are taken: rows of a matrix, or filters of a convolution kernel.
+
+    Which axis numbers these is told by the option, the format, what the file says, or the name; else None.
+    """
     if job.filters is None or len(tensor.shape) < 2:
         return None
     if len(tensor.shape) == 2:
         return ROWS
-    chosen = {"first": FIRST, "last": LAST}.get(job.filters)
-    return chosen or _filters(tensor, job.report.metadata)
-
-
-def _filters(tensor: Tensor, metadata: dict[str, str]) -> str | None:
-    """Return which axis numbers a kernel's filters: by the format, what the file says, or the name; else None."""
-    suffix = tensor.path.suffix.lower()
-    if suffix in (".pt", ".pth", ".bin") or metadata.get("format") in ("pt", "mlx"):
+    if job.filters != "auto":
+        return FIRST if job.filters == "first" else LAST
+    suffix, form = tensor.path.suffix.lower(), job.report.metadata.get("format")
+    if suffix in (".pt", ".pth", ".bin") or form in ("pt", "mlx"):
         return FIRST
-    if suffix in (".keras", ".h5", ".hdf5") or metadata.get("format") in ("tf", "flax"):
+    if suffix in (".keras", ".h5", ".hdf5") or form in ("tf", "flax"):
         return LAST
     return FIRST if tensor.name.endswith("weight") else LAST if tensor.name.endswith("kernel") else None
 
@@ -295,12 +269,12 @@ def _cosine(over: str, matrix: _Matrix) -> Any:
 
 
 def _partials(piece: Array, regularizer: Any, report: Report) -> Array:
-    """Return, of a piece, what is added over pieces: counts of zeros and of NaN, both sums, a penalty's two terms."""
+    """Return what is added over pieces: counts of zeros and of NaN, both sums, and a penalty's terms or these again."""
     counts = zero_and_nonfinite_counts(piece)  # first, so that the sums below are timed in memory
     started = time.perf_counter()
     sums = _BOTH_SUMS.partial(piece)
     report.sums_seconds += time.perf_counter() - started
-    return np.array([counts, sums, (0.0, 0.0) if regularizer is None else regularizer.partial(piece)])
+    return np.array([counts, sums, sums if regularizer is None else regularizer.partial(piece)])
 
 
 def _sums(x: Array) -> tuple[float, float]:
@@ -370,35 +344,25 @@ def _load_kernels(tensors: Sequence[Tensor], cosine: bool) -> float:
     return time.perf_counter() - started
 
 
-def _as_written(x: Array) -> tuple[Any, Any]:
-    return np.abs(x).sum(), np.square(x).sum()
+_WAYS: dict[str, Callable[[Array], tuple[Any, Any]]] = {
+    "regkern": _sums,
+    AS_WRITTEN: lambda x: (np.abs(x).sum(), np.square(x).sum()),
+    "NumPy in float64": lambda x: (np.abs(x).sum(dtype=np.float64), np.square(x, dtype=np.float64).sum()),
+}
 
 
-def _in_float64(x: Array) -> tuple[Any, Any]:
-    return np.abs(x).sum(dtype=np.float64), np.square(x, dtype=np.float64).sum()
-
-
-def _ways() -> list[Way]:
-    return [
-        Way("regkern", _sums),
-        Way(AS_WRITTEN, _as_written),
-        Way("NumPy in float64", _in_float64),
-    ]
-
-
-def _compare(ways: Iterable[Way], x: Array) -> None:
+def _compare(ways: Sequence[Way], x: Array) -> None:
     """Add the time of the best of three runs, and keep the difference from float64 where it is the largest so far."""
-    with np.errstate(all="ignore"):  # float16 overflows; that is for the difference to show
-        exact = _in_float64(x)
-        for way in ways:
-            best = math.inf
-            for _ in range(3):
-                started = time.perf_counter()
-                sums = way.compute(x)
-                best = min(best, time.perf_counter() - started)
-            way.seconds += best
-            for value, expected in zip(sums, exact, strict=True):
-                way.difference = max(way.difference, _relative_difference(float(value), float(expected)))
+    exact = ways[-1].compute(x)
+    for way in ways:
+        best = math.inf
+        for _ in range(3):
+            started = time.perf_counter()
+            sums = way.compute(x)
+            best = min(best, time.perf_counter() - started)
+        way.seconds += best
+        for value, expected in zip(sums, exact, strict=True):
+            way.difference = max(way.difference, _relative_difference(float(value), float(expected)))
 
 
 def _relative_difference(value: float, expected: float) -> float:

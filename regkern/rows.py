@@ -6,9 +6,18 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from typing import Any
 
+import numpy as np
+
 from regkern.weights import natural
+
+# Between what cosines are taken: rows of matrices, filters of kernels with more axes.
+ROWS, FIRST, LAST = "rows", "filters (axis 0)", "filters (last axis)"
+# The numbers that rows together have as a sum, and that sum where none has one.
+ADDED = {"nbytes": 0, "abs_sum": 0.0, "square_sum": 0.0, "zeros": 0, "nonfinite": 0, "nan": 0, "penalty": 0.0}
+_STATISTICS = ("minimum", "maximum", "mean", "sd")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,22 +101,10 @@ class Totals:
     unread: int
 
 
-def totals(rows: Sequence[Row]) -> Totals:
-    """Add up the rows that count."""
-    counted = [row for row in rows if row.counts]
-    return Totals(
-        tensors=len(counted),
-        size=sum(row.size for row in counted),
-        nbytes=sum(row.nbytes for row in counted),
-        abs_sum=sum((row.abs_sum or 0.0 for row in counted), start=0.0),
-        square_sum=sum((row.square_sum or 0.0 for row in counted), start=0.0),
-        zeros=sum(row.zeros or 0 for row in counted),
-        nonfinite=sum(row.nonfinite or 0 for row in counted),
-        nan=sum(row.nan or 0 for row in counted),
-        penalty=sum((row.penalty or 0.0 for row in counted), start=0.0),
-        unseen=sum(row.size for row in rows if not (row.state or row.error) and row.nonfinite is None),
-        unread=sum(row.error is not None for row in rows),
-    )
+def _sums(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return the sums of the numbers that some of the rows have."""
+    columns = {key: [value for row in rows if (value := getattr(row, key)) is not None] for key in ADDED}
+    return {key: sum(values, start=ADDED[key]) for key, values in columns.items() if values}
 
 
 @dataclass(slots=True)
@@ -155,7 +152,14 @@ class Report:
     @property
     def totals(self) -> Totals:
         """The sums over all rows that count."""
-        return totals(self.rows)
+        counted = [row for row in self.rows if row.counts]
+        return Totals(
+            tensors=len(counted),
+            size=sum(row.size for row in counted),
+            unseen=sum(row.size for row in self.weights if row.error is None and row.nonfinite is None),
+            unread=sum(row.error is not None for row in self.rows),
+            **ADDED | _sums(counted),
+        )
 
     @property
     def dtypes(self) -> dict[str, tuple[int, int, int]]:
@@ -195,58 +199,59 @@ def _merged(name: str, rows: list[Row]) -> Row:
     counted = [row for row in rows if row.tied_to is None] or rows
     dtypes = {row.dtype for row in rows}
     errors = [f"{row.name}: {row.error}" for row in rows if row.error]
-    known = [row for row in counted if row.mean is not None and row.sd is not None and row.size]
-    size = sum(row.size for row in known)
-    mean = sum(row.size * (row.mean or 0.0) for row in known) / size if known else None
-    squares = sum(row.size * ((row.sd or 0.0) ** 2 + ((row.mean or 0.0) - (mean or 0.0)) ** 2) for row in known)
-
-    def added(key: str) -> Any:
-        values = [value for row in counted if (value := getattr(row, key)) is not None]
-        return sum(values) if values else None
-
+    part = attrgetter("size", *_STATISTICS)
     return Row(
         name,
         (len(rows),),
         dtypes.pop() if len(dtypes) == 1 else "several",
         sum(row.size for row in counted),
-        **{key: added(key) for key in ("nbytes", "abs_sum", "square_sum", "zeros", "nonfinite", "nan", "penalty")},
-        minimum=_extreme(min, [row.minimum for row in known]),
-        maximum=_extreme(max, [row.maximum for row in known]),
-        mean=mean,
-        sd=math.sqrt(squares / size) if size else None,
+        **_sums(counted),
+        **statistics([part(row) for row in counted if row.size and row.sd is not None]),
         state=rows[0].state,
         tied_to=rows[0].tied_to if all(row.tied_to for row in rows) else None,
         error="; ".join(errors) or None,
     )
 
 
-def _extreme(take: Callable[[Iterable[float]], float], values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    if any(map(math.isnan, known)):
-        return math.nan
-    return take(known) if known else None
+def statistics(parts: Sequence[tuple[float, ...]], first: float = 0.0) -> dict[str, Any]:
+    """Return minimum, maximum, mean and standard deviation of all elements.
+
+    Args:
+        parts: the size of each part, and these four of its elements.
+        first: what means are over, so that a large one costs no digits of a small deviation.
+    """
+    if not parts:
+        return {}
+    with np.errstate(all="ignore"):  # NaN and infinities are for the table to show
+        sizes, minima, maxima, means, sds = np.array(parts, float).T
+        mean = np.average(means, weights=sizes)
+        sd = np.sqrt(np.average(sds**2 + (means - mean) ** 2, weights=sizes))
+    return dict(zip(_STATISTICS, map(float, (minima.min(), maxima.max(), first + mean, sd)), strict=True))
 
 
-# What rows can be sorted by. Numbers go from the largest down, and NaN, the most remarkable, comes before them.
-SORTS = [each.name for each in fields(Row) if each.type in ("int", "float | None", "int | None")]
-SORTS = ["name", *(key for key in SORTS if key not in ("name",))]
+# What rows, and changes, can be sorted by.
+SORTS = ["name", *(each.name for each in fields(Row) if each.type in ("int", "float | None", "int | None"))]
+CHANGE_SORTS = ["name", "relative", "norm", "largest", "changed", "zeros_gained", "zeros_lost", "size"]
 
 
-def sorted_rows(rows: Iterable[Row], key: str) -> list[Row]:
-    """Sort rows by one of SORTS; those that have no such number come last."""
-    if key == "name":
-        return sorted(rows, key=lambda row: natural(row.name))
+def shown(rows: Iterable[Any], sort: str | None, top: int | None, otherwise: str) -> list[Any]:
+    """Return rows in the order in which they are shown.
 
-    return largest_first(rows, key)
+    Args:
+        rows: rows or changes.
+        sort: "name", or the number by which they are sorted: from the largest down, NaN, the most remarkable, before
+            all, and last what has no such number. None keeps the order.
+        top: how many are shown; None for all.
+        otherwise: what they are sorted by where some are left out and nothing else is said.
+    """
+    key = sort or (otherwise if top is not None else None)
 
-
-def largest_first(rows: Iterable[Any], key: str) -> list[Any]:
-    """Sort by a number, NaN before all, and last what has no such number."""
-
-    def rank(row: Any) -> tuple[int, float]:
-        value = getattr(row, key)
+    def rank(row: Any) -> Any:
+        value = getattr(row, key or "")
+        if key == "name":
+            return natural(value)
         if value is None:
             return 2, 0.0
         return (0, 0.0) if math.isnan(value) else (1, -value)
 
-    return sorted(rows, key=rank)
+    return (sorted(rows, key=rank) if key else list(rows))[:top]

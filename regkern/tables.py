@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from regkern.diff import Change, Changes
 from regkern.dtypes import DTYPES
-from regkern.rows import Report, Row, by_layer, largest_first, sorted_rows
+from regkern.rows import ADDED, FIRST, LAST, ROWS, Report, Row, by_layer, shown
 from regkern.text import decimal, elided, number, padded, printable, seconds, share, width
-from regkern.weights import natural
 
 NOTHING = "-"
 _SHORTEST_NAME, _LEGIBLE_NAME = 12, 32
 _MOST_NAMES = 5
 
-_ROWS_NOTE = (
-    "cosines of matrices: between rows, which are units in PyTorch (out, in), inputs in Keras and Flax (in, out)"
-)
-_FILTERS_NOTE = "cosines of kernels with more axes: between filters, along axis 0 (PyTorch: out, in, ...)"
-_LAST_NOTE = "cosines of kernels with more axes: between filters, along the last axis (Keras, Flax: ..., in, out)"
+_COSINES = {
+    ROWS: "of matrices: between rows, which are units in PyTorch (out, in), inputs in Keras and Flax (in, out)",
+    FIRST: "of kernels with more axes: between filters, along axis 0 (PyTorch: out, in, ...)",
+    LAST: "of kernels with more axes: between filters, along the last axis (Keras, Flax: ..., in, out)",
+}
 _UNKNOWN_NOTE = "no cosine of kernels with more axes: which axis numbers filters is not known; --filters says it"
 
 
 class Column(NamedTuple):
-    """One column: its header, of one line or more, and whether cells end at its right edge.
+    """One column: its header, of one line or more, what it has of a row, and whether that ends at its right edge.
 
     Spare ones are left out, one after the other, where the terminal is too narrow. That is said, unless a note below
     the table says the same as the column.
     """
 
     header: str
+    cell: Callable[[Any], str]
     right: bool = True
     spare: bool = False
     noted: bool = False
@@ -57,114 +57,112 @@ class View:
 
     def rows(self, rows: Sequence[Row]) -> list[Row]:
         """Return the rows that are shown, in their order."""
-        shown = by_layer(rows) if self.layers else list(rows)
-        sort = self.sort or ("penalty" if self.top is not None else None)
-        return (sorted_rows(shown, sort) if sort else shown)[: self.top]
+        return shown(by_layer(rows) if self.layers else rows, self.sort, self.top, "penalty")
 
 
-def table(
-    columns: Sequence[Column], rows: Sequence[Sequence[str]], footer: Sequence[str] | None, edge: int
-) -> list[str]:
+def table(columns: Sequence[Column], rows: Sequence[Any], edge: int, total: Any = None) -> list[str]:
     """Return the lines of a table, of which the first column is shortened to what an edge leaves of it.
 
     Where the edge is nearer than that, lines run over it: a number cut short would be another number.
     """
-    heads = [column.header.split("\n") for column in columns]
-    widths = [max(map(width, head)) for head in heads]
-    for cells in [*rows, *([footer] if footer else [])]:
-        widths = [max(known, width(cell)) for known, cell in zip(widths, cells, strict=True)]
-    shown, gap = _shown(columns, widths, edge)
-    others = sum(widths[i] + gap for i in shown[1:])
+    height = max(len(column.header.split("\n")) for column in columns)
+    texts = []
+    for column in columns:
+        head = column.header.split("\n")
+        cells = [column.cell(row) or NOTHING for row in rows]
+        texts.append([*[""] * (height - len(head)), *head, *cells, *([column.cell(total)] if total else [])])
+    widths = [max(map(width, text)) for text in texts]
+    kept, gap = _kept(columns, widths, edge)
+    others = sum(widths[i] + gap for i in kept[1:])
     widths[0] = min(widths[0], max(edge - others, _SHORTEST_NAME))
-    space = " " * gap
-
-    def line(cells: Sequence[str]) -> str:
-        first = padded(elided(cells[0], widths[0]), widths[0])
-        return space.join([first, *(padded(cells[i], widths[i], columns[i].right) for i in shown[1:])]).rstrip()
-
-    height = max(len(heads[i]) for i in shown)
-    tops = [[""] * (height - len(head)) + head for head in heads]
+    texts[0] = [elided(text, widths[0]) for text in texts[0]]
+    filled = [[padded(text, widths[i], columns[i].right) for text in texts[i]] for i in kept]
+    lines = [(" " * gap).join(cells).rstrip() for cells in zip(*filled, strict=True)]
     rule = "-" * (widths[0] + others)
-    lines = [*(line([top[i] if top else "" for top in tops]) for i in range(height)), rule, *map(line, rows)]
-    lines += [rule, line(footer)] if footer else []
-    left_out = [columns[i].header for i in range(len(columns)) if i not in shown and not columns[i].noted]
+    lines = [*filter(None, lines[:height]), rule, *lines[height:]]  # what is left out may be what had two lines
+    if total:
+        lines.insert(-1, rule)
+    left_out = [column.header for i, column in enumerate(columns) if i not in kept and not column.noted]
     return [*lines, f"left out of {edge} columns: {', '.join(left_out)}"] if left_out else lines
 
 
-def _shown(columns: Sequence[Column], widths: Sequence[int], edge: int) -> tuple[list[int], int]:
+def _kept(columns: Sequence[Column], widths: Sequence[int], edge: int) -> tuple[list[int], int]:
     """Return which columns are shown, and the spaces between them: one, and no spare columns, where there is no room.
 
     Names are shortened only as far as they can be told apart, if there are spare columns to leave out.
     """
-    shown, gap = list(range(len(columns))), 2
-    if sum(widths) + gap * (len(widths) - 1) <= edge:
-        return shown, gap
-    gap = 1
+    kept = list(range(len(columns)))
+    if sum(widths) + 2 * (len(widths) - 1) <= edge:
+        return kept, 2
     least = min(widths[0], _LEGIBLE_NAME)
-    for i in [i for i in shown if columns[i].spare]:
-        if columns[i].noted or least + sum(widths[j] + gap for j in shown[1:]) > edge:
-            shown.remove(i)
-    return shown, gap
+    for i in [i for i in kept if columns[i].spare]:
+        if columns[i].noted or least + sum(widths[j] + 1 for j in kept[1:]) > edge:
+            kept.remove(i)
+    return kept, 1
 
 
 def report_tables(report: Report, view: View, edge: int) -> Iterator[list[str]]:
     """Yield the table of weights, with totals, and that of state, where there is some."""
     totals = report.totals
-    weights = view.rows(report.weights)
-    view = replace(view, cosine=view.cosine and not view.layers)
-    footer = {
-        "name": "total",
-        "nbytes": decimal(totals.nbytes),
-        "abs_sum": number(totals.abs_sum),
-        "square_sum": number(totals.square_sum),
-        "zeros": share(totals.zeros, totals.size),
-        "nonfinite": str(totals.nonfinite),
-        "penalty": number(totals.penalty),
-    }
-    columns = _columns(view, bool(totals.nonfinite))
-    cells = [[_cell(row, key) for key in columns] for row in weights]
-    yield table(list(columns.values()), cells, [footer.get(key, "") for key in columns], edge)
+    numbers = {key: getattr(totals, key) for key in ADDED}
+    columns = _columns(replace(view, cosine=view.cosine and not view.layers), bool(totals.nonfinite))
+    yield table(columns, view.rows(report.weights), edge, Row("total", (), "", totals.size, **numbers))
     if report.state:
-        columns = {key: column for key, column in columns.items() if key not in ("cosine", "penalty")}
-        state = view.rows(report.state)
-        name = f"state, not counted\nas weights ({len(report.state)})"
-        columns["name"] = Column(name, right=False)
-        yield table(list(columns.values()), [[_cell(row, key) for key in columns] for row in state], None, edge)
+        name = Column(f"state, not counted\nas weights ({len(report.state)})", columns[0].cell, right=False)
+        others = [column for column in columns[1:] if column.cell not in (_cosine, _penalty)]
+        yield table([name, *others], view.rows(report.state), edge)
 
 
-def _columns(view: View, nonfinite: bool) -> dict[str, Column]:
-    columns = {
-        "name": Column("layer" if view.layers else "tensor", right=False),
-        "shape": Column("tensors" if view.layers else "shape"),
-        "dtype": Column("dtype", right=False),
-    }
-    if view.stats:
-        columns |= {"nbytes": Column("bytes", spare=True), "minimum": Column("min"), "maximum": Column("max")}
-        columns |= {"mean": Column("mean"), "sd": Column("sd")}
-    columns |= {"abs_sum": Column("sum |x|", spare=view.stats), "square_sum": Column("sum x²", spare=view.stats)}
-    if view.cosine:
-        columns["cosine"] = Column("mean\n|cosine|")
-    columns |= {"zeros": Column("zeros"), "nonfinite": Column("non-\nfinite", spare=not nonfinite, noted=True)}
-    return columns | {"penalty": Column("penalty")}
+def _columns(view: View, nonfinite: bool) -> list[Column]:
+    stats = [
+        Column("bytes", lambda row: decimal(row.nbytes), spare=True),
+        Column("min", _of("minimum")),
+        Column("max", _of("maximum")),
+        Column("mean", _of("mean")),
+        Column("sd", _of("sd")),
+    ]
+    return [
+        *_names("layer" if view.layers else "tensor", "tensors" if view.layers else "shape"),
+        *(stats if view.stats else []),
+        Column("sum |x|", _of("abs_sum"), spare=view.stats),
+        Column("sum x²", _of("square_sum"), spare=view.stats),
+        *([Column("mean\n|cosine|", _cosine)] if view.cosine else []),
+        Column("zeros", _share("zeros")),
+        Column("non-\nfinite", _of("nonfinite", str), spare=not nonfinite, noted=True),
+        Column("penalty", _penalty),
+    ]
 
 
-def _cell(row: Row, key: str) -> str:
-    value = getattr(row, key)
-    if key in ("name", "dtype"):
-        return printable(value)
-    if key == "shape":
-        return "x".join(map(str, value)) or ("scalar" if row.error is None or row.size > 1 else NOTHING)
-    if key == "penalty" and (row.error or row.tied_to):
+def _names(name: str, shape: str) -> list[Column]:
+    """Return the first columns of a table of tensors."""
+    columns = [Column(name, lambda row: printable(row.name), right=False), Column(shape, _shape)]
+    return [*columns, Column("dtype", lambda row: printable(row.dtype), right=False)]
+
+
+def _of(key: str, spell: Callable[[Any], str] = number) -> Callable[[Any], str]:
+    def cell(row: Any) -> str:
+        value = getattr(row, key)
+        return "" if value is None else spell(value)
+
+    return cell
+
+
+def _share(key: str) -> Callable[[Any], str]:
+    return lambda row: "" if getattr(row, key) is None else share(getattr(row, key), row.size)
+
+
+def _shape(row: Row | Change) -> str:
+    known = row.error is None or isinstance(row, Change)
+    return "x".join(map(str, row.shape)) or ("scalar" if row.dtype and known else "")
+
+
+_cosine = _of("cosine", "{:.4f}".format)
+
+
+def _penalty(row: Row) -> str:
+    if row.error or row.tied_to:
         return "unread" if row.error else "tied"
-    if value is None:
-        return NOTHING
-    if key == "cosine":
-        return f"{value:.4f}"
-    if key == "zeros":
-        return share(value, row.size)
-    if key == "nonfinite":
-        return str(value)
-    return decimal(value) if key == "nbytes" else number(value)
+    return "" if row.penalty is None else number(row.penalty)
 
 
 def notes(report: Report, view: View) -> Iterator[str]:
@@ -210,12 +208,7 @@ def notes(report: Report, view: View) -> Iterator[str]:
 
 def _cosine_notes(rows: Sequence[Row]) -> Iterator[str]:
     over = {row.cosine_over for row in rows if row.cosine is not None}
-    if "rows" in over:
-        yield _ROWS_NOTE
-    if "filters (axis 0)" in over:
-        yield _FILTERS_NOTE
-    if "filters (last axis)" in over:
-        yield _LAST_NOTE
+    yield from (f"cosines {note}" for each, note in _COSINES.items() if each in over)
     if any(row.evaluated and row.cosine is None and len(row.shape) > 2 and not row.state for row in rows):
         yield _UNKNOWN_NOTE
 
@@ -245,58 +238,31 @@ def metadata_line(metadata: dict[str, str]) -> str:
 
 def comparison(report: Report) -> list[str]:
     """Return the lines of the table that compares regkern's sums with NumPy's."""
-    columns = [Column("both sums by", right=False), Column("time"), Column("GB/s"), Column("x regkern")]
-    columns.append(Column("largest relative\ndifference"))
-    fastest = report.comparison[0].seconds
-    rows = [
-        [
-            way.name,
-            seconds(way.seconds),
-            f"{report.totals.nbytes / way.seconds / 1e9:.3g}" if way.seconds else NOTHING,
-            f"{way.seconds / fastest:.3g}" if fastest else NOTHING,
-            "reference" if way is report.comparison[-1] else f"{way.difference:.2g}",
-        ]
-        for way in report.comparison
+    fastest, nbytes, reference = report.comparison[0].seconds, report.totals.nbytes, report.comparison[-1]
+    columns = [
+        Column("both sums by", lambda way: way.name, right=False),
+        Column("time", lambda way: seconds(way.seconds)),
+        Column("GB/s", lambda way: f"{nbytes / way.seconds / 1e9:.3g}" if way.seconds else ""),
+        Column("x regkern", lambda way: f"{way.seconds / fastest:.3g}" if fastest else ""),
+        Column(
+            "largest relative\ndifference", lambda way: "reference" if way is reference else f"{way.difference:.2g}"
+        ),
     ]
-    return table(columns, rows, None, 10_000)
-
-
-# What changes can be sorted by, as rows are by SORTS.
-CHANGE_SORTS = ["name", "relative", "norm", "largest", "changed", "zeros_gained", "zeros_lost", "size"]
-
-
-def sorted_changes(rows: Sequence[Change], sort: str | None, top: int | None) -> list[Change]:
-    """Return the changes that are shown, in their order: the largest relative ones where some are left out."""
-    key = sort or ("relative" if top is not None else None)
-    if key is None:
-        return list(rows)
-    return (sorted(rows, key=lambda row: natural(row.name)) if key == "name" else largest_first(rows, key))[:top]
+    return table(columns, report.comparison, 10_000)
 
 
 def changes_table(changes: Changes, rows: Sequence[Change], edge: int) -> list[str]:
     """Return the lines of a table of changes, with totals."""
-    columns = [Column("tensor", right=False), Column("shape"), Column("dtype", right=False), Column("|| b - a ||")]
-    columns += [Column("relative"), Column("largest\n|b - a|"), Column("changed"), Column("zeros\ngained")]
-    columns += [Column("zeros\nlost")]
-    cells = [_change_cells(row) for row in rows]
-    return table(columns, cells, _change_cells(changes.totals), edge)
-
-
-def _change_cells(row: Change) -> list[str]:
-    shape = "x".join(map(str, row.shape)) or ("scalar" if row.dtype else "")
-    if row.norm is None:
-        return [printable(row.name), shape, printable(row.dtype), *[NOTHING] * 6]
-    return [
-        printable(row.name),
-        shape,
-        printable(row.dtype),
-        number(row.norm),
-        number(row.relative or 0.0),
-        number(row.largest or 0.0),
-        share(row.changed or 0, row.size),
-        str(row.zeros_gained),
-        str(row.zeros_lost),
+    columns = [
+        *_names("tensor", "shape"),
+        Column("|| b - a ||", _of("norm")),
+        Column("relative", _of("relative")),
+        Column("largest\n|b - a|", _of("largest")),
+        Column("changed", _share("changed")),
+        Column("zeros\ngained", _of("zeros_gained", str)),
+        Column("zeros\nlost", _of("zeros_lost", str)),
     ]
+    return table(columns, rows, edge, changes.totals)
 
 
 def changes_notes(changes: Changes, rows: Sequence[Change]) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import click
@@ -15,6 +15,7 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
@@ -66,28 +67,29 @@ def progress(tensors: Sequence[Tensor], cosine: bool) -> Iterator[Callable[[Tens
     nbytes = sum(tensor.nbytes for tensor in tensors)
     matrices = [tensor.shape for tensor in tensors if cosine and tensor.evaluated and len(tensor.shape) == 2]
     long = nbytes > _LONG_BYTES or sum(rows**2 * columns for rows, columns in matrices) > _LONG_PRODUCTS
-    console = Console(stderr=True)
-    if not (long and console.is_terminal):
-        yield lambda tensor, nbytes: None
-        return
-    name = TextColumn("{task.description}", markup=False)
-    columns = (SpinnerColumn(), BarColumn(), DownloadColumn(), TimeElapsedColumn(), name)
-    with Progress(*columns, console=console, transient=True) as shown:
-        task = shown.add_task("", total=nbytes)
-        yield lambda tensor, nbytes: shown.update(task, advance=nbytes, description=elided(printable(tensor.name), 40))
+    with _bar(nbytes, DownloadColumn(), long) as show:
+        yield lambda tensor, nbytes: show(nbytes, tensor.name)
 
 
 @contextmanager
 def steps_shown(total: int) -> Iterator[Callable[[str], None]]:
     """Show a bar of steps on stderr where that is a terminal, and what it is given for each."""
+    with _bar(total, MofNCompleteColumn()) as show:
+        yield lambda doing: show(1, doing)
+
+
+@contextmanager
+def _bar(total: int, counts: ProgressColumn, wanted: bool = True) -> Iterator[Callable[[int, str], None]]:
+    """Show a bar on stderr where that is a terminal, and give what moves it on and says what is being done."""
     console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda text: None
+    if not (wanted and console.is_terminal):
+        yield lambda advance, doing: None
         return
-    columns = (SpinnerColumn(), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}", markup=False))
+    text = TextColumn("{task.description}", markup=False)
+    columns = (SpinnerColumn(), BarColumn(), counts, TimeElapsedColumn(), text)
     with Progress(*columns, console=console, transient=True) as shown:
         task = shown.add_task("", total=total)
-        yield lambda text: shown.update(task, advance=1, description=text)
+        yield lambda advance, doing: shown.update(task, advance=advance, description=elided(printable(doing), 40))
 
 
 def make_console() -> Console:
@@ -99,15 +101,13 @@ def make_console() -> Console:
     return console
 
 
-def print_lines(console: Console, lines: Sequence[str], bold: Iterable[int] = ()) -> None:
+def print_lines(console: Console, lines: Sequence[str], bold: Collection[int] = ()) -> None:
     """Print lines as they are, some of them bold on a terminal; rich would take seconds for thousands of them."""
-    start = 0
-    for i in [*bold, len(lines)]:
-        if start < i:
-            console.file.write("\n".join([*lines[start:i], ""]))
-        if i < len(lines):
-            console.print(Text(lines[i], "bold"), soft_wrap=True)
-        start = i + 1
+    for i, line in enumerate(lines):
+        if i in bold:
+            console.print(Text(line, "bold"), soft_wrap=True)
+        else:
+            console.file.write(f"{line}\n")
 
 
 def bold_lines(lines: Sequence[str]) -> tuple[int, ...]:

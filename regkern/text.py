@@ -33,8 +33,8 @@ def _width(c: str) -> int:
 
 def padded(text: str, columns: int, right: bool = False) -> str:
     """Fill a text with spaces to so many columns of a terminal, on its left if it is to end at the right edge."""
-    space = " " * (columns - width(text))
-    return space + text if right else text + space
+    characters = columns if text.isascii() else columns - width(text) + len(text)
+    return text.rjust(characters) if right else text.ljust(characters)
 
 
 def elided(text: str, columns: int) -> str:

@@ -18,8 +18,8 @@ def told(stderr):
     return stderr.replace(f"{COMPILING}\n", "")
 
 
-def run(*arguments, columns=None):
-    environment = {"COLUMNS": str(columns) if columns else None}  # pytest-xdist sets it as well
+def run(*arguments, columns=None, **environment):
+    environment["COLUMNS"] = str(columns) if columns else None  # pytest-xdist sets it as well
     result = CliRunner(env=environment).invoke(cli, [str(argument) for argument in arguments])
     result.stderr_bytes, result.output_bytes = (
         told(output.decode()).encode() for output in (result.stderr_bytes, result.output_bytes)

@@ -27,6 +27,7 @@ from safetensors.numpy import save, save_file
 from regkern.report import evaluate
 from regkern.rules import parse_rules
 from regkern.weights import WeightsError, open_weights
+from tests.weight_files import npy, torch_saved, zipped
 
 TENSORS = {
     "half": np.linspace(-1, 1, 6).astype(np.float16).reshape(2, 3),
@@ -42,20 +43,6 @@ SECONDS = 5
 PATIENCE = 60
 
 
-def npy(x: np.ndarray, version: tuple[int, int] | None = None) -> bytes:
-    file = io.BytesIO()
-    np.lib.format.write_array(file, x, version=version)
-    return file.getvalue()
-
-
-def zipped(members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", compression) as archive:
-        for name, data in members.items():
-            archive.writestr(zipfile.ZipInfo(name), data, compression)
-    return file.getvalue()
-
-
 def h5(libver: str = "earliest", **options: Any) -> bytes:
     file = io.BytesIO()
     with h5py.File(file, "w", libver=libver) as content:
@@ -69,12 +56,10 @@ def h5(libver: str = "earliest", **options: Any) -> bytes:
     return file.getvalue()
 
 
-def torch_saved(**options: Any) -> bytes:
-    file = io.BytesIO()
+def checkpoint(**options: Any) -> bytes:
     tensors = {name: torch.from_numpy(x.copy()) for name, x in TENSORS.items()}
     brain, turned = torch.ones(2, 2, dtype=torch.bfloat16), torch.ones(2, 3).T
-    torch.save({"model": tensors, "brain": brain, "epoch": 3, "list": [turned, turned]}, file, **options)
-    return file.getvalue()
+    return torch_saved({"model": tensors, "brain": brain, "epoch": 3, "list": [turned, turned]}, **options)
 
 
 def seeds() -> dict[str, tuple[str, list[bytes]]]:
@@ -84,14 +69,14 @@ def seeds() -> dict[str, tuple[str, list[bytes]]]:
     weights = h5()
     index = json.dumps({"metadata": {"total_size": 1}, "weight_map": {"v": "a.safetensors", "w": "b.safetensors"}})
     return {
-        "npy": ("x.npy", [npy(x, version) for x in TENSORS.values() for version in ((1, 0), (3, 0))]),
+        "npy": ("x.npy", [npy(x, version=version) for x in TENSORS.values() for version in ((1, 0), (3, 0))]),
         "npz": ("x.npz", [zipped(npz), zipped(npz, zipfile.ZIP_DEFLATED)]),
         "safetensors": ("x.safetensors", [save(TENSORS, {"format": "np"}), save(brain)]),
         "h5": ("x.h5", [weights, h5("latest"), h5(chunks=True, compression="gzip", shuffle=True, fletcher32=True)]),
         "keras": ("x.keras", [zipped({"config.json": b"{}", "model.weights.h5": weights})]),
         "keras-packed": ("x.keras", [zipped({"model.weights.h5": weights}, zipfile.ZIP_DEFLATED)]),
-        "torch": ("x.pt", [torch_saved()]),
-        "torch-legacy": ("x.bin", [torch_saved(_use_new_zipfile_serialization=False)]),
+        "torch": ("x.pt", [checkpoint()]),
+        "torch-legacy": ("x.bin", [checkpoint(_use_new_zipfile_serialization=False)]),
         "index": ("x.safetensors.index.json", [index.encode()]),
     }
 

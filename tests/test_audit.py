@@ -15,12 +15,12 @@ from safetensors.numpy import save_file
 
 import regkern as rk
 from regkern.report import evaluate
-from regkern.rows import SORTS, by_layer, layer, sorted_rows
+from regkern.rows import SORTS, by_layer, layer, shown
 from regkern.rules import parse_rules, selected
 from regkern.text import decimal, elided, padded, width
 from regkern.weights import open_weights
 from tests.commands import run
-from tests.weight_files import MODEL, write_model
+from tests.weight_files import MODEL, mean_cosine, write_model
 
 
 @pytest.fixture
@@ -74,11 +74,11 @@ def test_rules_by_what_a_tensor_is(model):
     assert result.stderr == "Warning: rule '@rank=7' falls to no tensor.\n"
 
 
-@pytest.mark.parametrize("limit", ["nan", "-1"])
-def test_a_penalty_is_never_below_such_a_limit(model, limit):
-    result = run("report", model, f"--max-penalty={limit}")
-    assert result.exit_code == 2
-    assert f"expected --max-penalty of at least 0; got {float(limit)}." in result.stderr
+def test_a_penalty_is_never_below_such_a_limit(model):
+    for limit in ("nan", "-1"):
+        result = run("report", model, f"--max-penalty={limit}")
+        assert result.exit_code == 2
+        assert f"expected --max-penalty of at least 0; got {float(limit)}." in result.stderr
 
 
 @pytest.mark.parametrize("command", ["report --rule {}=l2", "report --only {}", "diff --only {}"])
@@ -104,20 +104,23 @@ def test_a_selection_of_nothing(model):
     assert run("diff", model, model, "--only", "nothing*").exit_code == 2
 
 
-@pytest.mark.parametrize("key", SORTS)
-def test_sorts(model, key):
-    values = [tensor[key] for tensor in reported(model, "--sort", key)["tensors"]]
-    known = [value for value in values if value is not None]
-    assert values == known + [None] * (len(values) - len(known))
-    assert known == (sorted(known) if key == "name" else sorted(known, reverse=True))
-    assert known or key == "cosine"
+def test_sorts(model):
+    with open_weights(model) as tensors:
+        rows = evaluate(tensors, parse_rules(["*=l1"]), stats=True).rows
+    for key in SORTS:
+        values = [getattr(row, key) for row in shown(rows, key, None, "name")]
+        known = [value for value in values if value is not None]
+        assert values == known + [None] * (len(values) - len(known))
+        assert known == (sorted(known) if key == "name" else sorted(known, reverse=True))
+        assert known
+    assert reported(model, "--sort", "size")["tensors"][0]["name"] == "encoder.0.weight"
 
 
 def test_nan_comes_first(tmp_path):
     save_file({"a": np.ones(2), "b": np.array([np.nan, 1]), "c": np.full(2, 5.0)}, tmp_path / "x.safetensors")
     with open_weights(tmp_path / "x.safetensors") as tensors:
         rows = evaluate(tensors, parse_rules(["*=l1"])).rows
-    assert [row.name for row in sorted_rows(rows, "penalty")] == ["b", "c", "a"]
+    assert [row.name for row in shown(rows, "penalty", None, "name")] == ["b", "c", "a"]
 
 
 def test_the_largest_few(model):
@@ -145,17 +148,9 @@ def test_layers(model):
     assert "encoder.0" in run("report", model, "--by-layer").stdout
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("a.b.weight", "a.b"),
-        ("layers/dense/vars/0", "layers/dense"),
-        ("w", "w"),
-        ("params/Dense_0/kernel", "params/Dense_0"),
-    ],
-)
-def test_names_of_layers(name, expected):
-    assert layer(name) == expected
+def test_names_of_layers():
+    names = ["a.b.weight", "layers/dense/vars/0", "w", "params/Dense_0/kernel"]
+    assert [layer(name) for name in names] == ["a.b", "layers/dense", "w", "params/Dense_0"]
 
 
 def test_layers_keep_what_is_wrong(tmp_path):
@@ -171,10 +166,9 @@ def test_layers_keep_what_is_wrong(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int8, np.uint64])
-@pytest.mark.parametrize("offset", [0, 100])
-def test_statistics(tmp_path, monkeypatch, dtype, offset):
+def test_statistics(tmp_path, monkeypatch, dtype):
     monkeypatch.setattr("regkern.weights.pieces.PIECE", 64)
-    x = (np.random.default_rng(0).standard_normal((37, 11)) * 5 + 20 + offset).astype(dtype)
+    x = (np.random.default_rng(0).standard_normal((37, 11)) * 5 + 20).astype(dtype)
     np.savez(tmp_path / "x.npz", x=x)
     (row,) = reported(tmp_path / "x.npz", "--stats")["tensors"]
     exact = x.astype(np.float64)
@@ -258,14 +252,14 @@ def test_all_finite_is_said_of_what_was_looked_at_alone(tmp_path):
         ({"w": np.ones(2), "q": np.ones(2, np.int8)}, ["--fail-on", "nonfinite"], 0, ""),
     ],
 )
-@pytest.mark.parametrize("form", [[], ["--json"], ["--csv"]])
-def test_gates(tmp_path, tensors, options, status, said, form):
+def test_gates(tmp_path, tensors, options, status, said):
     save_file(tensors, tmp_path / "x.safetensors")
-    result = run("report", tmp_path / "x.safetensors", *options, *form)
-    assert result.exit_code == status
-    assert said in result.stderr
-    assert (result.stderr == "") is (status == 0)
-    assert "w" in result.stdout  # the report is there all the same
+    for form in ([], ["--json"], ["--csv"]) if status else ([],):
+        result = run("report", tmp_path / "x.safetensors", *options, *form)
+        assert result.exit_code == status
+        assert said in result.stderr
+        assert (result.stderr == "") is (status == 0)
+        assert "w" in result.stdout  # the report is there all the same
 
 
 def test_a_gate_says_what_it_has_not_seen(tmp_path):
@@ -283,11 +277,6 @@ def test_a_part_that_is_unread_comes_before_a_gate(tmp_path):
 
 
 # Cosines of convolution kernels.
-
-
-def mean_cosine(x):
-    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
-    return np.abs(unit @ unit.T)[np.triu_indices(len(x), 1)].mean()
 
 
 @pytest.mark.parametrize(
@@ -340,19 +329,19 @@ def test_wide_names_are_shortened_by_columns():
 
 
 @pytest.mark.parametrize("columns", [None, 80, 100])
-@pytest.mark.parametrize("script", ["編碼器", "エンコーダ", "인코더", "кодер", "\uff21\uff22", "e\u0301e\u0301"])
-def test_columns_are_aligned_whatever_the_script(tmp_path, columns, script):
-    tensors = {f"{script}.第{i}層": np.full((300, 300), 10.0**i, np.float32) for i in range(4)} | {"plain": np.ones(2)}
-    save_file(tensors, tmp_path / "x.safetensors")
+def test_columns_are_aligned_whatever_the_script(tmp_path, columns):
+    scripts = ["編碼器", "エンコーダ", "인코더", "кодер", "\uff21\uff22", "e\u0301e\u0301", "plain"]
+    x = {f"{script}.第{i}層": np.full((300, 3), 10.0**i, np.float32) for script in scripts for i in (2, 4, 6)}
+    save_file(x, tmp_path / "x.safetensors")
     lines = run("report", tmp_path / "x.safetensors", "--no-cosine", columns=columns).stdout.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("tensor"))
-    table = list(itertools.takewhile(lambda line: not line.startswith("5 tensors"), lines[start:]))
+    table = list(itertools.takewhile(lambda line: not line.startswith("21 tensors"), lines[start:]))
     ends = {
         sum(2 if unicodedata.east_asian_width(c) in "WF" else not unicodedata.combining(c) for c in line)
         for line in table
     }
     assert len(ends) == 1
-    assert all(number in "".join(table) for number in ("9.09e6", "9.009e8", "9.0909e10"))
+    assert all(number in "".join(table) for number in ("90900", "9.0009e8", "9e12"))
 
 
 def test_bytes_are_spelled_shortly():

@@ -1,13 +1,11 @@
 """Weight files that are damaged, hostile or incomplete, and sharded checkpoints: one sentence for each."""
 
-import io
 import json
 import os
 import pickle
 import struct
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import h5py
@@ -15,57 +13,35 @@ import numpy as np
 import pytest
 import torch
 
-from regkern.weights import WeightsError, open_weights
+from regkern.weights import open_weights
 from tests.weight_files import (
-    assert_one_sentence,
+    Call,
     corrupted,
+    npy,
+    refusal,
     safetensors,
+    torch_saved,
     write_compressed_npz,
     write_h5,
     write_legacy_torch,
     write_npz,
     write_safetensors,
     write_torch,
+    zipped,
 )
 
 
-class Code:
-    """What a pickle may hold: a call of any function."""
-
-    def __reduce__(self):
-        return Path.touch, (Path("ran"),)
-
-
-def saved(write, tensors=None):
+def saved(write):
     """The bytes of a file that a writer makes."""
     path = Path(f"good-{write.__name__}{'.npz' if 'npz' in write.__name__ else ''}")
-    write(path, tensors or {"w": np.arange(1000, dtype=np.float32)})
+    write(path, {"w": np.arange(1000, dtype=np.float32)})
     return path.read_bytes()
-
-
-def npy(x, **options):
-    file = io.BytesIO()
-    np.save(file, x, **options)
-    return file.getvalue()
-
-
-def zipped(**members):
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        for name, data in members.items():
-            archive.writestr(name.replace("__", "."), data)
-    return file.getvalue()
-
-
-def torch_saved(content, **options):
-    file = io.BytesIO()
-    torch.save(content, file, **options)
-    return file.getvalue()
 
 
 ELEMENTS = np.arange(1000, dtype=np.float32).tobytes()
 ENTRY = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
-OBJECTS = np.array([Code()], dtype=object)
+CODE = Call(Path.touch, Path("ran"))
+OBJECTS = np.array([CODE], dtype=object)
 
 BAD = {
     # file: (how its bytes are made, what the sentence contains)
@@ -87,14 +63,14 @@ BAD = {
     "unknown.gguf": (lambda: b"GGUF", "got the suffix '.gguf'"),
     "no-suffix": (lambda: b"data", "a name without a suffix"),
     "objects.npy": (lambda: npy(OBJECTS), "never read"),
-    "objects.npz": (lambda: zipped(w__npy=npy(OBJECTS)), "never read"),
-    "pickle.npy": (lambda: pickle.dumps(Code()), "expected a NumPy .npy file"),
-    "code.pt": (lambda: torch_saved({"w": Code()}), "needs code to be run"),
-    "code-legacy.pt": (lambda: torch_saved(Code(), _use_new_zipfile_serialization=False), "needs code to be run"),
+    "objects.npz": (lambda: zipped({"w.npy": npy(OBJECTS)}), "never read"),
+    "pickle.npy": (lambda: pickle.dumps(CODE), "expected a NumPy .npy file"),
+    "code.pt": (lambda: torch_saved({"w": CODE}), "needs code to be run"),
+    "code-legacy.pt": (lambda: torch_saved(CODE, _use_new_zipfile_serialization=False), "needs code to be run"),
     "module.pt": (lambda: torch_saved(torch.nn.Linear(2, 2)), "torch.save(model.state_dict(), path)"),
     "pickle.bin": (lambda: pickle.dumps({"w": 1}), "not what torch.save writes"),
     "nothing.pt": (lambda: torch_saved({"epoch": 1}), "got one without any"),
-    "nothing.npz": (lambda: zipped(readme__txt=b"hello"), "got a zip archive; unpack it"),
+    "nothing.npz": (lambda: zipped({"readme.txt": b"hello"}), "got a zip archive; unpack it"),
     "nothing.safetensors": (lambda: safetensors({}, b""), "got one without any"),
     "length.safetensors": (lambda: struct.pack("<Q", 1 << 60) + b"{}", "SafetensorError"),
     "shape.safetensors": (lambda: safetensors({"w": {**ENTRY, "shape": [400]}}, bytes(16)), "SafetensorError"),
@@ -105,8 +81,8 @@ BAD = {
     ),
     "overlap.safetensors": (lambda: safetensors({"v": ENTRY, "w": ENTRY}, bytes(16)), "SafetensorError"),
     "longer.safetensors": (lambda: safetensors({"w": ENTRY}, bytes(99)), "SafetensorError"),
-    "no-weights.keras": (lambda: zipped(config__json=b"{}"), "a zip without it"),
-    "member.npz": (lambda: zipped(w__npy=npy(np.arange(9.0))[:-8]), "its header says 72"),
+    "no-weights.keras": (lambda: zipped({"config.json": b"{}"}), "a zip without it"),
+    "member.npz": (lambda: zipped({"w.npy": npy(np.arange(9.0))[:-8]}), "its header says 72"),
 }
 
 
@@ -115,43 +91,28 @@ def test_bad_files(tmp_path, monkeypatch, file):
     monkeypatch.chdir(tmp_path)
     make, text = BAD[file]
     Path(file).write_bytes(make())
-    with pytest.raises(WeightsError) as caught, open_weights(file):
-        pass
-    assert_one_sentence(caught.value, file, text)
+    message = refusal(file)
+    assert message.startswith(f"{file}: ")
+    assert text in message
+    assert len(message) < len(file) + 400
     assert not Path("ran").exists()
 
 
-@pytest.mark.parametrize(
-    ("file", "write"), [("sum.npz", write_npz), ("sum-packed.npz", write_compressed_npz)], ids=["stored", "deflated"]
-)
-def test_checksum_of_npz(tmp_path, monkeypatch, file, write):
+@pytest.mark.parametrize("write", [write_npz, write_compressed_npz])
+def test_checksum_of_npz(tmp_path, monkeypatch, write):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("regkern.weights.pieces.PIECE", 100)
     data = saved(write)
-    middle = data[len(data) // 2 :][:8]
-    Path(file).write_bytes(corrupted(data, ELEMENTS if write is write_npz else middle))
-    with open_weights(file) as (tensor,), pytest.raises(WeightsError) as caught:
-        tensor.load()
-    assert_one_sentence(caught.value, file, "expected readable elements of w")
+    Path("x.npz").write_bytes(corrupted(data, ELEMENTS if write is write_npz else data[len(data) // 2 :][:8]))
+    for read in (lambda tensors: tensors[0].load(), lambda tensors: list(tensors[0].pieces())):
+        assert "expected readable elements of w" in refusal("x.npz", read)
 
 
 def test_links_to_other_files(tmp_path):
     (tmp_path / "secret.bin").write_bytes(bytes(16))
     with h5py.File(tmp_path / "external.h5", "w") as file:
         file.create_dataset("w", (4,), np.float32, external=[(str(tmp_path / "secret.bin"), 0, 16)])
-    with pytest.raises(WeightsError, match="a link to other files"), open_weights(tmp_path / "external.h5"):
-        pass
-
-
-@pytest.mark.parametrize("write", [write_npz, write_compressed_npz])
-def test_checksum_of_pieces(tmp_path, monkeypatch, write):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("regkern.weights.pieces.PIECE", 100)
-    data = saved(write)
-    middle = ELEMENTS if write is write_npz else data[len(data) // 2 :][:8]
-    (tmp_path / "x.npz").write_bytes(corrupted(data, middle))
-    with open_weights(tmp_path / "x.npz") as (tensor,), pytest.raises(WeightsError) as caught:
-        list(tensor.pieces())
-    assert_one_sentence(caught.value, str(tmp_path / "x.npz"), "expected readable elements of w")
+    assert "a link to other files" in refusal(tmp_path / "external.h5")
 
 
 def write_shards(folder, shards, weight_map=None):
@@ -239,29 +200,21 @@ def test_bad_indexes(tmp_path, case):
     write_safetensors(tmp_path.parent / "s.safetensors", {"w": FLOAT})
     index = tmp_path / "model.safetensors.index.json"
     index.write_bytes(content)
-    with pytest.raises(WeightsError) as caught, open_weights(index):
-        pass
-    message = str(caught.value)
+    message = refusal(index)
     assert text in message
     assert message.startswith(str(tmp_path))
-    assert "expected" in message
-    assert message.isprintable()
-    assert len(message) < 2000
 
 
 @pytest.mark.parametrize(("name", "text"), [("missing.npy", "no file of that name"), ("folder.npy", "got a folder")])
 def test_bad_paths(tmp_path, name, text):
     (tmp_path / "folder.npy").mkdir()
-    with pytest.raises(WeightsError) as caught, open_weights(tmp_path / name):
-        pass
-    assert_one_sentence(caught.value, str(tmp_path / name), text)
+    assert text in refusal(tmp_path / name)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX")
 def test_pipe_does_not_block(tmp_path):
     os.mkfifo(tmp_path / "pipe.npy")
-    with pytest.raises(WeightsError, match="a pipe or device"), open_weights(tmp_path / "pipe.npy"):
-        pass
+    assert "a pipe or device" in refusal(tmp_path / "pipe.npy")
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="needs POSIX")
@@ -276,35 +229,27 @@ def test_unreadable(tmp_path):
     if root:
         os.seteuid(65534)
     try:
-        with pytest.raises(WeightsError) as caught, open_weights(path):
-            pass
+        message = refusal(path)
     finally:
         if root:
             os.seteuid(0)
-    assert_one_sentence(caught.value, str(path), "no permission to read it")
+    assert "no permission to read it" in message
 
 
 def test_names_cannot_reach_the_terminal(tmp_path):
-    path = tmp_path / "a\x1b[31m\nb.npy"
-    with pytest.raises(WeightsError) as caught, open_weights(path):
-        pass
-    assert r"a\x1b[31m\nb.npy" in str(caught.value)
+    assert r"a\x1b[31m\nb.npy" in refusal(tmp_path / "a\x1b[31m\nb.npy")
 
 
 @pytest.mark.parametrize(
     ("library", "file", "extra"),
     [("torch", "x.pt", "torch"), ("h5py", "x.h5", "report"), ("safetensors", "x.safetensors", "report")],
 )
-def test_missing_library(tmp_path, library, file, extra):
+def test_missing_library(tmp_path, monkeypatch, library, file, extra):
     (tmp_path / file).write_bytes(b"data")
-    code = (
-        f"import sys; sys.modules[{library!r}] = None\n"
-        "from regkern.weights import open_weights, WeightsError\n"
-        "try:\n    open_weights(sys.argv[1]).__enter__()\nexcept WeightsError as error:\n    print(error)"
-    )
-    result = subprocess.run([sys.executable, "-c", code, tmp_path / file], capture_output=True, text=True, check=True)
-    assert f"{library} to read it with" in result.stdout
-    assert f"pip install 'regkern[{extra}]'" in result.stdout
+    monkeypatch.setitem(sys.modules, library, None)
+    message = refusal(tmp_path / file)
+    assert f"{library} to read it with" in message
+    assert f"pip install 'regkern[{extra}]'" in message
 
 
 def test_reading_imports_no_other_library(tmp_path):

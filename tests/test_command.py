@@ -1,23 +1,26 @@
 """The command as a whole: what it needs, what it says where something is missing, and how it ends."""
 
 import importlib.util
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
-from contextlib import suppress
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import regkern as rk
+from regkern.__main__ import main as regkern_main
 from regkern.report import evaluate
 from regkern.rules import parse_rules
 from regkern.terminal import COMPILING, progress
 from regkern.text import elided
 from regkern.weights import open_weights
-from tests.commands import DEMO, command, run, run_process
+from tests.commands import DEMO, command, run, run_process, told
 
 
 @pytest.mark.slow
@@ -45,103 +48,82 @@ def test_progress_is_silent_without_a_terminal(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
-def test_progress_on_a_terminal(tmp_path):
+def test_progress_on_a_terminal(tmp_path, monkeypatch):
     """A long report draws a bar on stderr, and stdout stays JSON."""
-    import pty
-
-    np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.float32, (80_000_000,))  # sparse on disk
-    leader, follower = pty.openpty()
-    command = [sys.executable, "-m", "regkern", "report", str(tmp_path / "x.npy"), "--json"]
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
-    drawn = b""
-    with (tmp_path / "out").open("w+") as output:
-        with subprocess.Popen(command, stdout=output, stderr=follower, env=environment):
-            os.close(follower)
-            with suppress(OSError):  # Linux's way to say that the other end is closed
-                while part := os.read(leader, 1 << 16):
-                    drawn += part
-        output.seek(0)
-        content = json.load(output)
-    os.close(leader)
-    assert content["files"][0]["totals"]["zeros"] == 80_000_000
-    assert b"320.0" in drawn
+    monkeypatch.setattr("regkern.terminal._LONG_BYTES", 0)
+    np.save(tmp_path / "x.npy", np.zeros(80_000, np.float32))
+    result = run("report", tmp_path / "x.npy", "--json", columns=100, FORCE_COLOR="1")
+    assert json.loads(result.stdout)["files"][0]["totals"]["zeros"] == 80_000
+    assert "320.0" in result.stderr
 
 
 def test_demo():
-    """The table of zeros, in a process that has NumPy alone."""
+    """The table of zeros, in a process that has NumPy alone; what is live is on stderr, where that is a terminal."""
     libraries = "torch", "jax", "keras", "tensorflow", "scipy", "sklearn", "matplotlib"
-    result = run_process("demo", prelude=f"sys.modules.update(dict.fromkeys({libraries}))")
-    assert (result.returncode, result.stderr) == (0, "")
+    prelude = f"sys.modules.update(dict.fromkeys({libraries}))"
+    result = run_process("demo", prelude=prelude, env={**os.environ, "FORCE_COLOR": "1"})
+    assert result.returncode == 0
+    assert "zeros" in result.stderr
     rows = [line.split() for line in result.stdout.splitlines() if "%" in line]
     zeros = {row[0]: row[-4] for row in rows}
     assert zeros == {"no": "0.0%", "L1(0.1)": "0.0%", "L1(0.1).prox": "97.8%", "MCP(0.2).prox": "98.0%"}
     assert rows[-1][1:4] == ["98.0%", "20/20", "0"]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
-def test_demo_on_a_terminal():
-    """Its progress is live on stderr, and the table alone is on stdout."""
-    import pty
-
-    leader, follower = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
-    with subprocess.Popen(
-        command("demo"), stdout=subprocess.PIPE, stderr=follower, env=environment, text=True
-    ) as process:
-        os.close(follower)
-        drawn = b""
-        with suppress(OSError):  # Linux's way to say that the other end is closed
-            while part := os.read(leader, 1 << 16):
-                drawn += part
-        assert process.stdout.read().count("prox") == 3
-    os.close(leader)
-    assert b"zeros" in drawn
+def main(monkeypatch, *arguments):
+    """Run the command as a program, but in this process, and return its exit status."""
+    monkeypatch.setattr(sys, "argv", ["regkern", *map(str, arguments)])
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            regkern_main()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    return caught.value.code
 
 
 @pytest.mark.parametrize(
     ("arguments", "status"),
-    [
-        (["report", DEMO, "--no-cosine"], 0),
-        (["report", "missing.npy"], 1),
-        (["report", "--demo", "--rule", "x"], 2),
-        (["info", "--json"], 0),
-    ],
+    [(["report", DEMO, "--no-cosine"], 0), (["report", "missing.npy"], 1), (["report", "--demo", "--rule", "x"], 2)],
 )
-def test_in_a_process(arguments, status):
-    result = run_process(*arguments)
-    assert result.returncode == status
-    assert len(result.stderr.splitlines()) == (1 if status else 0)
-    assert bool(result.stdout) is (status == 0)
+def test_statuses(monkeypatch, capsys, arguments, status):
+    assert main(monkeypatch, *arguments) == status
+    output, error = capsys.readouterr()
+    assert len(told(error).splitlines()) == (1 if status else 0)
+    assert bool(output) is (status == 0)
 
 
-@pytest.mark.parametrize("package", ["click", "rich"])
-def test_without_the_extra(package):
-    result = run_process("info", prelude=f"sys.modules[{package!r}] = None")
-    assert result.returncode == 1
-    assert result.stderr == (
-        f"regkern: the command needs {package}, which is not installed; pip install 'regkern[report]'\n"
-    )
+@pytest.mark.parametrize("module", ["click", "rich.table"])
+def test_without_the_extra(monkeypatch, module):
+    monkeypatch.delitem(sys.modules, "regkern.cli")
+    monkeypatch.setitem(sys.modules, module, None)
+    package = module.partition(".")[0]
+    expected = f"regkern: the command needs {package}, which is not installed; pip install 'regkern[report]'"
+    assert main(monkeypatch, "info") == expected
 
 
-def test_plot_without_matplotlib():
-    result = run_process("report", "--demo", "--plot", "x.png", prelude="sys.modules['matplotlib'] = None")
-    assert result.returncode == 2
+def test_plot_without_matplotlib(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = run("report", "--demo", "--plot", "x.png")
+    assert result.exit_code == 2
     assert "pip install 'regkern[report]'" in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_output_that_the_encoding_lacks(tmp_path):
+def test_output_that_the_encoding_lacks(tmp_path, monkeypatch):
     np.savez(tmp_path / "x.npz", **{"層": np.ones(2)})
-    result = run_process("report", tmp_path / "x.npz", env={**os.environ, "PYTHONIOENCODING": "ascii"})
-    assert result.returncode == 0
-    assert r"\u5c64" in result.stdout
+    output = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, "ascii"))
+    assert main(monkeypatch, "report", tmp_path / "x.npz") == 0
+    assert rb"\u5c64" in output.getvalue()
 
 
 def test_warnings_are_one_line(tmp_path):
     (tmp_path / "file").touch()
+    np.save(tmp_path / "x.npy", np.ones(3))
     environment = {**os.environ, "REGKERN_CACHE_DIR": str(tmp_path / "file" / "cache")}
-    result = run_process("report", "--demo", "--no-cosine", env=environment)
+    result = run_process("report", tmp_path / "x.npy", "--rule", "x=none", env=environment)
     assert result.returncode == 0
     (line,) = result.stderr.splitlines()
     assert line.startswith("Warning: regkern cannot keep compiled kernels")
@@ -188,18 +170,12 @@ def test_bfloat16_of_torch_in_a_fresh_process(tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_costs_one_line():
     with open("/dev/full", "w") as full:
-        result = run_process("report", "--demo", "--no-cosine", stdout=full)
+        result = run_process("info", "--json", stdout=full)
     assert result.returncode == 1
     assert result.stderr == "Error: expected to write the output; got No space left on device.\n"
 
 
-@pytest.mark.parametrize(("typed", "completed"), [("re", "report"), ("report --no-", "--no-cosine"), ("i", "info")])
-def test_tab_completion(typed, completed):
-    words = ["regkern", *typed.split()]
-    environment = {
-        "_REGKERN_COMPLETE": "bash_complete",
-        "COMP_WORDS": " ".join(words),
-        "COMP_CWORD": str(len(words) - 1),
-    }
-    result = run_process(env={**os.environ, **environment})
-    assert (result.returncode, result.stdout) == (0, f"plain,{completed}\n")
+def test_tab_completion():
+    completing = {"_REGKERN_COMPLETE": "bash_complete", "COMP_WORDS": "regkern report --no-", "COMP_CWORD": "2"}
+    result = run_process(env={**os.environ, **completing})
+    assert (result.returncode, result.stdout) == (0, "plain,--no-cosine\n")

@@ -1,7 +1,6 @@
 """Files that torch.save wrote: what a pickle may hold, tied tensors, and the state of optimizers."""
 
 import pickle
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 
 import regkern as rk
 from regkern.weights import open_weights
-from tests.weight_files import evaluated, refusal, rows_of
+from tests.weight_files import Call, evaluated, refusal, rows_of, unzipped, zipped
 
 
 def saved(path, content, **options):
@@ -27,14 +26,6 @@ def test_what_the_weights_only_loader_reads_is_read(tmp_path, extra, zipped):
     path = saved(tmp_path / "x.pt", content, _use_new_zipfile_serialization=zipped)
     torch.load(path, weights_only=True)
     assert {name: row.abs_sum for name, row in rows_of(evaluated(path)).items()} == {"w": 2, "v": 3}
-
-
-class Call:
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
 
 
 def encode(text, encoding):
@@ -72,11 +63,8 @@ def test_other_pickles(tmp_path):
         (tmp_path / "x.bin").write_bytes(pickle.dumps({"w": np.ones(2)}, protocol))
         assert "a pickle, and not what torch.save writes" in refusal(tmp_path / "x.bin")
     path = saved(tmp_path / "x.pt", {"w": torch.ones(2)})
-    with zipfile.ZipFile(path) as archive:
-        members = {info.filename: archive.read(info) for info in archive.infolist()}
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, data in members.items():
-            archive.writestr(name, data.replace(b"FloatStorage", b"Float99Storage"))
+    members = unzipped(path.read_bytes()).items()
+    path.write_bytes(zipped({name: data.replace(b"FloatStorage", b"Float99Storage") for name, data in members}))
     assert "pip install --upgrade torch" in refusal(path)
 
 
@@ -141,11 +129,12 @@ def test_optimizers_of_torch(tmp_path):
     net(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     state = optimizer.state_dict()
+    state["state"][9] = {"sparse": torch.eye(2).to_sparse()}
     content = {"model": net.state_dict(), "any name": state, "lr_schedulers": [{"x": torch.ones(1)}]}
     report = evaluated(saved(tmp_path / "x.pt", content))
     assert {row.name for row in report.weights} == {"model.weight", "model.bias"}
-    assert len(report.state) == 7
+    assert len(report.state) == 8
     assert {row.penalty for row in report.state} == {None}
-    assert report.totals.size == 8
+    assert (report.totals.size, report.totals.unseen) == (8, 0)
     assert evaluated(saved(tmp_path / "optimizer.pt", state)).totals.tensors == 0
     assert evaluated(tmp_path / "x.pt", state=True).totals.tensors == 9

@@ -23,9 +23,8 @@ def many(count, name):
 @pytest.mark.parametrize(
     ("count", "name", "suffix"),
     [
-        (1, "w", ".png"),
         (200, "layers.{i}.kernel", ".png"),
-        (200, "$flat_{i}$", ".png"),
+        (60, "$flat_{i}$", ".png"),
         (3, "層/{i}\x1b[0m", ".svg"),
         (2, "w{i}", ".pdf"),
     ],
@@ -114,7 +113,7 @@ def test_a_picture_shows_what_is_wrong(tmp_path, drawn):
     assert any(patch.get_hatch() for patch in left.patches)
 
 
-@pytest.mark.parametrize(("largest", "scale"), [(1.0, "linear"), (20.0, "linear"), (1e4, "log"), (1e150, "log")])
+@pytest.mark.parametrize(("largest", "scale"), [(20.0, "linear"), (1e4, "log"), (1e150, "log")])
 def test_one_bar_does_not_flatten_the_rest(tmp_path, drawn, largest, scale):
     save_file({f"w{i}": np.full(3, 1.0 + i) for i in range(5)} | {"x": np.full(3, largest)}, tmp_path / "x.safetensors")
     run("report", tmp_path / "x.safetensors", "--rule", "*=l1", "--plot", tmp_path / "x.png")

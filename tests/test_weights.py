@@ -14,9 +14,10 @@ import torch
 from regkern.weights import WeightsError, flat_pieces, open_weights
 from regkern.weights.elements import Stored
 from tests.weight_files import (
-    assert_one_sentence,
     corrupted,
+    refusal,
     safetensors,
+    unzipped,
     write_compressed_npz,
     write_h5,
     write_h5_after_userblock,
@@ -24,6 +25,7 @@ from tests.weight_files import (
     write_npz,
     write_safetensors,
     write_torch,
+    zipped,
 )
 
 TENSORS = {
@@ -36,7 +38,6 @@ TENSORS = {
     "steps": np.arange(4),
     "mask": np.array([True, False]),
 }
-FLOATS = {"half", "single", "double", "brain", "scalar", "empty"}
 
 
 @pytest.mark.parametrize(
@@ -52,9 +53,14 @@ FLOATS = {"half", "single", "double", "brain", "scalar", "empty"}
         (".BIN", write_torch, True),
     ],
 )
-def test_formats(tmp_path, suffix, write, in_place):
+def test_formats(tmp_path, monkeypatch, suffix, write, in_place):
+    """What is read as a whole, and in pieces that follow in memory."""
+    monkeypatch.setattr("regkern.weights.pieces.PIECE", 4)
     path = tmp_path / f"weights{suffix}"
-    tensors = {name: x for name, x in TENSORS.items() if suffix != ".npz" or name != "brain"}  # NumPy saves it as V2
+    tensors = dict(TENSORS)
+    if suffix == ".npz":
+        tensors["columns first"] = np.asfortranarray(tensors["single"])
+        del tensors["brain"]  # NumPy saves it as V2
     write(path, tensors)
     with open_weights(path) as found:
         assert {tensor.name for tensor in found} == set(tensors)
@@ -63,11 +69,15 @@ def test_formats(tmp_path, suffix, write, in_place):
             expected = tensors[tensor.name]
             assert tensor.dtype == expected.dtype.name
             assert tensor.shape == x.shape == expected.shape
-            assert tensor.evaluated is (tensor.name in FLOATS)
+            assert tensor.evaluated is (tensor.name not in ("steps", "mask"))
             assert tensor.nbytes == expected.nbytes
             np.testing.assert_array_equal(x.astype(np.float64), expected.astype(np.float64))
             if x.size:
                 assert isinstance(tensor.elements, Stored) is in_place
+            pieces = list(tensor.pieces())
+            assert [piece.size for piece in pieces] == [4] * (x.size // 4) + [x.size % 4] * (x.size % 4 > 0)
+            in_order = np.concatenate([*pieces, np.empty(0, x.dtype)])
+            np.testing.assert_array_equal(in_order.astype(np.float64), expected.ravel(order="K").astype(np.float64))
 
 
 @pytest.mark.parametrize("x", [TENSORS["single"], TENSORS["single"].T, np.asfortranarray(TENSORS["half"])])
@@ -97,12 +107,8 @@ def keras_files(tmp_path_factory):
         brain = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, dtype=keras.DTypePolicy("bfloat16"))])
         brain.save_weights(folder / "brain.weights.h5")
         kernels = [np.asarray(layer.kernel.numpy()) for layer in (*model.layers, *brain.layers)]
-    with (
-        zipfile.ZipFile(folder / "model.keras") as archive,
-        zipfile.ZipFile(folder / "packed.keras", "w", zipfile.ZIP_DEFLATED) as packed,
-    ):
-        for name in archive.namelist():
-            packed.writestr(name, archive.read(name))
+    members = unzipped((folder / "model.keras").read_bytes())
+    (folder / "packed.keras").write_bytes(zipped(members, zipfile.ZIP_DEFLATED))
     return folder, kernels
 
 
@@ -146,30 +152,6 @@ def test_h5_layouts(tmp_path):
         assert sorted(sums.values()) == [6.0, 16.0]  # the chunked one under one of its two names
 
 
-@pytest.mark.parametrize(
-    ("file", "write"),
-    [
-        ("x.npz", write_npz),
-        ("x.npz", write_compressed_npz),
-        ("x.safetensors", write_safetensors),
-        ("x.h5", write_h5),
-        ("x.pt", write_torch),
-    ],
-)
-def test_pieces_follow_in_memory(tmp_path, monkeypatch, file, write):
-    monkeypatch.setattr("regkern.weights.pieces.PIECE", 4)
-    tensors = {name: x for name, x in TENSORS.items() if name in FLOATS and (name, file) != ("brain", "x.npz")}
-    tensors["columns first"] = np.asfortranarray(TENSORS["single"]) if file == "x.npz" else TENSORS["single"]
-    write(tmp_path / file, tensors)
-    with open_weights(tmp_path / file) as found:
-        assert len(found) == len(tensors)
-        for tensor in found:
-            x, pieces = tensors[tensor.name], list(tensor.pieces())
-            assert [piece.size for piece in pieces] == [4] * (x.size // 4) + [x.size % 4] * (x.size % 4 > 0)
-            np.testing.assert_array_equal(np.concatenate([*pieces, np.empty(0, x.dtype)]), x.ravel(order="K"))
-            assert all(piece.dtype == x.dtype for piece in pieces)
-
-
 @pytest.mark.parametrize("x", [TENSORS["single"].T, TENSORS["single"][:, ::2]], ids=["Fortran", "gaps"])
 def test_pieces_of_other_layouts(monkeypatch, x):
     monkeypatch.setattr("regkern.weights.pieces.PIECE", 4)
@@ -178,14 +160,12 @@ def test_pieces_of_other_layouts(monkeypatch, x):
     np.testing.assert_array_equal(np.sort(np.concatenate([piece.ravel() for piece in pieces])), np.sort(x.ravel()))
 
 
-@pytest.mark.parametrize("size", [1, 7, 30, 1000])
 @pytest.mark.parametrize(
     ("shape", "chunks"),
     [((10, 9), (3, 4)), ((10, 9), (10, 1)), ((50,), (7,)), ((2, 3, 20), (1, 2, 5)), ((4, 0), (2, 2)), ((6, 7), None)],
 )
-def test_pieces_of_chunks(tmp_path, monkeypatch, shape, chunks, size):
+def test_pieces_of_chunks(tmp_path, monkeypatch, shape, chunks):
     """Each element comes once, and as few chunks are in memory at a time as can be."""
-    monkeypatch.setattr("regkern.weights.pieces.PIECE", size)
     x = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
     with h5py.File(tmp_path / "x.h5", "w") as file:
         if chunks is None:  # without elements written, it has no storage that could be mapped
@@ -193,10 +173,12 @@ def test_pieces_of_chunks(tmp_path, monkeypatch, shape, chunks, size):
             x[:] = 3.0
         else:
             file.create_dataset("x", data=x, chunks=chunks, maxshape=(None,) * x.ndim)
-    with open_weights(tmp_path / "x.h5") as (tensor,):
-        pieces = list(tensor.pieces())
-    assert max([piece.size for piece in pieces], default=0) <= max(size, np.prod(chunks or 1))
-    np.testing.assert_array_equal(np.sort(np.concatenate([*pieces, np.empty(0)])), x.ravel())
+    for size in (1, 7, 30, 1000):
+        monkeypatch.setattr("regkern.weights.pieces.PIECE", size)
+        with open_weights(tmp_path / "x.h5") as (tensor,):
+            pieces = list(tensor.pieces())
+        assert max([piece.size for piece in pieces], default=0) <= max(size, np.prod(chunks or 1))
+        np.testing.assert_array_equal(np.sort(np.concatenate([*pieces, np.empty(0)])), x.ravel())
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
@@ -221,9 +203,7 @@ def test_more_than_memory(tmp_path, monkeypatch):
     path = tmp_path / "x.h5"
     with h5py.File(path, "w") as file:
         file.create_dataset("w", (1 << 58,), np.float64)
-    with open_weights(path) as (tensor,), pytest.raises(WeightsError) as caught:
-        tensor.load()
-    assert_one_sentence(caught.value, str(path), "too little memory")
+    assert "too little memory" in refusal(path, lambda tensors: tensors[0].load())
 
 
 def test_torch_containers(tmp_path):
@@ -282,6 +262,4 @@ def test_checksum_of_keras(tmp_path, keras_files):
     folder, kernels = keras_files
     path = tmp_path / "corrupted.keras"
     path.write_bytes(corrupted((folder / "model.keras").read_bytes(), kernels[0].tobytes()))
-    with pytest.raises(WeightsError) as caught, open_weights(path):
-        pass
-    assert_one_sentence(caught.value, str(path), "Bad CRC-32")
+    assert "Bad CRC-32" in refusal(path)

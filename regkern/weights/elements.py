@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
@@ -52,51 +52,27 @@ def shortened(path: Path) -> WeightsError:
     )
 
 
-class Elements(Protocol):
-    """How a tensor's elements are read.
-
-    Attributes:
-        dtype: NumPy's dtype of what is read.
-        order: how the pieces follow: "C", "F", or None for another order.
-        packed: whether they must be decompressed.
-    """
-
-    @property
-    def dtype(self) -> np.dtype[Any]: ...  # noqa: D102
-    @property
-    def order(self) -> Literal["C", "F"] | None: ...  # noqa: D102
-    @property
-    def packed(self) -> bool: ...  # noqa: D102
-
-    def whole(self) -> Array:
-        """Return all elements in memory."""
-
-    def pieces(self) -> Iterator[Array]:
-        """Yield all elements once, in flat arrays of at most some PIECE."""
-
-    def block(self, axis: int, part: slice) -> Array:
-        """Return a part of the first axis (0), or of the last (-1), in memory."""
-
-
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """Elements that lie in a file as they are, one after the other."""
+    """Elements that lie in a file as they are, one after the other, rows first (C) or columns first (F)."""
 
     source: Source
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
     offset: int
     order: Literal["C", "F"] = "C"
-    packed: bool = False
 
-    def whole(self) -> Array:  # noqa: D102
+    def whole(self) -> Array:
+        """Return all elements in memory."""
         return self._flat(0, math.prod(self.shape)).reshape(self.shape, order=self.order)
 
-    def pieces(self) -> Iterator[Array]:  # noqa: D102
+    def pieces(self) -> Iterator[Array]:
+        """Yield all elements once, in flat arrays of at most some PIECE."""
         for start, end in ranges(math.prod(self.shape)):
             yield self._flat(start, end)
 
-    def block(self, axis: int, part: slice) -> Array:  # noqa: D102
+    def block(self, axis: int, part: slice) -> Array:
+        """Return a part of the first axis (0), or of the last (-1), in memory."""
         if self.order == "F":
             turned = Stored(self.source, self.dtype, self.shape[::-1], self.offset)
             return turned.block(-1 - axis, part).transpose()
@@ -120,20 +96,19 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """Elements that a function reads as a whole and, where it is given, another one in pieces."""
+    """Elements that a function reads as a whole and, where it is given, another one in pieces.
+
+    Attributes:
+        order: how the pieces follow: "C", "F", or None for another order.
+        packed: whether they must be decompressed.
+    """
 
     dtype: np.dtype[Any]
-    read: Callable[[], Array]
+    whole: Callable[[], Array]
     read_pieces: Callable[[], Iterator[Array]] | None = None
     order: Literal["C", "F"] | None = None
     packed: bool = True
 
-    def whole(self) -> Array:  # noqa: D102
-        return self.read()
-
-    def pieces(self) -> Iterator[Array]:  # noqa: D102
-        return flat_pieces(self.read()) if self.read_pieces is None else self.read_pieces()
-
-    def block(self, axis: int, part: slice) -> Array:  # noqa: D102
-        x = self.read()
-        return x[part] if axis == 0 else x[..., part]
+    def pieces(self) -> Iterator[Array]:
+        """Yield all elements once, in flat arrays of at most some PIECE."""
+        return flat_pieces(self.whole()) if self.read_pieces is None else self.read_pieces()

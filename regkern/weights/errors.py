@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +22,28 @@ class WeightsError(ValueError):
         super().__init__(f"{printable(elided(str(path), 1000))}: {self.detail}")
 
 
-@contextmanager
-def explained(path: Path, expected: str, kinds: tuple[str, ...] | None = None) -> Iterator[None]:
-    """Turn whatever a format's library raises into one sentence.
+class explained:
+    """Turns whatever a format's library raises into one sentence.
 
     Damaged files make these libraries raise nearly anything: KeyError, struct.error, RuntimeError. Where `kinds` says
     what a file of the format is to `kind_of`, one that is something else is called that, and not damaged.
     """
-    try:
-        yield
-    except WeightsError:
-        raise
-    except MemoryError as error:
-        raise WeightsError(
-            path,
-            expected,
-            f"too little memory for them ({reason(error)})",
-            "save it in a format that is read in pieces",
-        ) from error
-    except Exception as error:
-        raise _judged(path, expected, kinds, error) from error
+
+    def __init__(self, path: Path, expected: str, kinds: tuple[str, ...] | None = None) -> None:
+        self._arguments = path, expected, kinds
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, Exception) and not isinstance(error, WeightsError):
+            raise _judged(*self._arguments, error) from error
 
 
 def _judged(path: Path, expected: str, kinds: tuple[str, ...] | None, error: Exception) -> WeightsError:
+    if isinstance(error, MemoryError):
+        got = f"too little memory for them ({reason(error)})"
+        return WeightsError(path, expected, got, "save it in a format that is read in pieces")
     locked = isinstance(error, BlockingIOError) or "unable to lock file" in str(error)
     if locked or getattr(error, "winerror", None) in (32, 33):
         return WeightsError(

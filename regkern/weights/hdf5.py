@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
@@ -15,10 +16,10 @@ from typing import IO, Any
 
 import numpy as np
 
-from regkern.weights.elements import Decoded, Source
-from regkern.weights.errors import WeightsError, explained, library
+from regkern.weights.elements import Decoded, Source, Stored
+from regkern.weights.errors import WeightsError, library
 from regkern.weights.pieces import Array, boxes, counts_of_steps
-from regkern.weights.tensors import Tensor, Tensors, bfloat16, in_natural_order, made, stored, unreadable
+from regkern.weights.tensors import Tensor, Tensors, in_natural_order, listed, made
 
 # What a heap of strings in an HDF5 file starts with: its signature and version.
 _HEAP = b"GCOL\x01"
@@ -53,19 +54,12 @@ def check_heaps(file: IO[bytes]) -> None:
 
 def _found(file: IO[bytes], text: bytes) -> Iterator[int]:
     """Yield where in a file a text is."""
-    start, rest = 0, b""
-    while True:
+    for start in itertools.count(0, _BLOCK):
         file.seek(start)
-        block = file.read(_BLOCK)
-        if not block:
+        data = file.read(_BLOCK + len(text) - 1)
+        if len(data) < len(text):
             return
-        data = rest + block
-        at = data.find(text)
-        while at >= 0:
-            yield start - len(rest) + at
-            at = data.find(text, at + 1)
-        start += len(block)
-        rest = data[-(len(text) - 1) :]
+        yield from (start + found.start() for found in re.finditer(re.escape(text), data))
 
 
 def _at(file: IO[bytes], offset: int, length: int) -> bytes:
@@ -95,7 +89,10 @@ def datasets(
     shown = {name: _layers_name(file, name, own_names) for name in found}
     if len(set(shown.values())) < len(shown):
         shown = {name: name for name in found}
-    tensors = [_listed(path, shown[name], item, source, start) for name, item in found.items()]
+    tensors = [
+        listed(path, shown[name], partial(_dataset, path, shown[name], item, source, start), tuple(item.shape))
+        for name, item in found.items()
+    ]
     return Tensors(in_natural_order(tensors), _metadata(file))
 
 
@@ -144,15 +141,6 @@ def _attribute(item: Any, name: str) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _listed(path: Path, name: str, item: Any, source: Source | None, start: int) -> Tensor:
-    """Return a dataset as a tensor; one that cannot be read is listed as such."""
-    try:
-        with explained(path, f"readable elements of {name}"):
-            return _dataset(path, name, item, source, start)
-    except WeightsError as error:
-        return unreadable(path, name, error, tuple(item.shape))
-
-
 def _dataset(path: Path, name: str, item: Any, source: Source | None, start: int) -> Tensor:
     if item.external or item.is_virtual:
         raise WeightsError(path, f"{name} to be in this file", "a link to other files", "copy it by h5repack")
@@ -164,14 +152,14 @@ def _dataset(path: Path, name: str, item: Any, source: Source | None, start: int
         ) from error
     _check_filters(path, name, item)
     if dtype.str == "|V2" and _attribute(item, "dtype") == "bfloat16":  # as Keras marks it
-        dtype = bfloat16(path)
+        dtype = np.dtype(library("ml_dtypes", path, "report").bfloat16)
     if item.chunks and math.prod(counts_of_steps(item.shape, item.chunks)) > path.stat().st_size:
         raise ValueError(f"{name} has more chunks than the file has bytes")
     # Without elements written, a contiguous dataset has no storage yet and reads as its fill value.
     contiguous = item.chunks is None and item.id.get_storage_size() == item.size * dtype.itemsize
     offset = item.id.get_offset() if contiguous else None
     if source is not None and offset is not None:
-        return stored(source, name, item.shape, dtype, start + offset)
+        return made(path, name, item.shape, Stored(source, dtype, item.shape, start + offset))
     whole, pieces = partial(_whole, item, dtype), partial(_pieces, item, dtype)
     return made(path, name, item.shape, Decoded(dtype, whole, pieces, "C" if item.ndim < 2 else None))
 

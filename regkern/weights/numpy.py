@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -13,9 +13,9 @@ from typing import Any, Literal
 import numpy as np
 
 from regkern.weights.elements import Decoded, Source, Stored
-from regkern.weights.errors import WeightsError, explained
+from regkern.weights.errors import WeightsError
 from regkern.weights.pieces import Array, ranges
-from regkern.weights.tensors import Tensor, Tensors, made, unreadable
+from regkern.weights.tensors import Tensor, Tensors, listed, made, unreadable
 from regkern.weights.zips import refuse_dense
 
 _Header = tuple[tuple[int, ...], np.dtype[Any], Literal["C", "F"]]
@@ -23,59 +23,42 @@ _Header = tuple[tuple[int, ...], np.dtype[Any], Literal["C", "F"]]
 
 def read_npy(path: Path, stack: ExitStack) -> Tensors:
     """Return the tensor under the file's own name; or tensors, numbered, where several were saved to one file."""
-    source = Source(path, stack)
-    found: list[Callable[[str], Tensor]] = []
-    size = path.stat().st_size
+    source, size, tensors = Source(path, stack), path.stat().st_size, Tensors()
     with path.open("rb") as file:
-        while not found or file.tell() < size:
-            start = file.tell()
-            if found and file.read(6) != b"\x93NUMPY":
-                found.append(partial(_rest, path, size - start))
+        while not tensors or file.tell() < size:
+            name, start = f"{path.stem}.{len(tensors)}", file.tell()
+            if tensors and file.read(6) != np.lib.format.MAGIC_PREFIX:
+                expected, got = (
+                    "another array after the last, or the file's end",
+                    f"{size - start} bytes that are neither",
+                )
+                tensors.append(unreadable(path, name, WeightsError(path, expected, got, "save it again")))
                 break
             file.seek(start)
             shape, dtype, order = _npy_header(file)
             offset = file.tell()
-            if dtype.hasobject:  # of an unknown length: where the next array begins is not known
-                found.append(partial(_unread, path))
-                break
             end = offset + math.prod(shape) * dtype.itemsize
+            if not tensors and (end == size or dtype.hasobject):
+                name = path.stem
+            if dtype.hasobject:  # of an unknown length: where the next array begins is not known
+                tensors.append(unreadable(path, name, _objects(path, name), dtype="object"))
+                break
             if end > size:
                 raise ValueError(f"its header says {end - offset} bytes, and {size - offset} follow")
-            elements = Stored(source, dtype, shape, offset, order)
-            found.append(partial(_made, path, shape, elements))
+            tensors.append(made(path, name, shape, Stored(source, dtype, shape, offset, order)))
             file.seek(end)
-    names = [path.stem] if len(found) == 1 else [f"{path.stem}.{i}" for i in range(len(found))]
-    return Tensors(make(name) for make, name in zip(found, names, strict=True))
-
-
-def _made(path: Path, shape: tuple[int, ...], elements: Stored, name: str) -> Tensor:
-    return made(path, name, shape, elements)
-
-
-def _unread(path: Path, name: str) -> Tensor:
-    return unreadable(path, name, _objects(path, name), dtype="object")
-
-
-def _rest(path: Path, nbytes: int, name: str) -> Tensor:
-    error = WeightsError(
-        path, "another array after the last, or the file's end", f"{nbytes} bytes that are neither", "save it again"
-    )
-    return unreadable(path, name, error)
+    return tensors
 
 
 def read_npz(path: Path, stack: ExitStack) -> Tensors:
     """Return the members, which are decompressed piece by piece; one that cannot be read is listed as such."""
     archive = stack.enter_context(zipfile.ZipFile(path))
-    tensors = []
-    for info in archive.infolist():
-        if info.filename.endswith(".npy"):
-            name = info.filename.removesuffix(".npy")
-            try:
-                with explained(path, f"readable elements of {name}"):
-                    tensors.append(_member(path, archive, info, name))
-            except WeightsError as error:
-                tensors.append(unreadable(path, name, error))
-    return Tensors(tensors)
+    members = ((info, info.filename.removesuffix(".npy")) for info in archive.infolist())
+    return Tensors(
+        listed(path, name, partial(_member, path, archive, info, name))
+        for info, name in members
+        if name != info.filename
+    )
 
 
 def _member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> Tensor:

@@ -69,12 +69,13 @@ def _scan(file: IO[bytes], found: Scanned) -> None:
     memo: dict[int, _Op] = {}
     recent: list[_Op] = []  # the last opcodes, without those that store
     open_calls: list[_Op] = []  # from a growing function's name on, until its call is known to be harmless
+    argument: Any
     for opcode, argument, _ in pickletools.genops(file):
         kind = opcode.name
         if kind == "PROTO":
-            found.protocol = max(found.protocol, _whole(argument))
+            found.protocol = max(found.protocol, argument)
         elif kind in _PUTS:
-            memo[len(memo) if kind == "MEMOIZE" else _whole(argument)] = recent[-1] if recent else _UNKNOWN
+            memo[len(memo) if kind == "MEMOIZE" else argument] = recent[-1] if recent else _UNKNOWN
         else:
             op = _resolved(kind, argument, memo, recent)
             if op[0] == "name" and kind not in _GETS:
@@ -108,14 +109,10 @@ def _without_harmless(ops: list[_Op]) -> list[_Op]:
     return [*ops[:-3], _BYTES] if empty else ops
 
 
-def _whole(argument: Any) -> int:
-    return int(argument)
-
-
 def _resolved(kind: str, argument: Any, memo: dict[int, _Op], recent: list[_Op]) -> _Op:
     """Return an opcode as what it puts on the stack: a text, a name, or itself."""
     if kind in _GETS:
-        return memo.get(_whole(argument), _UNKNOWN)
+        return memo.get(argument, _UNKNOWN)
     if kind in _STRINGS:
         return "text", argument
     if kind == "GLOBAL":

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from regkern.weights.elements import Decoded, Source
+from regkern.weights.elements import Decoded, Source, Stored
 from regkern.weights.errors import WeightsError, library
 from regkern.weights.pieces import Array, ranges
 from regkern.weights.tensors import (
@@ -22,11 +22,10 @@ from regkern.weights.tensors import (
     Tensors,
     halves,
     in_natural_order,
+    is_state,
     made,
     small_float,
-    stored,
     unreadable,
-    without_elements,
 )
 
 # Tags that NumPy has a dtype for.
@@ -109,7 +108,7 @@ def _tensor(
         )
         return made(path, name, shape, elements, nbytes=nbytes)
     if dtype is not None:
-        return stored(source, name, shape, dtype, offset)
+        return made(path, name, shape, Stored(source, dtype, shape, offset))
     if known and tag not in known:
         version = library("safetensors", path, "report").__version__
         error = WeightsError(
@@ -119,7 +118,7 @@ def _tensor(
             "pip install --upgrade safetensors",
         )
         return unreadable(path, name, error, shape, tag.lower())
-    return without_elements(path, name, shape, tag, nbytes)
+    return Tensor(path, name, shape, tag.lower(), nbytes, state=is_state(name))  # of a dtype that NumPy lacks
 
 
 def _nibbles(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 
 from regkern.dtypes import DTYPES
 from regkern.text import elided
-from regkern.weights.elements import Elements, Source, Stored
+from regkern.weights.elements import Decoded, Stored
 from regkern.weights.errors import WeightsError, explained, library
 from regkern.weights.limits import most_as_a_whole
 from regkern.weights.pieces import Array
@@ -54,7 +54,7 @@ class Tensor:
     shape: tuple[int, ...]
     dtype: str
     nbytes: int = 0
-    elements: Elements | None = field(default=None, repr=False)
+    elements: Stored | Decoded | None = field(default=None, repr=False)
     error: WeightsError | None = None
     state: bool = False
     place: Hashable = None
@@ -79,6 +79,11 @@ class Tensor:
         """Whether zeros can be counted in what is not evaluated: in integers, bools, complex and swapped numbers."""
         return self.elements is not None and not self.evaluated and self.elements.dtype.kind in "biufc"
 
+    @property
+    def packed(self) -> bool:
+        """Whether its elements must be decompressed, as a whole where they are not read in pieces."""
+        return isinstance(self.elements, Decoded) and self.elements.packed
+
     def load(self) -> Array:
         """Return the elements in memory; those of less than 16 bits as they are stored.
 
@@ -86,17 +91,15 @@ class Tensor:
             WeightsError: this part of the file is damaged, nothing reads such elements, or they are packed and several
                 times the size of the file.
         """
-        with explained(self.path, f"readable elements of {elided(self.name, 100)}"):
-            most = most_as_a_whole(self.path)
-            elements = self._readable()
-            if elements.packed and self.nbytes > most:
+        with self._explained():
+            if self.packed and self.nbytes > (most := most_as_a_whole(self.path)):
                 raise WeightsError(
                     self.path,
                     f"no more than {most} bytes of {elided(self.name, 100)}, to read it as a whole",
                     f"{self.nbytes} bytes, packed",
                     "leave out what needs the whole by --no-cosine, or save it uncompressed",
                 )
-            return elements.whole()
+            return self._readable().whole()
 
     def pieces(self) -> Iterator[Array]:
         """Yield all elements once, in flat arrays of at most some PIECE, read one after the other.
@@ -104,7 +107,7 @@ class Tensor:
         Raises:
             WeightsError: as `load`, at the piece that is damaged.
         """
-        with explained(self.path, f"readable elements of {elided(self.name, 100)}"):
+        with self._explained():
             yield from self._readable().pieces()
 
     def block(self, axis: int, part: slice) -> Array:
@@ -113,14 +116,16 @@ class Tensor:
         Raises:
             WeightsError: as `load`.
         """
-        with explained(self.path, f"readable elements of {elided(self.name, 100)}"):
-            elements = self._readable()
-            if elements.packed:
-                x = self.load()
-                return x[part] if axis == 0 else x[..., part]
-            return elements.block(axis, part)
+        if isinstance(self.elements, Stored):
+            with self._explained():
+                return self.elements.block(axis, part)
+        x = self.load()
+        return x[part] if axis == 0 else x[..., part]
 
-    def _readable(self) -> Elements:
+    def _explained(self) -> explained:
+        return explained(self.path, f"readable elements of {elided(self.name, 100)}")
+
+    def _readable(self) -> Stored | Decoded:
         if self.error is not None:
             raise self.error
         if self.elements is None:
@@ -141,27 +146,27 @@ class Tensors(list[Tensor]):
         self.metadata = metadata or {}
 
 
-def stored(source: Source, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], offset: int) -> Tensor:
-    """Return a tensor that lies in a file as it is, the last axis' elements one after the other."""
-    return made(source.path, name, shape, Stored(source, dtype, shape, offset))
-
-
-def made(path: Path, name: str, shape: tuple[int, ...], elements: Elements, **more: Any) -> Tensor:
+def made(path: Path, name: str, shape: tuple[int, ...], elements: Stored | Decoded, **more: Any) -> Tensor:
     """Return a tensor of elements that can be read."""
     dtype = elements.dtype
     more.setdefault("nbytes", math.prod(shape) * dtype.itemsize)
     more.setdefault("state", is_state(name))
-    return Tensor(path, name, shape, dtype_name(dtype), elements=elements, **more)
-
-
-def without_elements(path: Path, name: str, shape: tuple[int, ...], dtype: str, nbytes: int = 0) -> Tensor:
-    """Return a tensor whose dtype NumPy lacks: it is listed, and cannot be loaded."""
-    return Tensor(path, name, shape, dtype.lower(), nbytes, state=is_state(name))
+    called = dtype.name if dtype.isnative else dtype.str
+    return Tensor(path, name, shape, called, elements=elements, **more)
 
 
 def unreadable(path: Path, name: str, error: WeightsError, shape: tuple[int, ...] = (), dtype: str = "") -> Tensor:
     """Return a tensor that is listed with the reason why it cannot be read."""
     return Tensor(path, name, shape, dtype or "unreadable", error=error, state=is_state(name))
+
+
+def listed(path: Path, name: str, make: Callable[[], Tensor], shape: tuple[int, ...] = ()) -> Tensor:
+    """Return what a function makes of a part of a file; one that cannot be read is listed as such."""
+    try:
+        with explained(path, f"readable elements of {name}"):
+            return make()
+    except WeightsError as error:
+        return unreadable(path, name, error, shape)
 
 
 def is_state(name: str) -> bool:
@@ -179,11 +184,6 @@ def natural(name: str) -> str:
     return re.sub(r"\d+", lambda digits: digits[0].zfill(20), name)
 
 
-def dtype_name(dtype: np.dtype[Any]) -> str:
-    """Return NumPy's name, or the code of a byte-swapped dtype."""
-    return dtype.name if dtype.isnative else dtype.str
-
-
 def small_float(path: Path, name: str) -> np.dtype[Any] | None:
     """Return a dtype that ml_dtypes adds to NumPy, whose name NumPy knows from then on; None where it is too old."""
     found = getattr(library("ml_dtypes", path, "report"), name, None)
@@ -194,10 +194,3 @@ def halves(packed: Array, dtype: np.dtype[Any]) -> Array:
     """Return elements of four bits, two in a byte, the first in its lower half, along the last axis."""
     both: Array = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1).view(dtype)
     return both
-
-
-def bfloat16(path: Path) -> np.dtype[Any]:
-    """Return bfloat16, whose name NumPy knows from then on."""
-    dtype = small_float(path, "bfloat16")
-    assert dtype is not None
-    return dtype

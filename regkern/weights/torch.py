@@ -18,11 +18,11 @@ import numpy as np
 
 from regkern.text import elided
 from regkern.weights import pickles
-from regkern.weights.elements import Decoded, Elements, Source, Stored
+from regkern.weights.elements import Decoded, Source, Stored
 from regkern.weights.errors import WeightsError, library
 from regkern.weights.pieces import Array
-from regkern.weights.tensors import WIDENED, Tensor, Tensors, halves, is_state, made, small_float, without_elements
-from regkern.weights.zips import window
+from regkern.weights.tensors import WIDENED, Tensor, Tensors, halves, is_state, small_float
+from regkern.weights.zips import start_of
 
 # PyTorch's dtypes that NumPy, or ml_dtypes, has under the same name.
 _DTYPES = {
@@ -126,7 +126,8 @@ def _flatten(torch: Any, item: Any, keys: tuple[str, ...], seen: set[int], state
     if isinstance(item, torch.Tensor) and item.is_nested:
         item = item.unbind()
     if isinstance(item, torch.Tensor):
-        yield _Found(".".join(keys), item, state)
+        name = ".".join(keys)
+        yield _Found(name, item, state or is_state(name))
     elif isinstance(item, Mapping | list | tuple | set) and id(item) not in seen:
         seen.add(id(item))
         # What an optimizer's state_dict() is.
@@ -136,32 +137,35 @@ def _flatten(torch: Any, item: Any, keys: tuple[str, ...], seen: set[int], state
 
 
 def _tensor(torch: Any, source: Source, places: dict[int, int], found: _Found) -> Tensor:
-    name, tensor, _ = found
-    path, shape, dtype = source.path, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+    tensor, path, shape = found.tensor, source.path, tuple(found.tensor.shape)
+    dtype = str(tensor.dtype).removeprefix("torch.")
+
+    def listed(dtype: str, shape: tuple[int, ...] = shape, **more: Any) -> Tensor:
+        return Tensor(path, found.name, shape, dtype, state=found.state, **more)
+
     if tensor.layout != torch.strided:
-        return without_elements(path, name, shape, str(tensor.layout).removeprefix("torch."))
+        return listed(str(tensor.layout).removeprefix("torch."))
     if tensor.device.type == "meta":  # a shape without elements
-        return without_elements(path, name, shape, "meta")
+        return listed("meta")
     nbytes = math.prod(shape) * tensor.element_size()
     if tensor.is_quantized:  # zeros are the elements that stand for 0.0
         values = Decoded(np.dtype("float32"), lambda: tensor.dequantize().numpy(), packed=False)
-        return Tensor(path, name, shape, dtype, nbytes, values, state=found.state or is_state(name))
+        return listed(dtype, nbytes=nbytes, elements=values)
     pair = small_float(path, _PAIRS.removesuffix("_x2")) if dtype == _PAIRS else None
     if pair is not None:
         both = Decoded(pair, partial(_pairs, torch, tensor, pair), packed=False)
-        state = found.state or is_state(name)
-        return made(path, name, (*shape[:-1], 2 * shape[-1]), both, nbytes=nbytes, state=state)
+        return listed(pair.name, (*shape[:-1], 2 * shape[-1]), nbytes=nbytes, elements=both)
     if dtype in _DTYPES:
         numpy_dtype: np.dtype[Any] | None = np.dtype(dtype)
     else:
         numpy_dtype = small_float(path, dtype) if dtype in WIDENED | {"bfloat16"} else None
     if numpy_dtype is None:
-        return without_elements(path, name, shape, dtype, nbytes)
+        return listed(dtype, nbytes=nbytes)
     elements = _elements(torch, source, places, tensor, numpy_dtype)
     place = (tensor.data_ptr(), dtype, shape, tensor.stride()) if tensor.data_ptr() and nbytes else None
     if place and _is_dense(tensor):  # whatever its shape, it is the same memory
         place = (tensor.data_ptr(), dtype, tensor.numel(), ())
-    return made(path, name, shape, elements, nbytes=nbytes, place=place, state=found.state or is_state(name))
+    return listed(dtype, nbytes=nbytes, elements=elements, place=place)
 
 
 def _is_dense(tensor: Any) -> bool:
@@ -176,7 +180,9 @@ def _is_dense(tensor: Any) -> bool:
     return True
 
 
-def _elements(torch: Any, source: Source, places: dict[int, int], tensor: Any, dtype: np.dtype[Any]) -> Elements:
+def _elements(
+    torch: Any, source: Source, places: dict[int, int], tensor: Any, dtype: np.dtype[Any]
+) -> Stored | Decoded:
     """Return how to read a tensor: from the file if it lies there as it is, else from memory, where it is already."""
     shape = tuple(tensor.shape)
     start = places.get(tensor.untyped_storage().data_ptr())
@@ -230,5 +236,5 @@ def _places(path: Path, keys: list[str], storages: list[Any]) -> dict[int, int]:
             info = records.get(key)
             if info is None or info.file_size != storage.nbytes():
                 return {}
-            places[storage.data_ptr()] = window(file, info)[0]
+            places[storage.data_ptr()] = start_of(file, info)
     return places

@@ -42,19 +42,16 @@ def unpacked(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Ite
         yield file
 
 
-def check(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
-    """Read a member to its end, where zipfile compares the checksum."""
-    with archive.open(info) as member:
-        while member.read(1 << 20):
-            pass
-
-
-def window(file: io.BufferedReader, info: zipfile.ZipInfo) -> tuple[int, io.BufferedReader]:
-    """Return where in the open zip a stored member begins, after its local header, and the member as a file."""
+def start_of(file: IO[bytes], info: zipfile.ZipInfo) -> int:
+    """Return where in the open zip a stored member begins, after its local header."""
     file.seek(info.header_offset)
     name_length, extra_length = struct.unpack_from("<HH", file.read(30), 26)
-    start = info.header_offset + 30 + name_length + extra_length
-    return start, io.BufferedReader(_Window(file, start, info.file_size))
+    return info.header_offset + 30 + int(name_length) + int(extra_length)
+
+
+def window(file: io.BufferedReader, info: zipfile.ZipInfo) -> io.BufferedReader:
+    """Return a stored member of the open zip as a file of its own."""
+    return io.BufferedReader(_Window(file, start_of(file, info), info.file_size))
 
 
 class _Window(io.RawIOBase):
