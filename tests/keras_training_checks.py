@@ -1,6 +1,6 @@
 """Exact zeros, penalties of built models and factors that move, under Keras on each backend and under tf_keras.
 
-`test_keras_training.py` runs this file. References are NumPy's.
+`test_keras.py` runs this file. References are NumPy's.
 """
 
 import copy
