@@ -99,13 +99,12 @@ def test_training_on_replicas():
 
 LOAD = """
 import importlib, sys
-library, folder, *forms = sys.argv[1:]
+library, *folders = sys.argv[1:]
 sys.modules["regkern"] = None  # as if it were not installed
 import numpy as np, tensorflow as tf
 keras = importlib.import_module(library)
-x, y = np.load(folder + "/x.npy"), np.load(folder + "/y.npy")
 
-def predict(form, path):
+def predict(form, path, x, y):
     if form in ("keras", "h5", "saved"):
         model = keras.models.load_model(path, compile=False)  # what compiles it is not what is asked
         found = model.predict(x, verbose=0)
@@ -123,8 +122,10 @@ def predict(form, path):
     interpreter.invoke()
     return interpreter.get_tensor(result["index"])
 
-for form in forms:
-    np.save(f"{folder}/{form}.npy", predict(form, f"{folder}/model.{form}"))
+for folder in folders:
+    inputs = np.load(f"{folder}/inputs.npz")
+    for form in inputs["forms"]:
+        np.save(f"{folder}/{form}.npy", predict(form, f"{folder}/model.{form}", inputs["x"], inputs["y"]))
 """
 FORMS = ["keras", "export", "module", "tflite"] + (["h5"] if LIBRARY == "keras" else ["saved"])
 
@@ -143,37 +144,33 @@ def save(model, form, path):
         model.save(path)
 
 
-def load(model, forms, folder, x, y, expected):
-    """Save a model in several forms, load it where there is no regkern, and return the losses that it has there."""
-    for form in forms:
-        save(model, form, f"{folder}/model.{form}")
-    np.save(folder / "x.npy", x), np.save(folder / "y.npy", y)
-    command = [sys.executable, "-c", LOAD, LIBRARY, str(folder), *forms]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    for form in forms:
-        np.testing.assert_allclose(np.load(folder / f"{form}.npy"), expected, rtol=1e-3, atol=1e-5, err_msg=form)
-    return [list(map(float, line.split())) for line in result.stdout.splitlines()]
-
-
 @pytest.mark.filterwarnings("ignore")  # of the formats' own
-def test_a_model_that_was_trained_is_saved_and_loaded_without_regkern(tmp_path):
-    model = network(rk)
-    train(model)
-    assert calls(model) >= 6
-    expected, loss = model.predict(X, verbose=0), model.evaluate(X, Y, verbose=0)
-    losses = load(model, FORMS, tmp_path, X, Y, expected)
-    np.testing.assert_allclose(losses, np.full((2, 2), loss), rtol=1e-2)
-    again = train(model)[0]  # and it goes on here
-    assert numbers(again[-1]) < loss
-
-
-@pytest.mark.filterwarnings("ignore")  # of the formats' own
-def test_a_penalty_of_a_fixed_batch_in_an_export(tmp_path):
-    """Whose size is known, so that the kernels are in the graph that is exported."""
+def test_models_are_saved_and_loaded_without_regkern(tmp_path):
+    trained = network(rk)
+    train(trained)
+    assert calls(trained) >= 6
+    # One of a fixed batch, so that the kernels are in the graph that is exported.
     batch = {"batch_input_shape": (256, WIDTH)} if LIBRARY == "tf_keras" else {"batch_shape": (256, WIDTH)}
-    model = keras.Sequential(
+    fixed = keras.Sequential(
         [layers.InputLayer(**batch), layers.Dense(WIDTH, activity_regularizer=rk.L1(1e-3), kernel_regularizer="l2")]
     )
-    x = np.concatenate([X] * 4)
-    load(model, ["export", "module", "tflite"], tmp_path, x, x, model.predict(x, batch_size=256, verbose=0))
+    loss, many, folders = trained.evaluate(X, Y, verbose=0), np.concatenate([X] * 4), {}
+    for name, model, forms, x, y in (
+        ("trained", trained, FORMS, X, Y),
+        ("fixed", fixed, ["export", "module", "tflite"], many, many),
+    ):
+        (folder := tmp_path / name).mkdir()
+        folders[folder] = forms, model.predict(x, batch_size=256, verbose=0)
+        for form in forms:
+            save(model, form, f"{folder}/model.{form}")
+        np.savez(folder / "inputs.npz", forms=forms, x=x, y=y)
+    command = [sys.executable, "-c", LOAD, LIBRARY, *map(str, folders)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    for folder, (forms, expected) in folders.items():
+        for form in forms:
+            np.testing.assert_allclose(np.load(folder / f"{form}.npy"), expected, rtol=1e-3, atol=1e-5, err_msg=form)
+    losses = [float(each) for each in result.stdout.split()]
+    np.testing.assert_allclose(losses, [loss] * 4, rtol=1e-2)  # of two forms, evaluated and trained
+    again = train(trained)[0]  # and it goes on here
+    assert numbers(again[-1]) < loss

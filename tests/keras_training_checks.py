@@ -188,6 +188,7 @@ def test_groups_become_zero():
     np.testing.assert_array_equal((kernel == 0).any(axis=0), columns)
 
 
+@pytest.mark.slow
 def test_digits():
     """The demonstration: at least 60 % zeros, at an accuracy within 2 points of the net without a penalty."""
     from sklearn.datasets import load_digits
