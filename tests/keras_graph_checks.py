@@ -157,7 +157,7 @@ def test_models_are_saved_and_loaded_without_regkern(tmp_path):
     loss, many, folders = trained.evaluate(X, Y, verbose=0), np.concatenate([X] * 4), {}
     for name, model, forms, x, y in (
         ("trained", trained, FORMS, X, Y),
-        ("fixed", fixed, ["export", "module", "tflite"], many, many),
+        ("fixed", fixed, ["export", "tflite"], many, many),
     ):
         (folder := tmp_path / name).mkdir()
         folders[folder] = forms, model.predict(x, batch_size=256, verbose=0)

@@ -347,6 +347,7 @@ def test_regularize_reaches_every_kind_of_model():
         assert model.losses == []
 
 
+@pytest.mark.slow
 def test_regularize_takes_an_application():
     model = keras.applications.MobileNet(input_shape=(32, 32, 3), alpha=0.25, weights=None, classes=3)
     penalty = rk.Penalty({"@no_decay": None, "*": rk.L2(0.5)})

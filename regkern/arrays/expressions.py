@@ -69,17 +69,15 @@ class ExpressionsAdapter(Adapter):
         return self.sum(x)
 
     def where(self, condition: Any, x: Any, y: Any) -> Any:
-        """Do as `select` does; the condition may be of numbers as well, as in the next two what is taken."""
+        """Do as `select` does; the condition may be of numbers as well, as what the next two take."""
         if isinstance(condition, bool):
             return x if condition else y
         return self.select(condition, x, y)
 
     def sqrt(self, x: Any) -> Any:
-        """Return the square roots."""
         return math.sqrt(x) if isinstance(x, float) else self.roots(x)
 
     def log1p(self, x: Any) -> Any:
-        """Return ``log(1 + x)``."""
         return math.log1p(x) if isinstance(x, float) else self.logarithms(x)
 
     @abstractmethod
