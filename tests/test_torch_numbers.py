@@ -120,15 +120,15 @@ def test_gradients_to_a_factor_in_compiled_functions():
 
 
 def test_a_factor_that_is_set_reaches_compiled_functions():
-    x, lasso, group = matrix(6, 5), rk.L2(0.3), rk.GroupLasso(0.3)
+    x, ridge, group = matrix(6, 5), rk.L2(0.3), rk.GroupLasso(0.3)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(lambda x: (lasso(x), group(x)), fullgraph=True, backend=counter)
+    compiled = torch.compile(lambda x: (ridge(x), group(x)), fullgraph=True, backend=counter)
     for rate in RATES:
-        lasso.l2 = group.factor = rate
+        ridge.l2 = group.factor = rate
         torch.testing.assert_close(compiled(x), (rk.L2(rate)(x), rk.GroupLasso(rate)(x)))
     assert counter.frame_count <= MOST["floats"]
-    lasso.l2 = group.factor = factor = torch.tensor(0.3)
+    ridge.l2 = group.factor = factor = torch.tensor(0.3)
     before = counter.frame_count
     for rate in RATES:
         factor.fill_(rate)
@@ -181,8 +181,12 @@ def test_a_penalty_of_a_module_is_one_graph(name):
             for parameter in net.parameters():
                 parameter.mul_(0.9)
     assert counter.frame_count == 1
-    each = torch.compile(lambda net: penalty.per_tensor(net), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(each(net), penalty.per_tensor(net))
+
+
+def test_penalties_of_each_tensor_of_a_module_are_one_graph():
+    net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+    both = rk.Penalty(NETS["element-wise"]), rk.Penalty(NETS["orthogonal"])
+    compilations(lambda: [penalty.per_tensor(net) for penalty in both], [()])
 
 
 @pytest.mark.parametrize("count_tied", [False, True])
