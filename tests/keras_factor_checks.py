@@ -1,6 +1,6 @@
 """Factors that move while Keras trains: in compiled steps, and what is wrong with one in the midst of a run.
 
-`test_keras_training.py` runs this file on each backend and under tf_keras.
+`test_keras.py` runs this file on each backend and under tf_keras.
 """
 
 import itertools

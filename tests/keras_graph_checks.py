@@ -1,5 +1,6 @@
-"""Models whose training steps have the kernels in their graphs; `test_tensorflow_graph.py` runs it for each Keras."""
+"""Models whose training steps have the kernels in their graphs; `test_keras.py` runs it for each Keras."""
 
+import functools
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import tensorflow as tf
 
 import regkern as rk
 import regkern.keras
+from tests.cases import slow_unless
 from tests.keras_checks import LIBRARY, assert_same_training, inputs, keras, layers, numbers, pytestmark  # noqa: F401
 
 WIDTH = 192  # of kernels that are large enough
@@ -63,14 +65,19 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
+@functools.cache
+def training_of_keras():
+    return train(network(keras.regularizers, activity=True))
+
+
+@pytest.mark.parametrize("mode", [slow_unless(mode in ("plain", "XLA"), mode) for mode in MODES])
 def test_training_is_that_of_keras(mode):
-    ours, theirs = network(rk, activity=True), network(keras.regularizers, activity=True)
-    assert_same_training(train(ours, **MODES[mode]), train(theirs, **MODES[mode]), 1e-5)
+    model = network(rk, activity=True)
+    assert_same_training(train(model, **MODES[mode]), training_of_keras(), 1e-5)
     if mode in ("plain", "several steps"):
-        assert calls(ours) >= 6  # values and gradients of three kernels
+        assert calls(model) >= 6  # values and gradients of three kernels
     if mode == "XLA":
-        assert calls(ours) == 0
+        assert calls(model) == 0
 
 
 def test_training_in_half_precision():
@@ -83,41 +90,42 @@ def test_training_in_half_precision():
     assert_same_training(ours, theirs, 1e-2)
 
 
-def test_training_on_two_replicas():
+def test_training_on_replicas():
     """In one process there is one CPU; two are in `test_tensorflow_graph_programs.py`."""
-    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
-    results = []
-    for library in (rk, keras.regularizers):
-        with strategy.scope():
-            model = network(library)
-            results.append(train(model))
-    assert_same_training(*results, 1e-5)
+    with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
+        found = train(network(rk, activity=True))
+    assert_same_training(found, training_of_keras(), 1e-5)
 
 
 LOAD = """
 import importlib, sys
-library, form, path = sys.argv[1:]
+library, *folders = sys.argv[1:]
 sys.modules["regkern"] = None  # as if it were not installed
 import numpy as np, tensorflow as tf
 keras = importlib.import_module(library)
-x, y = np.load(path + ".x.npy"), np.load(path + ".y.npy")
-if form in ("keras", "h5", "saved"):
-    model = keras.models.load_model(path, compile=False)  # what compiles it is not what is asked
-    found = model.predict(x, verbose=0)
-    model.compile("sgd", "mse")
-    print(model.evaluate(x, y, verbose=0), model.fit(x, y, verbose=0).history["loss"][0])
-elif form in ("export", "module"):
-    found = tf.saved_model.load(path).signatures["serving_default"](tf.constant(x))
-    found = list(found.values())[0].numpy()
-else:
+
+def predict(form, path, x, y):
+    if form in ("keras", "h5", "saved"):
+        model = keras.models.load_model(path, compile=False)  # what compiles it is not what is asked
+        found = model.predict(x, verbose=0)
+        model.compile("sgd", "mse")
+        print(model.evaluate(x, y, verbose=0), model.fit(x, y, verbose=0).history["loss"][0])
+        return found
+    if form in ("export", "module"):
+        found = tf.saved_model.load(path).signatures["serving_default"](tf.constant(x))
+        return list(found.values())[0].numpy()
     interpreter = tf.lite.Interpreter(path)
     (place,), (result,) = interpreter.get_input_details(), interpreter.get_output_details()
     interpreter.resize_tensor_input(place["index"], x.shape)
     interpreter.allocate_tensors()
     interpreter.set_tensor(place["index"], x)
     interpreter.invoke()
-    found = interpreter.get_tensor(result["index"])
-np.save(path + ".found.npy", found)
+    return interpreter.get_tensor(result["index"])
+
+for folder in folders:
+    inputs = np.load(f"{folder}/inputs.npz")
+    for form in inputs["forms"]:
+        np.save(f"{folder}/{form}.npy", predict(form, f"{folder}/model.{form}", inputs["x"], inputs["y"]))
 """
 FORMS = ["keras", "export", "module", "tflite"] + (["h5"] if LIBRARY == "keras" else ["saved"])
 
@@ -137,39 +145,32 @@ def save(model, form, path):
 
 
 @pytest.mark.filterwarnings("ignore")  # of the formats' own
-@pytest.mark.parametrize("form", FORMS)
-def test_a_model_that_was_trained_is_saved_and_loaded_without_regkern(form, tmp_path):
-    model = network(rk)
-    train(model)
-    assert calls(model) >= 6
-    path = str(tmp_path / (f"model.{form}" if form in ("keras", "h5", "tflite") else form))
-    expected, loss = model.predict(X, verbose=0), model.evaluate(X, Y, verbose=0)
-    save(model, form, path)
-    np.save(path + ".x.npy", X), np.save(path + ".y.npy", Y)
-    command = [sys.executable, "-c", LOAD, LIBRARY, form, path]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    np.testing.assert_allclose(np.load(path + ".found.npy"), expected, rtol=1e-3, atol=1e-5)
-    if form in ("keras", "h5", "saved"):
-        np.testing.assert_allclose([float(each) for each in result.stdout.split()[-2:]], loss, rtol=1e-2)
-    again = train(model)[0]  # and it goes on here
-    assert numbers(again[-1]) < loss
-
-
-@pytest.mark.filterwarnings("ignore")  # of the formats' own
-def test_a_penalty_of_a_fixed_batch_in_an_export(tmp_path):
-    """Whose size is known, so that the kernels are in the graph that is exported."""
+def test_models_are_saved_and_loaded_without_regkern(tmp_path):
+    trained = network(rk)
+    train(trained)
+    assert calls(trained) >= 6
+    # One of a fixed batch, so that the kernels are in the graph that is exported.
     batch = {"batch_input_shape": (256, WIDTH)} if LIBRARY == "tf_keras" else {"batch_shape": (256, WIDTH)}
-    model = keras.Sequential(
+    fixed = keras.Sequential(
         [layers.InputLayer(**batch), layers.Dense(WIDTH, activity_regularizer=rk.L1(1e-3), kernel_regularizer="l2")]
     )
-    x = np.concatenate([X] * 4)
-    expected = model.predict(x, batch_size=256, verbose=0)
-    for form in ("export", "module", "tflite"):
-        path = str(tmp_path / form)
-        save(model, form, path)
-        np.save(path + ".x.npy", x), np.save(path + ".y.npy", x)
-        command = [sys.executable, "-c", LOAD, LIBRARY, form, path]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stderr
-        np.testing.assert_allclose(np.load(path + ".found.npy"), expected, rtol=1e-3, atol=1e-5)
+    loss, many, folders = trained.evaluate(X, Y, verbose=0), np.concatenate([X] * 4), {}
+    for name, model, forms, x, y in (
+        ("trained", trained, FORMS, X, Y),
+        ("fixed", fixed, ["export", "tflite"], many, many),
+    ):
+        (folder := tmp_path / name).mkdir()
+        folders[folder] = forms, model.predict(x, batch_size=256, verbose=0)
+        for form in forms:
+            save(model, form, f"{folder}/model.{form}")
+        np.savez(folder / "inputs.npz", forms=forms, x=x, y=y)
+    command = [sys.executable, "-c", LOAD, LIBRARY, *map(str, folders)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    for folder, (forms, expected) in folders.items():
+        for form in forms:
+            np.testing.assert_allclose(np.load(folder / f"{form}.npy"), expected, rtol=1e-3, atol=1e-5, err_msg=form)
+    losses = [float(each) for each in result.stdout.split()]
+    np.testing.assert_allclose(losses, [loss] * 4, rtol=1e-2)  # of two forms, evaluated and trained
+    again = train(trained)[0]  # and it goes on here
+    assert numbers(again[-1]) < loss

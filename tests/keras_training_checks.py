@@ -1,6 +1,6 @@
 """Exact zeros, penalties of built models and factors that move, under Keras on each backend and under tf_keras.
 
-`test_keras_training.py` runs this file. References are NumPy's.
+`test_keras.py` runs this file. References are NumPy's.
 """
 
 import copy
@@ -188,6 +188,7 @@ def test_groups_become_zero():
     np.testing.assert_array_equal((kernel == 0).any(axis=0), columns)
 
 
+@pytest.mark.slow
 def test_digits():
     """The demonstration: at least 60 % zeros, at an accuracy within 2 points of the net without a penalty."""
     from sklearn.datasets import load_digits
@@ -346,6 +347,7 @@ def test_regularize_reaches_every_kind_of_model():
         assert model.losses == []
 
 
+@pytest.mark.slow
 def test_regularize_takes_an_application():
     model = keras.applications.MobileNet(input_shape=(32, 32, 3), alpha=0.25, weights=None, classes=3)
     penalty = rk.Penalty({"@no_decay": None, "*": rk.L2(0.5)})

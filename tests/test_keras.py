@@ -1,5 +1,4 @@
-"""Keras: configs of either are read by the other, and `keras_checks.py`,
-`keras_models.py` and `keras_saving.py` hold on every backend and under tf_keras."""
+"""Keras: configs of either are read by the other; what `keras_*.py` check holds on all backends and under tf_keras."""
 
 import importlib.util
 import os
@@ -48,24 +47,31 @@ LIBRARIES = {
     "tensorflow": ("keras", "tensorflow"),
     "tf_keras": ("tf_keras", "tf_keras"),
 }
+MODELS, TRAINING, GRAPHS = "checks models saving", "training_checks factor_checks", "graph_checks"
+CHECKS = [
+    slow_unless(True, "jax", "not slow", f"{MODELS} {TRAINING}"),
+    slow_unless(True, "tf_keras", "not slow", f"{MODELS} {GRAPHS}"),
+    slow_unless(False, "numpy", "not slow", MODELS),
+    slow_unless(False, "torch", "", f"{MODELS} {TRAINING}"),
+    slow_unless(False, "tensorflow", "", f"{MODELS} {TRAINING} {GRAPHS}"),
+    slow_unless(False, "jax", "slow", f"{MODELS} {TRAINING}"),
+    slow_unless(False, "tf_keras", "slow", f"{MODELS} {GRAPHS}"),
+    slow_unless(False, "tf_keras", "", TRAINING),
+]
 
 
-CHECKS = [slow_unless(name not in ("jax", "tf_keras"), name, "not slow") for name in LIBRARIES]
-CHECKS += [pytest.param(name, "slow", marks=pytest.mark.slow) for name in LIBRARIES if name != "numpy"]
-
-
-@pytest.mark.parametrize(("name", "marked"), CHECKS)
-def test_checks(name, marked):
+@pytest.mark.parametrize(("name", "marked", "files"), CHECKS)
+def test_checks(name, marked, files):
     """Run the checks in a process of their own: Keras's backend is chosen once for each."""
     library, needed = LIBRARIES[name]
     pytest.importorskip("sklearn")
-    if importlib.util.find_spec(needed) is None:
-        pytest.skip(f"{needed} is not installed")
+    for each in (library, needed):
+        if importlib.util.find_spec(each) is None:
+            pytest.skip(f"{each} is not installed")
     backend = "tensorflow" if name == "tf_keras" else name
     environment = os.environ | {"KERAS_LIBRARY": library, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", marked]
-    files = [f"tests/keras_{part}.py" for part in ("checks", "models", "saving")]
-    command = [sys.executable, "-m", "pytest", *options, *files]
+    command = [sys.executable, "-m", "pytest", *options, *(f"tests/keras_{each}.py" for each in files.split())]
     root = Path(__file__).parent.parent
     result = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]

@@ -87,14 +87,15 @@ def test_what_is_written_in_place(library, name):
         close(y, reference.prox(regularizer, x, 2.0), "float32")
 
 
-@pytest.mark.parametrize("special", [np.nan, np.inf, -np.inf, 0.0])
 @pytest.mark.parametrize("name", ["both", "group", "orthogonal"])
 @pytest.mark.parametrize("library", list(LIBRARIES)[1:])
-def test_special_values_propagate_as_in_numpy(library, name, special):
-    x = np.full((7, 10), 2.0, np.float32)
-    x[3, 5] = special
-    y, regularizer = LIBRARIES[library]().array(x), PENALTIES[name](2.0)
-    np.testing.assert_allclose(numbers(regularizer(y)), regularizer(x), rtol=1e-6)
-    if name not in WITHOUT_PROX:
-        np.testing.assert_allclose(numbers(regularizer.grad(y)), regularizer.grad(x), rtol=1e-6)
-        np.testing.assert_allclose(numbers(regularizer.prox(y, 1.0)), regularizer.prox(x, 1.0), rtol=1e-6)
+def test_special_values_propagate_as_in_numpy(library, name):
+    regularizer = PENALTIES[name](2.0)
+    for special in (np.nan, np.inf, -np.inf, 0.0):
+        x = np.full((7, 10), 2.0, np.float32)
+        x[3, 5] = special
+        y = LIBRARIES[library]().array(x)
+        np.testing.assert_allclose(numbers(regularizer(y)), regularizer(x), rtol=1e-6)
+        if name not in WITHOUT_PROX:
+            np.testing.assert_allclose(numbers(regularizer.grad(y)), regularizer.grad(x), rtol=1e-6)
+            np.testing.assert_allclose(numbers(regularizer.prox(y, 1.0)), regularizer.prox(x, 1.0), rtol=1e-6)

@@ -2,22 +2,17 @@
 
 What becomes of such graphs is in `test_tensorflow_graph_saved.py`; programs of many threads, devices and hosts are in
 `test_tensorflow_graph_programs.py`. What must hold of models of Keras 3 and tf_keras is in `keras_graph_checks.py`,
-which runs once for each.
+which `test_keras.py` runs for each.
 """
 
 import gc
-import importlib.util
-import os
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import regkern as rk
-from tests.cases import NUMPY_DTYPES, slow_unless
+from tests.cases import NUMPY_DTYPES
 from tests.tensorflow_graphs import ALL, REG, SHAPE, has_kernels, normal
 
 tf = pytest.importorskip("tensorflow")
@@ -217,15 +212,3 @@ def test_one_function_in_many_threads():
     for thread in threads:
         thread.join()
     assert found == [True] * 80
-
-
-@pytest.mark.parametrize("library", [slow_unless(name == "keras", name) for name in ("keras", "tf_keras")])
-def test_checks(library):
-    if importlib.util.find_spec(library) is None:
-        pytest.skip(f"{library} is not installed")
-    environment = os.environ | {"KERAS_LIBRARY": library, "KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command = [sys.executable, "-m", "pytest", *options, "tests/keras_graph_checks.py"]
-    root = Path(__file__).parent.parent
-    result = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]

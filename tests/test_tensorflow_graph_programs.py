@@ -13,48 +13,41 @@ import regkern as rk
 
 server = tf.distribute.Server.create_local_server()
 tf.config.experimental_connect_to_host(server.target)
-function = tf.function(rk.L1L2(0.1, 0.2))
-x = tf.ones((300, 300))
+reg = rk.L1L2(0.1, 0.2)
+function, x = tf.function(reg), tf.ones((300, 300))
 print("PyFunc" in str(function.get_concrete_function(x).graph.as_graph_def()))
 with tf.device("/job:worker/task:0/device:CPU:0"):
-    penalty = function(x)
-print(float(penalty))
+    print(float(function(x)))
+    eager = reg(tf.ones((3, 3)))
+print(float(eager), eager.backing_device)
 """
 
 
 def test_other_hosts_have_operations_alone():
-    kernels, penalty = processes.run(OTHER_HOST, head="").split()
+    kernels, penalty, eager, device = processes.run(OTHER_HOST, head="").split()
     assert kernels == "False"
     assert float(penalty) == pytest.approx(27000.0, rel=1e-6)
+    assert float(eager) == pytest.approx(2.7, rel=1e-6)
+    assert device.startswith("/job:worker/")
 
 
-MESH = """
-import numpy as np
-import tensorflow as tf
-import regkern as rk
-
-dtensor = tf.experimental.dtensor
-cpus = tf.config.list_physical_devices("CPU")
-tf.config.set_logical_device_configuration(cpus[0], [tf.config.LogicalDeviceConfiguration()] * 2)
-mesh = dtensor.create_mesh([("x", 2)], devices=["CPU:0", "CPU:1"])
-weight = dtensor.call_with_layout(tf.ones, dtensor.Layout(["x", "unsharded"], mesh), shape=(300, 300))
-print(float(tf.function(rk.L1L2(0.1, 0.2))(weight)))
-"""
-
-
-def test_meshes_of_dtensors():
-    assert float(processes.run(MESH, head="")) == pytest.approx(27000.0, rel=1e-6)
-
-
-REPLICAS = """
+HEAD = """
+import threading
 import numpy as np
 import tensorflow as tf
 import regkern as rk
 
 cpus = tf.config.list_physical_devices("CPU")
 tf.config.set_logical_device_configuration(cpus[0], [tf.config.LogicalDeviceConfiguration()] * 2)
-strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+tf.config.threading.set_inter_op_parallelism_threads({threads})
+tf.config.threading.set_intra_op_parallelism_threads({threads})
 reg, array = rk.L1L2(1e-3, 2e-3), np.random.default_rng(0).standard_normal((300, 300)).astype("float32")
+
+def has_kernels(function, *arguments):
+    return "PyFunc" in str(function.get_concrete_function(*arguments).graph.as_graph_def())
+"""
+REPLICAS = """
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 with strategy.scope():
     variable = tf.Variable(array)
 
@@ -70,36 +63,22 @@ def replica():
 def step():
     return strategy.run(replica)
 
+weight = array
 for _ in range(3):
     losses = [float(loss) for loss in step().values]
-    assert losses == [float(reg(array))] * 2, losses
-    array = array - 2 * reg.grad(array)
+    assert losses == [float(reg(weight))] * 2, losses
+    weight = weight - 2 * reg.grad(weight)
     for value in variable.values:
-        np.testing.assert_allclose(value.numpy(), array, rtol=1e-6, atol=1e-8)
-print("PyFunc" in str(step.get_concrete_function().graph.as_graph_def()))
+        np.testing.assert_allclose(value.numpy(), weight, rtol=1e-6, atol=1e-8)
+assert has_kernels(step)
+print("replicas", flush=True)
 """
-
-
-def test_mirrored_replicas_on_two_cpus():
-    assert processes.run(REPLICAS, head="").split()[-1] == "True"
-
-
 THREADS = """
-import os, threading
-import numpy as np
-import tensorflow as tf
-import regkern as rk
-
-tf.config.threading.set_inter_op_parallelism_threads({threads})
-tf.config.threading.set_intra_op_parallelism_threads({threads})
-reg, array = rk.L1L2(1e-3, 2e-3), np.random.default_rng(0).standard_normal((300, 300)).astype("float32")
 expected = [reg(np.float32(i) * array) for i in range(40)]
-
 data = tf.data.Dataset.range(40).map(
     lambda i: reg(tf.cast(i, tf.float32) * array), num_parallel_calls=4
 ).prefetch(2)
-concrete = tf.function(reg).get_concrete_function(tf.constant(array))
-assert "PyFunc" in str(concrete.graph.as_graph_def())
+assert has_kernels(tf.function(reg), tf.constant(array))
 np.testing.assert_array_equal([float(value) for value in data], expected)  # beside Python, which holds the GIL
 
 @tf.function
@@ -120,14 +99,22 @@ for worker in workers:
 for worker in workers:
     worker.join()
 assert len(done) == 30
-print("done", flush=True)
+print("threads", flush=True)
+"""
+MESH = """
+dtensor = tf.experimental.dtensor
+mesh = dtensor.create_mesh([("x", 2)], devices=["CPU:0", "CPU:1"])
+weight = dtensor.call_with_layout(tf.ones, dtensor.Layout(["x", "unsharded"], mesh), shape=(300, 300))
+np.testing.assert_allclose(float(tf.function(rk.L1L2(0.1, 0.2))(weight)), 27000.0, rtol=1e-6)
+print("mesh", flush=True)
 """
 
 
 @pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.slow), 4])
-def test_threads_that_call_back_wait_for_nobody(threads):
-    """Many at once, from `tf.data` and from the graph, in pools of one thread too."""
-    assert processes.run(THREADS.format(threads=threads), head="", patience=240).split() == ["done"]
+def test_mirrored_replicas_threads_that_call_back_and_meshes(threads):
+    """On two devices; many calls at once, from `tf.data` and from the graph, in pools of one thread too."""
+    code = HEAD.format(threads=threads) + REPLICAS + THREADS + MESH
+    assert processes.run(code, head="", patience=240).split()[-3:] == ["replicas", "threads", "mesh"]
 
 
 ENDLESS = """

@@ -82,6 +82,7 @@ def rates(kind):
     return RATES if kind == "floats" else [torch.tensor(rate) for rate in RATES]
 
 
+OTHERS = ["L1", "L2", "L1L2", "columns"]
 COMPILED = {
     "call": lambda make, x, rate: make(rate)(x),
     "value and gradient": lambda make, x, rate: make(rate).value_and_grad(x),
@@ -92,48 +93,50 @@ COMPILED = {
 
 
 @pytest.mark.parametrize("kind", MOST)
-@pytest.mark.parametrize("what", COMPILED)
-@TWO_AXES
-def test_numbers_that_change_in_compiled_functions(name, what, kind):
-    if what == "prox" and name in WITHOUT_PROX:
-        pytest.skip("there is no proximal operator")
-    make, x = PENALTIES[name], matrix(6, 5)
-    count = compilations(lambda rate: COMPILED[what](make, x, rate), [(rate,) for rate in rates(kind)])
-    assert count <= MOST[kind]
-
-
-@pytest.mark.parametrize("name", ["L1L2", "group", "orthogonal"])
-def test_gradients_to_a_factor_in_compiled_functions(name):
-    torch._dynamo.reset()
-    make, x = PENALTIES[name], matrix(6, 5)
-    compiled = torch.compile(lambda factor, x: make(factor)(x), fullgraph=True, backend="aot_eager")
-    factor, y = torch.tensor(0.3, requires_grad=True), x.clone().requires_grad_()
-    compiled(factor, y).backward()
-    torch.testing.assert_close(factor.grad.double(), slope(make, x), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(y.grad, make(0.3).grad(x))
-
-
-@pytest.mark.parametrize("name", ["L2", "group"])
-def test_a_factor_that_is_set_reaches_compiled_functions(name):
+@pytest.mark.parametrize("names", [["both", "group", "orthogonal"], pytest.param(OTHERS, marks=pytest.mark.slow)])
+def test_numbers_that_change_in_compiled_functions(names, kind):
     x = matrix(6, 5)
-    regularizer = PENALTIES[name](0.3)
-    attribute = "l2" if name == "L2" else "factor"
+
+    def everything(rate):
+        return [
+            COMPILED[what](PENALTIES[name], x, rate)
+            for name in names
+            for what in COMPILED
+            if what != "prox" or name not in WITHOUT_PROX
+        ]
+
+    assert compilations(everything, [(rate,) for rate in rates(kind)]) <= MOST[kind]
+
+
+def test_gradients_to_a_factor_in_compiled_functions():
+    torch._dynamo.reset()
+    makes, x = [PENALTIES[name] for name in ("L1L2", "group", "orthogonal")], matrix(6, 5)
+    compiled = torch.compile(lambda factor, x: [make(factor)(x) for make in makes], fullgraph=True, backend="aot_eager")
+    factor, y = torch.tensor(0.3, requires_grad=True), x.clone().requires_grad_()
+    for make, value in zip(makes, compiled(factor, y), strict=True):
+        by_factor, by_x = torch.autograd.grad(value, (factor, y), retain_graph=True)
+        torch.testing.assert_close(by_factor.double(), slope(make, x), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(by_x, make(0.3).grad(x))
+
+
+def test_a_factor_that_is_set_reaches_compiled_functions():
+    x, ridge, group = matrix(6, 5), rk.L2(0.3), rk.GroupLasso(0.3)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(lambda x: regularizer(x), fullgraph=True, backend=counter)
+    compiled = torch.compile(lambda x: (ridge(x), group(x)), fullgraph=True, backend=counter)
     for rate in RATES:
-        setattr(regularizer, attribute, rate)
-        torch.testing.assert_close(compiled(x), PENALTIES[name](rate)(x))
+        ridge.l2 = group.factor = rate
+        torch.testing.assert_close(compiled(x), (rk.L2(rate)(x), rk.GroupLasso(rate)(x)))
     assert counter.frame_count <= MOST["floats"]
-    factor = torch.tensor(0.3)
-    setattr(regularizer, attribute, factor)
+    ridge.l2 = group.factor = factor = torch.tensor(0.3)
     before = counter.frame_count
     for rate in RATES:
         factor.fill_(rate)
-        torch.testing.assert_close(compiled(x), PENALTIES[name](rate)(x))
+        torch.testing.assert_close(compiled(x), (rk.L2(rate)(x), rk.GroupLasso(rate)(x)))
     assert counter.frame_count - before <= MOST["tensors"]
 
 
+@pytest.mark.slow  # Inductor makes C++ of it
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # by Inductor
 def test_a_changing_rate_under_inductor():
     torch._dynamo.reset()
@@ -178,8 +181,12 @@ def test_a_penalty_of_a_module_is_one_graph(name):
             for parameter in net.parameters():
                 parameter.mul_(0.9)
     assert counter.frame_count == 1
-    each = torch.compile(lambda net: penalty.per_tensor(net), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(each(net), penalty.per_tensor(net))
+
+
+def test_penalties_of_each_tensor_of_a_module_are_one_graph():
+    net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+    both = rk.Penalty(NETS["element-wise"]), rk.Penalty(NETS["orthogonal"])
+    compilations(lambda: [penalty.per_tensor(net) for penalty in both], [()])
 
 
 @pytest.mark.parametrize("count_tied", [False, True])

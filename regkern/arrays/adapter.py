@@ -34,9 +34,9 @@ class Adapter(ABC):
     def __init__(self) -> None:
         self.compiles = self.compiles  # of an instance's own, it is read in a tenth of the time
 
-    @abstractmethod
     def owns(self, array_type: type) -> bool:
-        """Whether arrays of this type belong to the library."""
+        """Whether arrays of this type belong to the library; what another adapter hands arrays to owns none."""
+        return False
 
     @abstractmethod
     def run(self, operation: Operation, term: Term, p: Parameters, x: Any, out: Any = None) -> tuple[Any, Any]:

@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import dask
@@ -57,8 +57,11 @@ class DaskAdapter(Adapter):
 
     def run(self, operation: Operation, term: Term, p: Parameters, x: Any, out: Any = None) -> tuple[Any, Any]:
         dtype_of(x.dtype)
-        if operation.writes:
-            _refuse_out(out)
+        if out is not None:
+            raise TypeError(
+                f"out: expected None, because Dask arrays are not written to; got {type(out).__name__}; "
+                "take what is returned, and to accumulate write out + scale * grad."
+            )
         if isinstance(term.view, Products):
             return self._products(operation, term, p, x)
         pieces = x
@@ -86,49 +89,20 @@ class DaskAdapter(Adapter):
         if operation is PARTIAL:
             raise no_partial(x)
         matrices = _matrices(x, view.flatten)
-        if term.formula is not ABS or not view.unit:
-            return self._products_of_whole(operation, term, p, matrices, x)
+        # Of cosines alone, and of one matrix, blocks of rows are compared two by two; others are brought together.
+        by_blocks = term.formula is ABS and view.unit and matrices.ndim == 2
+        if by_blocks and view.columns:
+            value, written = self._products(operation, _COSINES, p, matrices.T)
+            return value, None if written is None else written.T.reshape(x.shape).rechunk(x.chunks)
+        value_of, gradient_of = (_mean_of_rows, _gradient_of_rows) if by_blocks else (_value, _gradient)
         value = written = None
         if operation is SUMS:
-            value = tuple(self._mean(term, (*factors, *p[2:]), matrices) for factors in EACH_SUM)
+            value = tuple(value_of(term, (*factors, *p[2:]), matrices) for factors in EACH_SUM)
         elif operation.sums:
-            value = self._mean(term, p, matrices)
+            value = value_of(term, p, matrices)
         if operation.writes:
-            if matrices.ndim > 2:
-                gradient = _map(_whole(matrices), functools.partial(_written, GRADIENT, term, p))
-            elif view.columns:
-                gradient = _gradient_of_rows(p[0], matrices.T).T
-            else:
-                gradient = _gradient_of_rows(p[0], matrices)
-            written = gradient.reshape(x.shape).rechunk(x.chunks)
+            written = gradient_of(term, p, matrices).reshape(x.shape).rechunk(x.chunks)
         return value, written
-
-    def _products_of_whole(
-        self, operation: Operation, term: Term, p: Parameters, matrices: Any, x: Any
-    ) -> tuple[Any, Any]:
-        """Evaluate matrices each of which is brought together: of cosines alone, gradients of blocks are known."""
-        whole, values = _whole(matrices), functools.partial(_values, term, p)
-        value = _reduce(whole, values, operator.itemgetter(0)) if operation.sums else None
-        if operation is SUMS:
-            value = tuple(
-                _reduce(whole, functools.partial(_values, term, (*each, *p[2:])), operator.itemgetter(0))
-                for each in EACH_SUM
-            )
-        if operation.writes is None:
-            return value, None
-        gradient = _map(whole, functools.partial(_written, GRADIENT, term, p))
-        return value, gradient.reshape(x.shape).rechunk(x.chunks)
-
-    def _mean(self, term: Term, p: Parameters, x: Any) -> Any:
-        view = term.view
-        assert isinstance(view, Products)
-        pairs = _pairs(x, view.columns)
-        if x.ndim > 2:  # the means of a batch are added
-            finish = functools.partial(_mean, p[0], pairs, math.prod(x.shape[:-2]))
-            return _reduce(_whole(x), functools.partial(_cosine_sum_of_batch, term), finish)
-        finish = functools.partial(_mean, p[0], pairs, 1)
-        total = _tree(list(_cosine_sums(x.T if view.columns else x)))
-        return da.from_delayed(_finish(total, finish, _result(x)), (), meta=_scalar_meta(x, _result(x)))
 
     def masked(self, x: Any, mask: Any) -> Any:
         return da.where(mask, x, np.zeros((), x.dtype))
@@ -141,22 +115,12 @@ class DaskAdapter(Adapter):
         return (penalty / da.maximum(length, 1)).astype(penalty.dtype)
 
 
-def _refuse_out(out: Any) -> None:
-    if out is not None:
-        raise TypeError(
-            f"out: expected None, because Dask arrays are not written to; got {type(out).__name__}; "
-            "take what is returned, and to accumulate write out + scale * grad."
-        )
-
-
 def _matrices(x: Any, flatten: bool) -> Any:
-    """Check what the orthogonal penalty needs, and make one matrix of the axes before the last where it is asked for.
+    """Make one matrix of the axes before the last where it is asked for.
 
     Raises:
-        TypeError: the dtype is not supported.
         ValueError: lengths of chunks are not known.
     """
-    dtype_of(x.dtype)
     if any(math.isnan(length) for length in x.shape):
         raise ValueError(
             "x: expected known chunk sizes, by which pairs of rows are counted; got unknown ones; "
@@ -165,9 +129,8 @@ def _matrices(x: Any, flatten: bool) -> Any:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) if flatten and x.ndim > 2 else x
 
 
-def _pairs(x: Any, columns: bool) -> int:
-    n: int = x.shape[-1] if columns else x.shape[-2]
-    return n * (n - 1) // 2
+def _pairs(rows: Any) -> int:
+    return len(rows) * (len(rows) - 1) // 2
 
 
 def _whole(x: Any) -> Any:
@@ -199,32 +162,39 @@ def _reduce(x: Any, partial: Callable[[Any], Any], finish: _Finish, result: str 
 
 
 def _map(x: Any, function: Callable[[Any], Any]) -> Any:
-    dtype_of(x.dtype)
     return x.map_blocks(function, dtype=x.dtype, meta=x._meta)
 
 
-def _cosine_sums(x: Any) -> Iterator[Any]:
+def _value(term: Term, p: Parameters, matrices: Any) -> Any:
+    return _reduce(_whole(matrices), functools.partial(_values, term, p), operator.itemgetter(0))
+
+
+def _gradient(term: Term, p: Parameters, matrices: Any) -> Any:
+    return _map(_whole(matrices), functools.partial(_written, GRADIENT, term, p))
+
+
+def _mean_of_rows(term: Term, p: Parameters, x: Any) -> Any:
     """Make a task for each pair of blocks of rows, and each block with itself; a task holds two blocks."""
     blocks = _bands(x).to_delayed(optimize_graph=False).ravel()
-    for j, block in enumerate(blocks):
-        yield _cosine_sum(block, None)
-        for other in blocks[:j]:
-            yield _cosine_sum(other, block)
+    sums = [_cosine_sum(block, None) for block in blocks]
+    sums += [_cosine_sum(one, other) for one, other in itertools.combinations(blocks, 2)]
+    mean = da.from_delayed(_tree(sums), (), meta=_scalar_meta(x, "float64")) / max(1, _pairs(x))
+    return (p[0] * da.minimum(mean, 1.0)).astype(_result(x))  # more by rounding alone; NaN stays
 
 
-def _gradient_of_rows(factor: float, x: Any) -> Any:
+def _gradient_of_rows(term: Term, p: Parameters, x: Any) -> Any:
     """Make the gradient from the same tasks: each gives what a pair of blocks adds to the gradients of both."""
-    bands, weight = _bands(x), factor / max(1, _pairs(x, columns=False))
+    bands, weight = _bands(x), p[0] / max(1, _pairs(x))
     blocks = bands.to_delayed(optimize_graph=False).ravel()
     parts = [[_gradient_within(weight, block)] for block in blocks]
     for i, j in itertools.combinations(range(len(blocks)), 2):
         for k, part in zip((i, j), _gradients_between(weight, blocks[i], blocks[j]), strict=True):
             parts[k].append(part)
     gradients = [
-        da.from_delayed(_narrow(_tree(each), x.dtype), (rows, x.shape[1]), meta=x._meta)
+        da.from_delayed(_tree(each), (rows, x.shape[1]), meta=x._meta.astype(_result(x)))
         for each, rows in zip(parts, bands.chunks[0], strict=True)
     ]
-    return da.concatenate(gradients)
+    return da.concatenate(gradients).astype(x.dtype)
 
 
 def _tree(partials: list[Any]) -> Any:
@@ -257,10 +227,6 @@ def _written(operation: Operation, term: Term, p: Parameters, chunk: Any) -> Any
     return ADAPTERS[type(chunk)].run(operation, term, p, chunk)[1]
 
 
-def _cosine_sum_of_batch(term: Term, chunk: Any) -> Any:
-    return np.float64(_sums(term, NONE, chunk)[0])
-
-
 @dask.delayed(pure=True)
 def _cosine_sum(block: Any, other: Any) -> Any:
     if other is None:
@@ -271,8 +237,7 @@ def _cosine_sum(block: Any, other: Any) -> Any:
 @dask.delayed(pure=True)
 def _gradient_within(weight: float, block: Any) -> Any:
     """Weight times the gradient of the sum of |cosine| over pairs of rows of a block, in the result type."""
-    wide, pairs = block.astype(_result(block)), _pairs(block, columns=False)
-    return _written(GRADIENT, _COSINES, (weight * pairs, 0.0, 0.0, 0.0), wide)
+    return _written(GRADIENT, _COSINES, (weight * _pairs(block), 0.0, 0.0, 0.0), block.astype(_result(block)))
 
 
 @dask.delayed(pure=True, nout=2)
@@ -309,12 +274,11 @@ def _weigh(a: float, b: float, sums: Any) -> Any:
     return a * sums[0] + b * sums[1]
 
 
-def _mean(factor: float, pairs: int, most: int, total: Any) -> Any:
-    return np.float64(factor * min(total / pairs, float(most)) if pairs else 0.0)  # more by rounding alone; NaN stays
-
-
 def _total(partials: Iterable[Any]) -> Any:
     return functools.reduce(operator.add, partials)
+
+
+_add = dask.delayed(_total, pure=True)
 
 
 def _chunk(partial: Callable[[Any], Any], chunk: Any, axis: Any, keepdims: bool) -> Any:
@@ -336,21 +300,6 @@ def _flat(partials: Any) -> Iterator[Any]:
             yield from _flat(each)
     else:
         yield partials
-
-
-@dask.delayed(pure=True)
-def _add(partials: Sequence[Any]) -> Any:
-    return _total(partials)
-
-
-@dask.delayed(pure=True)
-def _narrow(gradient: Any, dtype: Any) -> Any:
-    return gradient.astype(dtype)
-
-
-@dask.delayed(pure=True)
-def _finish(total: Any, finish: _Finish, result: str) -> Any:
-    return finish(total).astype(result)
 
 
 ADAPTER = DaskAdapter()

@@ -33,7 +33,20 @@ class ExpressionsAdapter(Adapter):
     Everything is computed in the result's type, float64 for float64 and float32 for the rest. A library gives the
     operations whose names differ between libraries; those that Python has operators for are the same in all. Formulas
     take theirs from here as well.
+
+    Attributes:
+        sum: ``sum(x)`` of all elements; where `unit` and `norms` are those below, with ``axis`` and ``keepdims`` too.
+        select: ``select(condition, x, y)``, x where a condition holds and y elsewhere; x and y may be numbers.
+        roots: the square roots.
+        inverse_roots: 1 by the square roots, for `unit`.
+        logarithms: ``log(1 + x)``.
     """
+
+    sum: Callable[..., Any]
+    select: Callable[..., Any]
+    roots: Callable[..., Any]
+    inverse_roots: Callable[..., Any]
+    logarithms: Callable[..., Any]
 
     @abstractmethod
     def widen(self, x: Any) -> Any:
@@ -51,38 +64,20 @@ class ExpressionsAdapter(Adapter):
     def zero(self, x: Any) -> Any:
         """Return 0 as a 0-d scalar of x's dtype, on its device."""
 
-    @abstractmethod
-    def sum(self, x: Any) -> Any:
-        """Return the sum of all elements."""
-
     def sum_exactly(self, x: Any) -> Any:
         """Return the sum of all elements, in float64 where there is that."""
         return self.sum(x)
 
-    @abstractmethod
-    def select(self, condition: Any, x: Any, y: Any) -> Any:
-        """Return x where a condition holds, and y elsewhere; x and y may be numbers."""
-
-    @abstractmethod
-    def roots(self, x: Any) -> Any:
-        """Return the square roots."""
-
-    @abstractmethod
-    def logarithms(self, x: Any) -> Any:
-        """Return ``log(1 + x)``."""
-
     def where(self, condition: Any, x: Any, y: Any) -> Any:
-        """Do as `select` does; the condition may be of numbers as well, as in the next two what is taken."""
+        """Do as `select` does; the condition may be of numbers as well, as what the next two take."""
         if isinstance(condition, bool):
             return x if condition else y
         return self.select(condition, x, y)
 
     def sqrt(self, x: Any) -> Any:
-        """Return the square roots."""
         return math.sqrt(x) if isinstance(x, float) else self.roots(x)
 
     def log1p(self, x: Any) -> Any:
-        """Return ``log(1 + x)``."""
         return math.log1p(x) if isinstance(x, float) else self.logarithms(x)
 
     @abstractmethod
@@ -113,12 +108,14 @@ class ExpressionsAdapter(Adapter):
         """Return the products of all pairs of rows, in the arithmetic of x's dtype."""
         return x @ self.transpose(x)
 
-    @abstractmethod
     def unit(self, x: Any) -> Any:
         """Return x with every vector along the last axis divided by its norm.
 
         A zero vector stays zero, and its gradient is zero.
         """
+        squares = self.sum(x * x, axis=-1, keepdims=True)
+        zero = squares <= 0  # TensorFlow 1's graphs compare by `==` what is one object
+        return x * self.select(zero, 0.0, self.inverse_roots(self.select(zero, 1.0, squares)))
 
     @abstractmethod
     def off_diagonal(self, x: Any) -> Any:
@@ -128,13 +125,15 @@ class ExpressionsAdapter(Adapter):
         """Return square matrices, the last two axes, less the unit matrix."""
         return x - (self.off_diagonal(x * 0 + 1) * -1 + 1)
 
-    @abstractmethod
     def norms(self, x: Any, axes: tuple[int, ...]) -> Any:
         """Return Euclidean norms over axes, which stay with length 1. The derivative of that of zeros is zero."""
+        squares = self.sum(x * x, axis=axes, keepdims=True)
+        zero = squares <= 0
+        return self.select(zero, 0.0, self.roots(self.select(zero, 1.0, squares)))
 
-    @abstractmethod
     def quotient(self, x: Any, y: Any) -> Any:
         """Return x / y; 0 where y is 0."""
+        return self.select(y == 0, 0.0, x / self.select(y == 0, 1.0, y))
 
     def detach(self, x: Any) -> Any:
         """Return x such that what is computed from it is not differentiated."""

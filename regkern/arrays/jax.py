@@ -285,12 +285,10 @@ class JaxAdapter(Adapter):
         return [(keys(path), child) for path, child in children]
 
     def run(self, operation: Operation, term: Term, p: Parameters, x: Any, out: Any = None) -> tuple[Any, Any]:
-        if operation.writes:
-            _refuse(out, operation.adds)
-        device = _device_for(_checked(x), operation, term)
-        if device is not None:
-            found: tuple[Any, Any] = device.run(operation, term, p, x)
-            return found
+        _refuse(operation, out)
+        device, x = _device(), _checked(x)
+        if device is not None and device.takes(x, operation, term):
+            return device.run(operation, term, p, x)
         return self._evaluate(operation, term, p, x)
 
     def loss(self, term: Term, p: Parameters, x: Any) -> Any:
@@ -359,14 +357,11 @@ def keys(path: Iterable[Any]) -> tuple[Any, ...]:
 
 
 @functools.partial(jax.jit, static_argnames=("operation", "term"), inline=True)
-def _by_operations(operation: Operation, term: Term, p: Parameters, x: Any) -> tuple[Any, Any]:
-    return OPERATIONS.run(operation, term, p, x)
-
-
-@functools.partial(jax.jit, static_argnames=("operation", "term"), inline=True)
-def _distance_by_operations(
-    operation: Operation, term: Term, p: Parameters, x: Any, operands: tuple[Any, ...]
+def _by_operations(
+    operation: Operation, term: Term, p: Parameters, x: Any, operands: tuple[Any, ...] | None = None
 ) -> tuple[Any, Any]:
+    if operands is None:
+        return OPERATIONS.run(operation, term, p, x)
     return OPERATIONS.anchored(operation, term, p, x, operands)
 
 
@@ -374,18 +369,14 @@ class Expressions(JaxAdapter):
     """Takes arrays and tracers for parameters, by JAX's own operations, which differentiate and map them too."""
 
     def run(self, operation: Operation, term: Term, p: Parameters, x: Any, out: Any = None) -> tuple[Any, Any]:
-        if operation.writes:
-            _refuse(out, operation.adds)
-        found: tuple[Any, Any] = _by_operations(operation, term, p, _checked(x))
-        return found
+        _refuse(operation, out)
+        return _by_operations(operation, term, p, _checked(x))
 
     def anchored(
         self, operation: Operation, term: Term, p: Parameters, x: Any, operands: tuple[Any, ...], out: Any = None
     ) -> tuple[Any, Any]:
-        if operation.writes:
-            _refuse(out, operation.adds)
-        found: tuple[Any, Any] = _distance_by_operations(operation, term, p, _checked(x), operands)
-        return found
+        _refuse(operation, out)
+        return _by_operations(operation, term, p, _checked(x), operands)
 
 
 EXPRESSIONS = Expressions()
@@ -409,12 +400,6 @@ def _device() -> Any:
     return jax_cuda
 
 
-def _device_for(x: Any, operation: Operation, term: Term) -> Any:
-    """Return what evaluates an array on a CUDA device by kernels now, not in a transformation of JAX; else None."""
-    device = _device()
-    return device if device is not None and device.takes(x, operation, term) else None
-
-
 def _checked(x: Any) -> Any:
     if x.dtype.name not in DTYPES:
         advice = "convert it, for example by x.astype('float32')."
@@ -424,8 +409,8 @@ def _checked(x: Any) -> Any:
     return x
 
 
-def _refuse(out: Any, accumulate: bool) -> None:
-    if accumulate:
+def _refuse(operation: Operation, out: Any) -> None:
+    if operation.adds:
         raise ValueError(
             "accumulate: expected False, because JAX arrays are immutable; got True; add what is returned."
         )

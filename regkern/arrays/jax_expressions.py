@@ -33,8 +33,12 @@ _magnitude.defjvps(lambda dx, _, x: dx * jnp.sign(x))  # JAX's own derivative at
 class Operations(ExpressionsAdapter):
     """JAX's operations."""
 
-    def owns(self, array_type: type) -> bool:
-        raise NotImplementedError
+    sum = staticmethod(jnp.sum)
+    select = staticmethod(jnp.where)
+    roots = staticmethod(jnp.sqrt)
+    inverse_roots = staticmethod(lax.rsqrt)
+    logarithms = staticmethod(jnp.log1p)
+    magnitude = staticmethod(_magnitude)
 
     def widen(self, x: Any) -> Any:
         return x.astype(result_type(x))
@@ -45,14 +49,8 @@ class Operations(ExpressionsAdapter):
     def zero(self, x: Any) -> Any:
         return jnp.zeros((), x.dtype)
 
-    def sum(self, x: Any) -> Any:
-        return jnp.sum(x)
-
     def clip(self, x: Any, limit: Any) -> Any:
         return jnp.clip(x, -limit, limit)
-
-    def magnitude(self, x: Any) -> Any:
-        return _magnitude(x)
 
     def flatten_leading(self, x: Any) -> Any:
         return x.reshape(-1, x.shape[-1])
@@ -63,19 +61,8 @@ class Operations(ExpressionsAdapter):
     def gram(self, x: Any) -> Any:
         return jnp.matmul(x, self.transpose(x), precision="highest")  # by default, a GPU rounds float32 to 11 bits
 
-    def unit(self, x: Any) -> Any:
-        squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-        return jnp.where(squares == 0, 0, x * lax.rsqrt(jnp.where(squares == 0, 1, squares)))
-
     def off_diagonal(self, x: Any) -> Any:
         return jnp.where(jnp.eye(x.shape[-1], dtype=bool), 0, x)
-
-    def norms(self, x: Any, axes: tuple[int, ...]) -> Any:
-        squares = jnp.sum(jnp.square(x), axis=axes, keepdims=True)
-        return jnp.where(squares == 0, 0, jnp.sqrt(jnp.where(squares == 0, 1, squares)))
-
-    def quotient(self, x: Any, y: Any) -> Any:
-        return jnp.where(y == 0, 0, x / jnp.where(y == 0, 1, y))
 
     def differentiate(self, function: Callable[[Any], Any], x: Any) -> tuple[Any, Any]:
         value, gradient = jax.value_and_grad(function)(x)
@@ -83,15 +70,6 @@ class Operations(ExpressionsAdapter):
 
     def write(self, value: Any, out: Any, accumulate: bool) -> Any:
         return value
-
-    def select(self, condition: Any, x: Any, y: Any) -> Any:
-        return jnp.where(condition, x, y)
-
-    def roots(self, x: Any) -> Any:
-        return jnp.sqrt(x)
-
-    def logarithms(self, x: Any) -> Any:
-        return jnp.log1p(x)
 
     def exact(self, sums: Sequence[Any], x: Any) -> Any:
         return jnp.stack([jnp.asarray(each, result_type(x)) for each in sums]).astype(widest())

@@ -25,8 +25,12 @@ from keras import KerasTensor, Layer, Variable, ops  # noqa: E402
 class Operations(ExpressionsAdapter):
     """Penalties of symbolic tensors as Keras's operations, which make symbolic tensors; they have no gradients."""
 
-    def owns(self, array_type: type) -> bool:
-        return issubclass(array_type, KerasTensor)
+    sum = staticmethod(ops.sum)
+    select = staticmethod(ops.where)
+    roots = staticmethod(ops.sqrt)
+    inverse_roots = staticmethod(ops.rsqrt)
+    logarithms = staticmethod(ops.log1p)
+    quotient = staticmethod(ops.divide_no_nan)
 
     def widen(self, x: Any) -> Any:
         return ops.cast(x, self.widened(x))
@@ -47,9 +51,6 @@ class Operations(ExpressionsAdapter):
     def zero(self, x: Any) -> Any:
         return ops.sum(ops.zeros_like(x))
 
-    def sum(self, x: Any) -> Any:
-        return ops.sum(x)
-
     def clip(self, x: Any, limit: float) -> Any:
         return ops.clip(x, -limit, limit)
 
@@ -59,19 +60,8 @@ class Operations(ExpressionsAdapter):
     def transpose(self, x: Any) -> Any:
         return ops.swapaxes(x, -1, -2)
 
-    def unit(self, x: Any) -> Any:
-        squares = ops.sum(ops.square(x), axis=-1, keepdims=True)
-        return ops.where(squares == 0, 0.0, x * ops.rsqrt(ops.where(squares == 0, 1.0, squares)))
-
     def off_diagonal(self, x: Any) -> Any:
         return x * (1 - ops.eye(x.shape[-1], dtype=x.dtype))
-
-    def norms(self, x: Any, axes: tuple[int, ...]) -> Any:
-        squares = ops.sum(ops.square(x), axis=axes, keepdims=True)
-        return ops.where(squares == 0, 0.0, ops.sqrt(ops.where(squares == 0, 1.0, squares)))
-
-    def quotient(self, x: Any, y: Any) -> Any:
-        return ops.divide_no_nan(x, y)
 
     def differentiate(self, function: Callable[[Any], Any], x: Any) -> tuple[Any, Any]:
         raise TypeError(
@@ -86,15 +76,6 @@ class Operations(ExpressionsAdapter):
                 "take what is returned."
             )
         return value
-
-    def select(self, condition: Any, x: Any, y: Any) -> Any:
-        return ops.where(condition, x, y)
-
-    def roots(self, x: Any) -> Any:
-        return ops.sqrt(x)
-
-    def logarithms(self, x: Any) -> Any:
-        return ops.log1p(x)
 
     def exact(self, sums: Sequence[Any], x: Any) -> Any:
         return ops.stack([ops.cast(each, "float64") for each in sums])

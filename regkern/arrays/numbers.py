@@ -44,14 +44,9 @@ class Summand:
         self.plain = not self.arrays and term.view is ELEMENTS
         self.captured = False
 
-    def taken(self, x: Any, *, recorded: bool) -> Parameters:
-        """Return the parameters as x's adapter takes them, floats or 0-d arrays."""
-        a, b, c, d = (take(name, each, x, recorded=recorded) for name, each in self._checked())
-        return a, b, c, d
-
     def readable(self) -> bool:
         """Whether each parameter can be read now, and is not differentiated."""
-        for _, each in self._checked():
+        for _, each in self.checked():
             if type(each) is not float:
                 adapter, array = native(each)
                 if adapter.held(array) is None or adapter.tracks(array):
@@ -64,15 +59,15 @@ class Summand:
         Raises:
             TypeError: one has no value.
         """
-        a, b, c, d = (as_float(name, each) for name, each in self._checked())
+        a, b, c, d = (as_float(name, each) for name, each in self.checked())
         return a, b, c, d
 
     def values(self) -> Parameters:
         """Return the parameters as floats where they can be read now, else as they are."""
-        a, b, c, d = (each if type(each) is float or held(each) is None else held(each) for _, each in self._checked())
+        a, b, c, d = (each if type(each) is float or held(each) is None else held(each) for _, each in self.checked())
         return a, b, c, d
 
-    def _checked(self) -> Iterator[tuple[str, Any]]:
+    def checked(self) -> Iterator[tuple[str, Any]]:
         """Yield the parameters with their names, of arrays those that are not seen to be negative."""
         for name, each in zip(self.names, self.p, strict=True):
             if type(each) is not float:
@@ -84,7 +79,10 @@ def taken(summand: Summand, adapter: Adapter, x: Any, *, recorded: bool) -> Para
     """Return parameters as x's adapter takes them, once it is noted whether a program keeps them as they are now."""
     if adapter.compiles and not summand.captured:
         summand.captured = adapter.captures(x)
-    return summand.taken(x, recorded=recorded) if summand.arrays else summand.p
+    if not summand.arrays:
+        return summand.p
+    a, b, c, d = (take(name, each, x, recorded=recorded) for name, each in summand.checked())
+    return a, b, c, d
 
 
 def scaled(summand: Summand, x: Any, name: str = "", scale: Any = 1.0) -> tuple[Adapter, Parameters]:

@@ -6,7 +6,6 @@ other graphs, under XLA and on other devices, penalties are TensorFlow's operati
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -55,8 +54,17 @@ _results = _DTypes({tf.dtypes.as_dtype(name): tf.dtypes.as_dtype(dtype.result) f
 class Operations(ExpressionsAdapter):
     """Penalties as TensorFlow's own operations."""
 
-    def owns(self, array_type: type) -> bool:
-        return issubclass(array_type, tf.Tensor)
+    sum = staticmethod(tf.reduce_sum)
+    roots = staticmethod(tf.sqrt)
+    inverse_roots = staticmethod(tf.math.rsqrt)
+    logarithms = staticmethod(tf.math.log1p)
+    quotient = staticmethod(tf.math.divide_no_nan)
+    transpose = staticmethod(tf.linalg.matrix_transpose)
+    detach = staticmethod(tf.stop_gradient)
+
+    def select(self, condition: Any, x: Any, y: Any) -> Any:
+        dtype = getattr(x, "dtype", getattr(y, "dtype", None))  # that of a number beside a tensor: else it is float32
+        return tf.where(condition, tf.convert_to_tensor(x, dtype), tf.convert_to_tensor(y, dtype))
 
     def widen(self, x: Any) -> Any:
         return tf.cast(x, _results[x.dtype])
@@ -67,9 +75,6 @@ class Operations(ExpressionsAdapter):
     def zero(self, x: Any) -> Any:
         return tf.reduce_sum(tf.reshape(x, (-1,))[:0])  # none of x's elements: its gradient is zero, not missing
 
-    def sum(self, x: Any) -> Any:
-        return tf.reduce_sum(x)
-
     def clip(self, x: Any, limit: float) -> Any:
         return tf.clip_by_value(x, -limit, limit)
 
@@ -78,27 +83,8 @@ class Operations(ExpressionsAdapter):
         rows = -1 if None in leading or columns in (None, 0) else math.prod(leading)
         return tf.reshape(x, (rows, tf.shape(x)[-1] if columns is None else columns))
 
-    def transpose(self, x: Any) -> Any:
-        return tf.linalg.matrix_transpose(x)
-
-    def unit(self, x: Any) -> Any:
-        squares = tf.reduce_sum(tf.square(x), axis=-1, keepdims=True)
-        zero = tf.equal(squares, 0)
-        return x * tf.where(zero, tf.zeros_like(squares), tf.math.rsqrt(tf.where(zero, tf.ones_like(squares), squares)))
-
     def off_diagonal(self, x: Any) -> Any:
         return x * (1 - tf.eye(x.shape[-1], dtype=x.dtype))
-
-    def norms(self, x: Any, axes: tuple[int, ...]) -> Any:
-        squares = tf.reduce_sum(tf.square(x), axis=axes, keepdims=True)
-        zero = tf.equal(squares, 0)
-        return tf.where(zero, tf.zeros_like(squares), tf.sqrt(tf.where(zero, tf.ones_like(squares), squares)))
-
-    def quotient(self, x: Any, y: Any) -> Any:
-        return tf.math.divide_no_nan(x, y)
-
-    def detach(self, x: Any) -> Any:
-        return tf.stop_gradient(x)
 
     def differentiate(self, function: Callable[[Any], Any], x: Any) -> tuple[Any, Any]:
         with tf.GradientTape() as tape:
@@ -115,15 +101,6 @@ class Operations(ExpressionsAdapter):
         else:
             out.assign(value)
         return out
-
-    def select(self, condition: Any, x: Any, y: Any) -> Any:
-        return tf.where(condition, x, y)
-
-    def roots(self, x: Any) -> Any:
-        return tf.sqrt(x)
-
-    def logarithms(self, x: Any) -> Any:
-        return tf.math.log1p(x)
 
     def sum_exactly(self, x: Any) -> Any:
         return tf.reduce_sum(tf.cast(x, tf.float64))
@@ -201,7 +178,7 @@ class InGraphs(Operations):
         # Of L2, the sum of squares and its gradient are one fast operation each.
         if term == SQUARE_SUM or not all(type(each) is float for each in p):
             return super().value(term, p, x)
-        return graph.evaluate(graph.Call(term, p, OPERATIONS), x, _results[x.dtype])
+        return graph.evaluate(graph.Call(VALUE, term, p, OPERATIONS), x, _results[x.dtype])
 
 
 IN_GRAPHS = InGraphs()
@@ -210,14 +187,11 @@ IN_GRAPHS = InGraphs()
 class Kernels(Adapter):
     """The kernels, which read an eager tensor through a NumPy view of its memory; penalties join gradient tapes."""
 
-    def owns(self, array_type: type) -> bool:
-        return issubclass(array_type, tf.Tensor)
-
     def run(self, operation: Operation, term: Term, p: Parameters, x: Any, out: Any = None) -> tuple[Any, Any]:
         if not VIEWS.serves(term):
             return OPERATIONS.run(operation, term, p, x, out)
         if operation in (VALUE, SUMS):
-            values = _recorded(x, penalty=_Penalty(operation, term, p))
+            values = _recorded(x, call=graph.Call(operation, term, p, OPERATIONS))
             return (values[0] if operation is VALUE else tuple(values)), None
         _check_out(x, out)
         view = _view(x)
@@ -232,61 +206,31 @@ class Kernels(Adapter):
         return VIEWS.between(term, _view(x), _view(other))
 
 
-@dataclass(frozen=True, slots=True)
-class _Penalty:
-    """What gradient tapes need of a penalty, or of the two sums of a formula."""
-
-    operation: Operation
-    term: Term
-    p: Parameters
-
-    def values(self, view: Any) -> Sequence[Any]:
-        """Compute the penalty, or the sums, from a view."""
-        values = VIEWS.run(self.operation, self.term, self.p, view)[0]
-        return values if self.operation is SUMS else (values,)
-
-    def gradient(self, view: Any, *upstream: float) -> Any:
-        """Compute the sum of the gradients, each times its upstream, from a view."""
-        p = (*upstream, *self.p[2:]) if self.operation is SUMS else scaled(self.p, upstream[0])
-        return VIEWS.run(GRADIENT, self.term, p, view)[1]
-
-    def by_operations(self, x: Any) -> Sequence[Any]:
-        """Compute the same by TensorFlow's operations, for second derivatives and vectorised tapes."""
-        values = OPERATIONS.run(self.operation, self.term, self.p, x)[0]
-        return values if self.operation is SUMS else (values,)
-
-    def slope(self, x: Any, upstream: Sequence[Any]) -> Any:
-        """Return the sum of the gradients, each times its upstream, by operations, in a graph."""
-        x = tf.identity(x)
-        return tf.gradients(self.by_operations(x), x, upstream, unconnected_gradients="zero")[0]
-
-
 # Each decoration costs 15 us, so that nothing is decorated anew for each call.
 @tf.custom_gradient
-def _recorded(x: Any, *, penalty: _Penalty) -> Any:
-    """Return what is computed of an eager tensor, which gradient tapes can differentiate."""
+def _recorded(x: Any, *, call: graph.Call) -> Any:
+    """Return what a call computes of an eager tensor, one value or two, which gradient tapes can differentiate."""
 
     def gradient(*upstream: Any) -> Any:
         if all(map(_is_plain, upstream)):
-            return _recorded_slope(x, *upstream, penalty=penalty)
-        return penalty.slope(x, upstream)
+            return _recorded_slope(x, *upstream, call=call)
+        return call.slope(x, *upstream)  # of a vectorised tape, whose graph this is
 
-    return [_scalar(value) for value in penalty.values(_view(x))], gradient
+    values = VIEWS.run(call.operation, call.term, call.p, _view(x))[0]
+    return list(map(_scalar, values if call.operation is SUMS else (values,))), gradient
 
 
 @tf.custom_gradient
-def _recorded_slope(x: Any, *upstream: Any, penalty: _Penalty) -> Any:
+def _recorded_slope(x: Any, *upstream: Any, call: graph.Call) -> Any:
     """Return the sum of the gradients, each times its upstream, which gradient tapes can differentiate again."""
 
     def gradient(vector: Any) -> Any:
         # In a graph: a `tf.autodiff.ForwardAccumulator` comes here with all tapes stopped, new ones too.
-        @tf.function(autograph=False)
-        def second(x: Any, vector: Any, *upstream: Any) -> Any:
-            return tf.gradients(penalty.slope(x, upstream), (x, *upstream), vector, unconnected_gradients="zero")
+        return tf.function(call.bend, autograph=False)(vector, x, *upstream)
 
-        return second(x, vector, *upstream)
-
-    return _tensor(penalty.gradient(_view(x), *map(float, upstream))), gradient
+    first, *rest = map(float, upstream)
+    p = (first, *rest, *call.p[2:]) if rest else scaled(call.p, first)
+    return _tensor(VIEWS.run(GRADIENT, call.term, p, _view(x))[1]), gradient
 
 
 def _view(x: Any) -> np.ndarray[Any, Any]:
@@ -334,9 +278,6 @@ KERNELS = Kernels()
 
 class Expressions(ChoosingAdapter):
     """Takes tensors for factors, by TensorFlow's own operations."""
-
-    def owns(self, array_type: type) -> bool:
-        return issubclass(array_type, tf.Tensor | tf.Variable)
 
     def choose(self, x: Any) -> tuple[Adapter, Any]:
         return OPERATIONS, tf.convert_to_tensor(x)
@@ -402,9 +343,6 @@ class TensorflowAdapter(ChoosingAdapter):
 
 class Ragged(Adapter):
     """Evaluates element-wise penalties of the values that a ragged tensor holds, whatever their partition."""
-
-    def owns(self, array_type: type) -> bool:
-        return issubclass(array_type, tf.RaggedTensor)
 
     def run(self, operation: Operation, term: Term, p: Parameters, x: Any, out: Any = None) -> tuple[Any, Any]:
         if term.view is not ELEMENTS:

@@ -22,7 +22,7 @@ import tensorflow as tf
 
 from regkern.arrays.expressions import ExpressionsAdapter
 from regkern.arrays.numpy import NumpyAdapter
-from regkern.terms import GRADIENT, VALUE, Parameters, Term, scaled
+from regkern.terms import GRADIENT, VALUE, Operation, Parameters, Term, scaled
 
 try:  # no public names tell as much
     from tensorflow.python.eager.forwardprop_util import pack_tangents
@@ -51,25 +51,29 @@ VIEWS = Views()
 
 
 class Call(NamedTuple):
-    """A penalty with its parameters, and the adapter that writes it in operations."""
+    """A penalty, or the two sums of its formula, and the adapter that writes it in operations.
 
+    In a graph, these are differentiated to any order.
+    """
+
+    operation: Operation
     term: Term
     p: Parameters
     operations: ExpressionsAdapter
 
     def value(self, x: Any) -> Any:
-        """Return the penalty, by operations."""
-        return self.operations.value(self.term, self.p, x)
+        """Return the penalty, or the sums."""
+        return self.operations.run(self.operation, self.term, self.p, x)[0]
 
-    def slope(self, x: Any, upstream: Any) -> Any:
-        """Return the gradient times an upstream gradient, by operations."""
+    def slope(self, x: Any, *upstream: Any) -> Any:
+        """Return the sum of the gradients, each times its upstream."""
         x = tf.identity(x)  # one of this graph
         return tf.gradients(self.value(x), x, upstream, unconnected_gradients="zero")[0]
 
-    def bend(self, x: Any, upstream: Any, vector: Any) -> Any:
-        """Return the gradients of the slope times a vector, by operations."""
-        x, upstream = tf.identity(x), tf.identity(upstream)
-        return tf.gradients(self.slope(x, upstream), (x, upstream), vector, unconnected_gradients="zero")
+    def bend(self, vector: Any, *operands: Any) -> Any:
+        """Return the gradients of the slope times a vector."""
+        operands = tuple(map(tf.identity, operands))
+        return tf.gradients(self.slope(*operands), operands, vector, unconnected_gradients="zero")
 
 
 def takes(x: Any) -> bool:
@@ -111,7 +115,7 @@ def evaluate(call: Call, x: Any, result_type: Any) -> Any:
 
     @tf.custom_gradient
     def slope(x: Any, upstream: Any) -> Any:
-        return _switch(call, "slope", x.dtype, x.shape, x, upstream), lambda vector: call.bend(x, upstream, vector)
+        return _switch(call, "slope", x.dtype, x.shape, x, upstream), lambda vector: call.bend(vector, x, upstream)
 
     return value(x)
 
@@ -160,23 +164,18 @@ def _branches(call: Call, name: str, dtype: Any, specs: Sequence[Any]) -> list[A
 def _token(term: Term, name: str) -> Any:
     """Make a kernel known to TensorFlow for as long as this process lives, and return what its graphs call it."""
 
-    def value(p: Any, view: Any) -> Any:
-        return VIEWS.run(VALUE, term, tuple(p.tolist()), view)[0]
-
-    def slope(p: Any, view: Any, upstream: Any) -> Any:
-        return VIEWS.run(GRADIENT, term, scaled(tuple(p.tolist()), float(upstream)), view)[1]
-
-    function: Any = {"value": value, "slope": slope}[name]
-
-    def counted(*arguments: Any) -> Any:
+    def kernel(p: Any, view: Any, *upstream: Any) -> Any:
+        p = tuple(p.tolist())
         _running.append(None)
         try:
-            return function(*arguments)
+            if name == "value":
+                return VIEWS.run(VALUE, term, p, view)[0]
+            return VIEWS.run(GRADIENT, term, scaled(p, float(upstream[0])), view)[1]
         finally:
             _running.pop()
 
     with tf.Graph().as_default() as graph:
-        token = tf.numpy_function(counted, [0.0], tf.float32, stateful=False).op.get_attr("token")
+        token = tf.numpy_function(kernel, [0.0], tf.float32, stateful=False).op.get_attr("token")
     _kept.append(graph)  # and that keeps the function
     return token
 

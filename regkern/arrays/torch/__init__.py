@@ -37,8 +37,7 @@ class TorchAdapter(Adapter):
         evaluator = self._evaluator(term, x)
         if isinstance(evaluator, Tensors) and operation in (VALUE, SUMS) and self.tracks(x):
             return Evaluated.apply(x, evaluator, operation, term, p), None
-        found: tuple[Any, Any] = evaluator.run(operation, term, p, x, out)
-        return found
+        return evaluator.run(operation, term, p, x, out)
 
     def value(self, term: Term, p: Parameters, x: Tensor) -> Any:
         evaluator = self._evaluator(term, x)
@@ -71,8 +70,7 @@ class TorchAdapter(Adapter):
         return x.requires_grad and torch.is_grad_enabled()
 
     def record(self, plan: Plan, penalties: Sequence[Weighted], arrays: Sequence[Tensor]) -> Tensor:
-        value: Tensor = Penalties.apply(plan, penalties, *arrays)
-        return value
+        return Penalties.apply(plan, penalties, *arrays)
 
     def held(self, number: Tensor) -> float | None:
         if torch.compiler.is_compiling() or not is_plain(number):

@@ -57,8 +57,7 @@ class Penalties(torch.autograd.Function):
     def forward(ctx: Any, plan: Plan, penalties: Sequence[Weighted], *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)
         ctx.plan, ctx.penalties, ctx.kernels = plan, penalties, kernels_of(tensors[0])
-        value: Tensor = plan.value(penalties)
-        return value
+        return plan.value(penalties)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:

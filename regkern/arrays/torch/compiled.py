@@ -80,8 +80,7 @@ def _fake_sums(x: Tensor, term: str, p: Tensor) -> Tensor:
 
 @torch.library.impl("regkern::gradient", "cpu")
 def _gradient(x: Tensor, term: str, p: Tensor) -> Tensor:
-    gradient: Tensor = KERNELS.run(GRADIENT, read_term(term), p.tolist(), x)[1]
-    return gradient
+    return KERNELS.run(GRADIENT, read_term(term), tuple(p.tolist()), x)[1]
 
 
 @torch.library.register_fake("regkern::gradient")

@@ -15,8 +15,11 @@ from regkern.arrays.torch.tensors import check_layout, check_tensor, dtypes, res
 class Expressions(ExpressionsAdapter):
     """Torch's operations."""
 
-    def owns(self, array_type: type) -> bool:
-        return issubclass(array_type, Tensor)
+    sum = staticmethod(torch.sum)
+    select = staticmethod(torch.where)
+    roots = staticmethod(torch.sqrt)
+    logarithms = staticmethod(torch.log1p)
+    detach = staticmethod(Tensor.detach)
 
     def widen(self, x: Tensor) -> Tensor:
         check_layout(x)
@@ -27,9 +30,6 @@ class Expressions(ExpressionsAdapter):
 
     def zero(self, x: Tensor) -> Tensor:
         return x[None][:0].sum()  # the sum of nothing: unlike a constant, it has a gradient
-
-    def sum(self, x: Tensor) -> Tensor:
-        return x.sum()
 
     def clip(self, x: Tensor, limit: float) -> Tensor:
         return x.clamp(-limit, limit)
@@ -53,12 +53,6 @@ class Expressions(ExpressionsAdapter):
     def norms(self, x: Tensor, axes: tuple[int, ...]) -> Tensor:
         return torch.linalg.vector_norm(x, dim=axes, keepdim=True)
 
-    def quotient(self, x: Tensor, y: Tensor) -> Tensor:
-        return torch.where(y == 0, 0.0, x / torch.where(y == 0, 1.0, y))
-
-    def detach(self, x: Tensor) -> Tensor:
-        return x.detach()
-
     def differentiate(self, function: Callable[[Any], Any], x: Tensor) -> tuple[Tensor, Tensor]:
         gradient, value = torch.func.grad_and_value(function)(x.detach())
         return value, gradient
@@ -74,15 +68,6 @@ class Expressions(ExpressionsAdapter):
             )
         with torch.no_grad():
             return out.add_(value) if accumulate else out.copy_(value)
-
-    def select(self, condition: Tensor, x: Any, y: Any) -> Tensor:
-        return torch.where(condition, x, y)
-
-    def roots(self, x: Tensor) -> Tensor:
-        return x.sqrt()
-
-    def logarithms(self, x: Tensor) -> Tensor:
-        return x.log1p()
 
     def exact(self, sums: Sequence[Any], x: Tensor) -> Tensor:
         return torch.stack([torch.as_tensor(each, dtype=torch.float64, device=x.device) for each in sums])

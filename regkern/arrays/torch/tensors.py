@@ -50,8 +50,7 @@ def plain_keys(device_type: str) -> frozenset[int]:
 
 
 def _keys(x: Tensor) -> int:
-    keys: int = torch._C._dispatch_keys(x).raw_repr()
-    return keys
+    return torch._C._dispatch_keys(x).raw_repr()
 
 
 _PLAIN = plain_keys("cpu")
@@ -87,16 +86,11 @@ def _guard(arrays: Sequence[Tensor]) -> Callable[..., bool]:
     It is what guards the graphs of `torch.compile`, takes a fifth of the time of a look at each, and may be False for
     other reasons, as under autocast.
     """
-    guards = TensorGuards(*arrays, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-    check: Callable[..., bool] = guards.check
-    return check
+    return TensorGuards(*arrays, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
 
 
 class Tensors(KernelAdapter):
     """What kernels for tensors share, in the host's memory and on devices."""
-
-    def owns(self, array_type: type) -> bool:
-        return issubclass(array_type, Tensor)
 
     def flatten_leading(self, x: Tensor, *, copy: bool) -> Tensor:
         x = x.detach()
@@ -175,8 +169,7 @@ class Kernels(Tensors, HostAdapter):
     def scaled_gradient(self, term: Term, p: Parameters, x: Tensor, scales: Sequence[Tensor]) -> Tensor:
         """Return the gradient times a 0-d tensor, or that of two sums, each times one; a new tensor."""
         first, *rest = (scale.item() for scale in scales)
-        gradient: Tensor = self.run(GRADIENT, term, (first, *rest, *p[2:]) if rest else scaled(p, first), x)[1]
-        return gradient
+        return self.run(GRADIENT, term, (first, *rest, *p[2:]) if rest else scaled(p, first), x)[1]
 
 
 def check_tensor(out: Any) -> None:

@@ -9,7 +9,6 @@ in a table of loaded kernels. An unknown one, or one that fails, becomes an erro
 import ctypes
 import functools
 import hashlib
-import os
 import re
 import sys
 import threading
@@ -60,7 +59,7 @@ _KINDS = {
 # Rows of (key, address), the last of them empty: the run of an element-wise kernel, or the record of a Gram kernel.
 _TABLE = np.zeros((1025, 2), np.int64)
 _table = symbol("regkern_xla_kernels", _TABLE.ctypes.data)
-_loading = threading.Lock()
+_loading = threading.Lock()  # a fork, in which it might be held for ever, loads none
 
 
 class Call(NamedTuple):
@@ -144,15 +143,6 @@ def _load(name: str, address: int) -> np.int64:
         row[1] = address
         row[0] = key  # last: a handler that is running may read the table
     return key
-
-
-def _renew_lock() -> None:
-    global _loading
-    _loading = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def _make_error(name: str, message: str):
