@@ -4,8 +4,8 @@ There are two ways. `inverse_norms` and `tile_sums` do it alone, for a batch of 
 tile of a Gram matrix from unit rows in shared memory and keeps only the sums of the formula's terms; memory beyond the
 matrix is 8 bytes for each row, and 16 for each tile. Where the matrices lie is a layout as that of strided kernels, of
 which the strides of x alone are used. `fold` and `fold_beyond` are what is left to do where a library's own product of
-matrices multiplies rows, a panel at a time; `unit_rows`, `fold_slopes` and `project` are that for the gradient, which
-goes this way alone.
+matrices multiplies rows, a panel at a time. The gradient goes this way alone: `fold` leaves slopes in a panel, by which
+the library multiplies rows once more, and `project` makes gradients of the sums of these products.
 
 Products and cosines have the type of a result, and dot products are added in it: float32, float64 for float64, as on
 the CPU. Norms and sums are in float64.
@@ -19,21 +19,23 @@ from regkern.dtypes import DType
 from regkern.kernels.cuda import scalars
 from regkern.kernels.cuda.arithmetic import make_narrow, make_narrow_result, make_widen
 from regkern.kernels.cuda.compile import (
+    CARRIERS,
     FLOAT64,
     INT64,
     VECTOR_BYTES,
     address_of,
     cuda,
     device,
-    float_type,
     make_load,
     make_pointer,
+    make_store,
     numbers,
     pointer,
     to_float64,
+    to_uint32,
 )
-from regkern.kernels.cuda.elementwise import make_offsets
-from regkern.kernels.cuda.sums import THREADS, WARP, Body, block_sums, warp_sums
+from regkern.kernels.cuda.elementwise import make_by_halves, make_offsets
+from regkern.kernels.cuda.sums import THREADS, WARP, Body, block_sums, warp_sums, write_sums
 from regkern.terms import Formula
 
 # Rows and columns of a tile; a thread has four of its elements. A block has TILE * TILE // 4 threads.
@@ -64,14 +66,6 @@ def _block_total(value):
         shared[0] = total
     cuda.syncthreads()
     return shared[0]
-
-
-@device
-def _write_sums(partial, sum0, sum1):
-    """Write a block's sums where the last stage reads them; all threads of the block call it."""
-    sum0, sum1 = block_sums(sum0, sum1)
-    if cuda.threadIdx.x == 0:
-        partial[2 * cuda.blockIdx.x], partial[2 * cuda.blockIdx.x + 1] = sum0, sum1
 
 
 @device
@@ -162,13 +156,14 @@ def _make_matrix(dtype: DType, dims: int):
 def tile_sums(formula: Formula, dtype: DType, dims: int) -> Body:
     """Make the kernel of ``count_tiles(n) ** 2`` blocks for each matrix.
 
-    Its parameters: ``(x, n, layout, d, row_stride, depth_stride, inverse, partial)``; `partial` takes two float64 for
-    each block, the sums of the formula's terms over the pairs i < j of its tile, for the last stage of sums.
+    Its parameters: ``(x, n, layout, d, row_stride, depth_stride, inverse, partial)``, of which lengths and strides
+    within a matrix are less than 2**32, and none negative; `partial` takes two float64 for each block, the sums of the
+    formula's terms over the pairs i < j of its tile, for the last stage of sums.
     """
     address_of_matrix = _make_matrix(dtype, dims)
     threads, rows_apart, slots = TILE * TILE // PER_THREAD, TILE // PER_THREAD, TILE * DEPTH
     widen, narrow = make_widen(dtype), make_narrow_result(dtype.result)
-    shared_type, terms = float_type(dtype.result), _make_terms(formula)
+    shared_type, terms = CARRIERS[dtype.result], _make_terms(formula)
 
     def kernel(whole, n, layout, d, row_stride, depth_stride, inverses, partial):
         left = cuda.shared.array(slots, shared_type)
@@ -178,24 +173,28 @@ def tile_sums(formula: Formula, dtype: DType, dims: int) -> Body:
         tile = cuda.blockIdx.x - matrix * tiles * tiles
         tile_row, tile_column = tile // tiles, tile % tiles
         x, first = address_of_matrix(whole, matrix, layout), matrix * n
-        thread = cuda.threadIdx.x
+        # Products of two such numbers are one instruction, of 64-bit ones several.
+        n, d, row_stride, depth_stride = to_uint32(n), to_uint32(d), to_uint32(row_stride), to_uint32(depth_stride)
+        thread = to_uint32(cuda.threadIdx.x)
+        row, column = to_uint32(thread // TILE), to_uint32(thread % TILE)
         sum0 = sum1 = 0.0
         if tile_row <= tile_column:  # of all threads of a block or of none
-            row, column = thread // TILE, thread % TILE
+            at_left, at_right = to_uint32(tile_row * TILE + column), to_uint32(tile_column * TILE + column)
+            own = inverses[first + at_left] if at_left < n else 0.0
+            other = inverses[first + at_right] if at_right < n else 0.0
+            left_row, right_row = at_left * row_stride, at_right * row_stride
             dot0 = dot1 = dot2 = dot3 = narrow(0.0)
             start = 0
             while start < d:
-                slot = thread
-                while slot < slots:
-                    k, i = start + slot // TILE, slot % TILE
-                    at_left, at_right = tile_row * TILE + i, tile_column * TILE + i
+                for part in range(slots // threads):
+                    k = to_uint32(start + row + part * rows_apart)
                     u = v = 0.0
                     if k < d and at_left < n:
-                        u = to_float64(widen(x[at_left * row_stride + k * depth_stride])) * inverses[first + at_left]
+                        u = to_float64(widen(x[left_row + k * depth_stride])) * own
                     if k < d and at_right < n:
-                        v = to_float64(widen(x[at_right * row_stride + k * depth_stride])) * inverses[first + at_right]
+                        v = to_float64(widen(x[right_row + k * depth_stride])) * other
+                    slot = thread + part * threads
                     left[slot], right[slot] = narrow(u), narrow(v)
-                    slot += threads
                 cuda.syncthreads()
                 for k in range(DEPTH):
                     v = right[k * TILE + column]
@@ -212,7 +211,7 @@ def tile_sums(formula: Formula, dtype: DType, dims: int) -> Body:
                     dot = dot0 if k == 0 else (dot1 if k == 1 else (dot2 if k == 2 else dot3))
                     term0, term1 = terms(to_float64(dot))
                     sum0, sum1 = sum0 + term0, sum1 + term1
-        _write_sums(partial, sum0, sum1)
+        write_sums(partial, sum0, sum1)
 
     sizes = (INT64, numbers("int64", 3 * dims), INT64, INT64, INT64)
     arguments = (pointer(dtype.carrier), *sizes, pointer("float64"), pointer("float64"))
@@ -232,7 +231,7 @@ def _make_terms(formula: Formula):
 
 
 @functools.cache
-def fold(formula: Formula, dtype: DType) -> Body:
+def fold(formula: Formula, dtype: DType, *, slopes: bool = False) -> Body:
     """Make the kernel that sums a panel of products of rows, of which a warp takes a stretch of a row at a time.
 
     Its parameters: ``(products, rows, height, width, row, column, apart, inverse, partial)``. A panel is a batch of
@@ -240,19 +239,34 @@ def fold(formula: Formula, dtype: DType) -> Body:
     lies `apart` rows and columns beyond the one before. `inverse` has the limited inverse norms of all rows, which make
     products cosines. Each block writes to `partial` the sums of the formula's terms over the pairs i < j among its
     products, but for those of a norm beyond the limits.
+
+    With slopes, the derivative at each of these cosines, times both inverse norms, takes the place of the product, and
+    0 that of the other products.
     """
     load, terms, narrow = make_load(dtype.result), _make_terms(formula), make_narrow_result(dtype.result)
+    store, derivative = make_store(dtype.result), device(formula.make(scalars).derivative)
     lanes = VECTOR_BYTES // (8 if dtype.result == "float64" else 4)
 
     @device
     def element(product, j, i, own, other):
         zero = narrow(0.0)
-        if j <= i or other < zero:
-            return zero, zero
-        term0, term1 = terms(product * (own * other))
-        return narrow(term0), narrow(term1)
+        if j <= i or other < zero or (slopes and own < zero):
+            return zero, zero, (zero,)
+        norms = own * other
+        term0, term1 = terms(product * norms)
+        return narrow(term0), narrow(term1), (narrow(derivative(product * norms, _UNIT)) * norms,)
 
-    add_lanes = _make_add_lanes(element, lanes)
+    def both(of_half, half):
+        def fold(products, j, i, own, others):
+            a0, a1, first = of_half(products[:half], j, i, own, others[:half])
+            b0, b1, second = of_half(products[half:], j + half, i, own, others[half:])
+            return a0 + b0, a1 + b1, first + second
+
+        return fold
+
+    fold_lanes = make_by_halves(
+        lambda products, j, i, own, others: element(products[0], j, i, own, others[0]), both, lanes
+    )
 
     def kernel(products, rows, height, width, row, column, apart, inverse, partial):
         sum0 = sum1 = 0.0
@@ -267,45 +281,30 @@ def fold(formula: Formula, dtype: DType) -> Body:
             i, first = row + rectangle * apart + r - rectangle * height, column + rectangle * apart
             own, at, start = inverse[i], r * width, (part - r * stretches) * STRETCH
             part += step
-            if own < 0.0:
+            if own < 0.0 and not slopes:
                 continue
             end = min(start + STRETCH, width)
             k = start + lane * lanes if aligned else end
             while k < end:
-                term0, term1 = add_lanes(load(products, at + k), first + k, i, own, load(inverse, first + k))
+                loaded, others = load(products, at + k), load(inverse, first + k)
+                term0, term1, slope = fold_lanes(loaded, first + k, i, own, others)
                 sum0, sum1 = sum0 + to_float64(term0), sum1 + to_float64(term1)
+                if slopes:
+                    store(products, at + k, slope)
                 k += WARP * lanes
             k = end if aligned else start + lane
             while k < end:
-                term0, term1 = element(products[at + k], first + k, i, own, inverse[first + k])
+                term0, term1, slope = element(products[at + k], first + k, i, own, inverse[first + k])
                 sum0, sum1 = sum0 + to_float64(term0), sum1 + to_float64(term1)
+                if slopes:
+                    products[at + k] = slope[0]
                 k += WARP
-        _write_sums(partial, sum0, sum1)
+        write_sums(partial, sum0, sum1)
 
     work = pointer(dtype.result)
     arguments = (work, INT64, INT64, INT64, INT64, INT64, INT64, work, pointer("float64"))
-    return Body(f"fold-{formula.name}-{dtype.name}", lambda capability: kernel, arguments, version=formula.digest)
-
-
-def _make_add_lanes(element, lanes: int):
-    """Make what adds the terms of so many products: by halves, since Numba does not unroll a loop over a tuple."""
-    if lanes == 1:
-
-        @device
-        def one(products, j, i, own, others):
-            return element(products[0], j, i, own, others[0])
-
-        return one
-    half = lanes // 2
-    add_half = _make_add_lanes(element, half)
-
-    @device
-    def both(products, j, i, own, others):
-        a0, a1 = add_half(products[:half], j, i, own, others[:half])
-        b0, b1 = add_half(products[half:], j + half, i, own, others[half:])
-        return a0 + b0, a1 + b1
-
-    return both
+    name = f"fold{'_slopes' * slopes}-{formula.name}-{dtype.name}"
+    return Body(name, lambda capability: kernel, arguments, version=formula.digest)
 
 
 @functools.cache
@@ -342,7 +341,7 @@ def fold_beyond(formula: Formula, dtype: DType) -> Body:
                         sum0, sum1 = sum0 + term0, sum1 + term1
                 j += 1
             i += step
-        _write_sums(partial, sum0, sum1)
+        write_sums(partial, sum0, sum1)
 
     arguments = (pointer(dtype.carrier), INT64, INT64, INT64, INT64, pointer(dtype.result), pointer("float64"))
     name = f"fold_beyond-{formula.name}-{dtype.name}"
@@ -372,69 +371,78 @@ def unit_rows(dtype: DType) -> Body:
 
 
 @functools.cache
-def fold_slopes(formula: Formula, dtype: DType) -> Body:
-    """Make the kernel that sums a panel of cosines, and puts derivatives in their place.
-
-    Its parameters: ``(cosines, rows, columns, first_row, partial)``. A panel is some rows of the Gram matrix. Each
-    block writes to `partial` the sums of the formula's terms over the pairs i < j among its rows. The derivative of a
-    row with itself is 0.
-    """
-    narrow, terms = make_narrow_result(dtype.result), _make_terms(formula)
-    derivative = device(formula.make(scalars).derivative)
-
-    def kernel(cosines, rows, columns, first_row, partial):
-        sum0 = sum1 = 0.0
-        row = cuda.blockIdx.x
-        while row < rows:
-            i, column = first_row + row, cuda.threadIdx.x
-            while column < columns:
-                at = row * columns + column
-                v = to_float64(cosines[at])
-                if column > i:
-                    term0, term1 = terms(v)
-                    sum0, sum1 = sum0 + term0, sum1 + term1
-                cosines[at] = narrow(0.0 if column == i else derivative(v, _UNIT))
-                column += cuda.blockDim.x
-            row += cuda.gridDim.x
-        _write_sums(partial, sum0, sum1)
-
-    arguments = (pointer(dtype.result), INT64, INT64, INT64, pointer("float64"))
-    name = f"fold_slopes-{formula.name}-{dtype.name}"
-    return Body(name, lambda capability: kernel, arguments, version=formula.digest)
-
-
-@functools.cache
-def project(dtype: DType, accumulate: bool) -> Body:
+def project(formula: Formula, dtype: DType, accumulate: bool) -> Body:
     """Make the kernel of one block for each row that writes the gradient of a mean over cosines, or adds it.
 
-    Its parameters: ``(product, unit, inverse, d, factor, scale, out, row_stride, depth_stride)``. A row of `product` is
-    the sum of the unit rows, each times the derivative at its cosine. Of that, the part along the row itself is taken
-    away, and the rest is multiplied by the inverse norm, by `factor`, and by `scale`, a number on the device, or null
-    for 1.
+    Its parameters: ``(pulled, pulled_strides, rows, n, d, strides, limited, inverse, factor, scale, out,
+    out_strides)``. A row of `pulled`, which may be that of `out`, is the sum of all rows, each times its slope as
+    `fold` leaves it; `limited` has the limited inverse norms. Pairs of a norm beyond the limits, which `fold` leaves
+    out, are added first. Of the sum, the part along the row itself is taken away, and the rest is multiplied by
+    `factor`, by `scale`, a number on the device, or null for 1, and, where rows were divided by their norms before, by
+    their inverse norms in `inverse`, or null. Strides are those from row to row and from element to element.
     """
-    widen, narrow = make_widen(dtype), make_narrow(dtype)
+    widen, narrow, narrow_pulled = make_widen(dtype), make_narrow(dtype), make_narrow_result(dtype.result)
+    derivative, scaled = device(formula.make(scalars).derivative), dtype is dtypes.FLOAT64
 
-    def kernel(product, unit, inverse, d, factor, scale, out, row_stride, depth_stride):
-        row = cuda.blockIdx.x
+    @device
+    def share(rows, i, own, j, other, d, strides):
+        """Return a thread's share of the product of two rows, each multiplied by a number."""
+        total = 0.0
+        for k in range(cuda.threadIdx.x, d, cuda.blockDim.x):
+            u = to_float64(rows[i * strides[0] + k * strides[1]]) * own
+            total += u * (to_float64(rows[j * strides[0] + k * strides[1]]) * other)
+        return total
+
+    @device
+    def scale_of(limited):
+        return abs(to_float64(limited)) if scaled else 1.0  # as in `fold_beyond`
+
+    @device
+    def inverse_norm(squares, scale):
+        return 0.0 if squares == 0.0 else scale / math.sqrt(squares)
+
+    # It alone calls `_block_total`: Numba defines its shared memory for each caller.
+    def kernel(pulled, pulled_strides, rows, n, d, strides, limited, inverse, factor, scale, out, out_strides):
+        i, thread, threads = cuda.blockIdx.x, cuda.threadIdx.x, cuda.blockDim.x
+        own, beyond, first, step = scale_of(limited[i]), limited[i] < 0.0, i * pulled_strides[0], pulled_strides[1]
+        own = inverse_norm(_block_total(share(rows, i, own, i, own, d, strides)), own)
+        weight = 1.0 if beyond else own  # a row beyond is multiplied by its inverse norm last, which may be large
+        start = 0
+        while start < n:
+            j = start + thread
+            found = 1 if j < n and j != i and (beyond or limited[j] < 0.0) else 0
+            last = min(start + threads, n) if cuda.syncthreads_or(found) != 0 else start
+            for j in range(start, last):
+                if j != i and (beyond or limited[j] < 0.0):
+                    other = scale_of(limited[j])
+                    other = inverse_norm(_block_total(share(rows, j, other, j, other, d, strides)), other)
+                    cosine = _block_total(share(rows, i, own, j, other, d, strides))
+                    slope = weight * derivative(cosine, _UNIT)
+                    for k in range(thread, d, threads):
+                        more = slope * (to_float64(rows[j * strides[0] + k * strides[1]]) * other)
+                        pulled[first + k * step] = narrow_pulled(to_float64(pulled[first + k * step]) + more)
+            start += threads
         along = 0.0
-        k = cuda.threadIdx.x
-        while k < d:
-            along += to_float64(product[row * d + k]) * to_float64(unit[row * d + k])
-            k += cuda.blockDim.x
+        for k in range(thread, d, threads):
+            u = to_float64(rows[i * strides[0] + k * strides[1]]) * own
+            along += to_float64(pulled[first + k * step]) * u
         along = _block_total(along)
-        factor *= inverse[row]
+        if beyond:
+            factor *= own
+        if address_of(inverse) != 0:
+            factor *= inverse[i]
         if address_of(scale) != 0:
             factor *= to_float64(scale[0])
-        k = cuda.threadIdx.x
-        while k < d:
-            gradient = factor * (to_float64(product[row * d + k]) - along * to_float64(unit[row * d + k]))
-            at = row * row_stride + k * depth_stride
+        for k in range(thread, d, threads):
+            u = to_float64(rows[i * strides[0] + k * strides[1]]) * own
+            gradient = factor * (to_float64(pulled[first + k * step]) - along * u)
+            at = i * out_strides[0] + k * out_strides[1]
             if accumulate:
                 gradient += to_float64(widen(out[at]))
             out[at] = narrow(gradient)
-            k += cuda.blockDim.x
 
-    work = pointer(dtype.result)
-    scalars = (INT64, FLOAT64, pointer(dtype.result))
-    arguments = (work, work, pointer("float64"), *scalars, pointer(dtype.carrier), INT64, INT64)
-    return Body(f"project{'_and_add' * accumulate}-{dtype.name}", lambda capability: kernel, arguments)
+    work, strides, norms = pointer(dtype.result), numbers("int64", 2), pointer("float64")
+    sizes = (work, strides, work, INT64, INT64, strides, work)
+    arguments = *sizes, norms, FLOAT64, work, pointer(dtype.carrier), strides
+    name = f"project{'_and_add' * accumulate}-{formula.name}-{dtype.name}"
+    return Body(name, lambda capability: kernel, arguments, version=formula.digest)

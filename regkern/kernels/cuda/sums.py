@@ -79,6 +79,14 @@ def block_sums(sum0, sum1):
 
 
 @device
+def write_sums(partial, sum0, sum1):
+    """Write a block's sums where the last stage reads them; all threads of the block call it."""
+    sum0, sum1 = block_sums(sum0, sum1)
+    if cuda.threadIdx.x == 0:
+        partial[2 * cuda.blockIdx.x], partial[2 * cuda.blockIdx.x + 1] = sum0, sum1
+
+
+@device
 def warp_sums(sum0, sum1):
     """Return the sums over a warp's lanes, in its first; all of them call it."""
     offset = WARP // 2
