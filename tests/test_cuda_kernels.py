@@ -24,15 +24,8 @@ from tests.cases import LAYOUTS, NUMPY_DTYPES, READ_ONLY_LAYOUTS, REGULARIZERS, 
 pytest.importorskip("numba_cuda", reason="pip install 'regkern[cuda13]'")
 
 from regkern.kernels.cuda.elementwise import UNROLL, flat_kernel, lanes_of, rows_kernel, strided_kernel
-from regkern.kernels.cuda.gram import (
-    count_tiles,
-    fold,
-    fold_beyond,
-    inverse_norms,
-    project,
-    tile_sums,
-    unit_rows,
-)
+from regkern.kernels.cuda.gram import count_tiles, fold, fold_beyond, project, tile_sums
+from regkern.kernels.cuda.norms import inverse_norms, unit_rows
 from regkern.kernels.cuda.sums import THREADS, last_stage
 from tests.cuda_arrays import SCALARS, assert_written
 from tests.cuda_code import compiled
@@ -51,7 +44,7 @@ def launch(body, blocks, arguments, read_only=(), capability=CAPABILITY, last_bl
     arrays = [each for each in arguments if isinstance(each, np.ndarray)]
     reached = [each for each in arrays if not any(each is other for other in read_only)]
     passed = [each.__array_interface__["data"][0] if isinstance(each, np.ndarray) else each for each in arguments]
-    machine = Machine(interpreted(body, capability), Memory(reached, read_only), blocks, body.threads, passed)
+    machine = Machine(interpreted(body, capability), Memory(reached, read_only), blocks, THREADS, passed)
     machine.last_block_first = last_block_first
     machine.run()
 

@@ -14,9 +14,10 @@ from numba.cuda.cudadrv import nvrtc
 
 from regkern.kernels.cuda.arithmetic import COMPENSATED, accumulator_of
 from regkern.kernels.cuda.elementwise import UNROLL, flat_kernel, lanes_of, rows_kernel, strided_kernel
-from regkern.kernels.cuda.gram import fold, fold_beyond, inverse_norms, project, tile_sums, unit_rows
+from regkern.kernels.cuda.gram import DEPTH, PER_THREAD, fold, fold_beyond, project, tile_sums
 from regkern.kernels.cuda.groups import SQUARES, groups_kernel
 from regkern.kernels.cuda.many import chunks_kernel, penalty_of_all, penalty_of_each
+from regkern.kernels.cuda.norms import inverse_norms, unit_rows
 from regkern.kernels.cuda.sums import THREADS, last_stage
 from tests.cases import slow_unless
 from tests.cuda_code import LOAD, STORE, assembled, compiled, disassembler, main_loop, main_loop_of_machine, registers
@@ -143,5 +144,8 @@ def test_gram_kernels(dtype):
             assert STORE.search(compiled(fold(formula, each, slopes=True), NEWEST))
         for accumulate in (False, True):
             compiled(project(formula, each, accumulate), NEWEST)
-    ptx = compiled(tile_sums(ABS, DTYPES[dtype], 2), NEWEST)
-    assert "ld.shared" in ptx
+    compiled(tile_sums(ABS, each, 1), NEWEST)
+    loop = main_loop(compiled(tile_sums(ABS, each, 2), (9, 0)), re.compile(r"\bfma\.rn\.f"))
+    products = sum("fma.rn." in line for line in loop)
+    assert products == DEPTH * PER_THREAD
+    assert sum(";" in line for line in loop) <= 4 * products  # loads from shared memory and all else included

@@ -16,17 +16,9 @@ from regkern.arrays.layout import View, locate_matrices
 from regkern.arrays.panels import Panel, largest, panels
 from regkern.dtypes import DTYPES, FLOAT16, DType
 from regkern.formulas import ABS, NOTHING
-from regkern.kernels.cuda.gram import (
-    STRETCH,
-    count_tiles,
-    fold,
-    fold_beyond,
-    inverse_norms,
-    project,
-    tile_sums,
-    unit_rows,
-)
+from regkern.kernels.cuda.gram import STRETCH, count_tiles, fold, fold_beyond, project, tile_sums
 from regkern.kernels.cuda.launch import launch
+from regkern.kernels.cuda.norms import inverse_norms, unit_rows
 from regkern.kernels.cuda.sums import NULL, THREADS, WARP, last_stage
 from regkern.terms import GRADIENT, NONE, Formula, Parameters
 

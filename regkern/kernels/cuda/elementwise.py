@@ -98,36 +98,8 @@ def make_flat_loop(operation: Operation, formula: Formula, dtype: DType, capabil
     """
     element = _make_element(operation, formula, dtype, capability)
     start, take, add_up, itemsize, lanes = element.start, element.take, element.add_up, dtype.itemsize, lanes_of(dtype)
-    add_element, update_element = element.add, element.update
-    add_lanes = make_by_halves(
-        lambda sums, x, p: add_element(sums, x[0], p),
-        lambda add, half: lambda sums, x, p: add(add(sums, x[:half], p), x[half:], p),
-        lanes,
-    )
-    update_lanes = make_by_halves(
-        lambda x, old, p: (update_element(x[0], old[0], p),),
-        lambda update, half: lambda x, old, p: update(x[:half], old[:half], p) + update(x[half:], old[half:], p),
-        lanes,
-    )
-    load, store = make_load(dtype.carrier), make_store(dtype.carrier)
-    sums, writes, halves = operation.sums, operation.writes, operation in _IN_HALVES
-    # Sums and old elements at once take the most registers: old elements that are loaded one by one leave
-    # room for three blocks of a multiprocessor on 12.1, where two fitted (tests/test_cuda_ptx.py).
-    singly = operation is VALUE_AND_ADD_GRADIENT
-
-    @device
-    def take_two(sums0, sums1, x0, x1, out, at0, at1, p):
-        if sums:
-            sums0, sums1 = add_lanes(sums0, x0, p), add_lanes(sums1, x1, p)
-        if writes:
-            old0 = load(out, at0)
-            if not singly:
-                old1 = load(out, at1)
-            store(out, at0, update_lanes(x0, old0, p))
-            if singly:
-                old1 = load(out, at1)
-            store(out, at1, update_lanes(x1, old1, p))
-        return sums0, sums1
+    load, take_vector, take_two = _make_take_vectors(operation, element, dtype)
+    writes, halves = operation.writes, operation in _IN_HALVES
 
     @device
     def loop(x, out, sizes, first, step, p):
@@ -157,12 +129,7 @@ def make_flat_loop(operation: Operation, formula: Formula, dtype: DType, capabil
             sums2, sums3 = take_two(sums2, sums3, x2, x3, out, at2, at3, p)
             j += 4 * step
         while j < vectors:
-            at0 = head + j * lanes
-            x0 = load(x, at0)
-            if sums:
-                sums0 = add_lanes(sums0, x0, p)
-            if writes:
-                store(out, at0, update_lanes(x0, load(out, at0), p))
+            sums0 = take_vector(sums0, x, out, head + j * lanes, p)
             j += step
         i = tail + first
         while i < n:
@@ -171,6 +138,50 @@ def make_flat_loop(operation: Operation, formula: Formula, dtype: DType, capabil
         return add_up(sums0, sums1, sums2, sums3)
 
     return loop
+
+
+def _make_take_vectors(operation: Operation, element: "_Element", dtype: DType):
+    """Make ``load``, and what adds and writes the elements of 16 bytes, or of two times 16 bytes that were loaded."""
+    add_element, update_element, lanes = element.add, element.update, lanes_of(dtype)
+    add_lanes = make_by_halves(
+        lambda sums, x, p: add_element(sums, x[0], p),
+        lambda add, half: lambda sums, x, p: add(add(sums, x[:half], p), x[half:], p),
+        lanes,
+    )
+    update_lanes = make_by_halves(
+        lambda x, old, p: (update_element(x[0], old[0], p),),
+        lambda update, half: lambda x, old, p: update(x[:half], old[:half], p) + update(x[half:], old[half:], p),
+        lanes,
+    )
+    load, store, sums, writes = make_load(dtype.carrier), make_store(dtype.carrier), operation.sums, operation.writes
+    # Sums and old elements at once take the most registers: old elements that are loaded one by one leave
+    # room for three blocks of a multiprocessor on 12.1, where two fitted (tests/test_cuda_ptx.py).
+    singly = operation is VALUE_AND_ADD_GRADIENT
+
+    @device
+    def take_vector(state, x, out, at, p):
+        loaded = load(x, at)
+        if sums:
+            state = add_lanes(state, loaded, p)
+        if writes:
+            store(out, at, update_lanes(loaded, load(out, at), p))
+        return state
+
+    @device
+    def take_two(state0, state1, x0, x1, out, at0, at1, p):
+        if sums:
+            state0, state1 = add_lanes(state0, x0, p), add_lanes(state1, x1, p)
+        if writes:
+            old0 = load(out, at0)
+            if not singly:
+                old1 = load(out, at1)
+            store(out, at0, update_lanes(x0, old0, p))
+            if singly:
+                old1 = load(out, at1)
+            store(out, at1, update_lanes(x1, old1, p))
+        return state0, state1
+
+    return load, take_vector, take_two
 
 
 @functools.cache

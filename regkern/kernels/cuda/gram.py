@@ -14,6 +14,8 @@ the CPU. Norms and sums are in float64.
 import functools
 import math
 
+import numpy as np
+
 from regkern import dtypes
 from regkern.dtypes import DType
 from regkern.kernels.cuda import scalars
@@ -27,129 +29,30 @@ from regkern.kernels.cuda.compile import (
     cuda,
     device,
     make_load,
-    make_pointer,
     make_store,
     numbers,
     pointer,
     to_float64,
     to_uint32,
 )
-from regkern.kernels.cuda.elementwise import make_by_halves, make_offsets
-from regkern.kernels.cuda.sums import THREADS, WARP, Body, block_sums, warp_sums, write_sums
+from regkern.kernels.cuda.elementwise import make_by_halves
+from regkern.kernels.cuda.norms import block_total, make_matrix
+from regkern.kernels.cuda.sums import THREADS, WARP, Body, warp_sums, write_sums
 from regkern.terms import Formula
 
-# Rows and columns of a tile; a thread has four of its elements. A block has TILE * TILE // 4 threads.
+# Rows and columns of a tile, of which a thread has four elements.
 TILE = 32
-PER_THREAD = 4
+PER_THREAD = TILE * TILE // THREADS
 DEPTH = 16
-
-
 # Parameters of formulas whose sums are multiplied by the factor afterwards.
 _UNIT = (1.0, 1.0, 0.0, 0.0)
 # Elements of a row that a warp folds at once: as many as it has under way, twice.
 STRETCH = 1024
-# Norms from 1 / LIMIT to LIMIT have products that neither overflow nor vanish.
-_LIMITS = {"float32": 1e15, "float64": 1e140}
 
 
 def count_tiles(n: int) -> int:
     """Return how many tiles cover n rows; their square is the number of blocks."""
     return -(-n // TILE)
-
-
-@device
-def _block_total(value):
-    """Return the sum over a block's threads, in all of them."""
-    shared = cuda.shared.array(1, FLOAT64)
-    total, _ = block_sums(value, 0.0)
-    if cuda.threadIdx.x == 0:
-        shared[0] = total
-    cuda.syncthreads()
-    return shared[0]
-
-
-@device
-def _block_largest(value):
-    """Return the largest of the numbers of a block's threads, in all of them."""
-    shared = cuda.shared.array(THREADS, FLOAT64)
-    thread, half = cuda.threadIdx.x, cuda.blockDim.x // 2
-    shared[thread] = value
-    cuda.syncthreads()
-    while half > 0:
-        if thread < half:
-            shared[thread] = max(shared[thread], shared[thread + half])
-        cuda.syncthreads()
-        half //= 2
-    return shared[0]
-
-
-def _make_inverse_norm(dtype: DType):
-    """Make ``inverse_norm(x, row, d, row_stride, depth_stride)``, for all threads of a block; 0 for a zero row."""
-    widen, scaled = make_widen(dtype), dtype is dtypes.FLOAT64  # in float64, squares of others stay within its range
-
-    @device
-    def inverse_norm(x, row, d, row_stride, depth_stride):
-        largest = 1.0
-        if scaled:
-            largest = 0.0
-            k = cuda.threadIdx.x
-            while k < d:
-                largest = max(largest, abs(widen(x[row * row_stride + k * depth_stride])))
-                k += cuda.blockDim.x
-            largest = _block_largest(largest)
-            if largest == 0.0:
-                largest = 1.0
-        squares = 0.0
-        k = cuda.threadIdx.x
-        while k < d:
-            v = to_float64(widen(x[row * row_stride + k * depth_stride]))
-            if scaled:
-                v /= largest
-            squares += v * v
-            k += cuda.blockDim.x
-        squares = _block_total(squares)
-        return 0.0 if squares == 0.0 else 1.0 / math.sqrt(squares) / largest
-
-    return inverse_norm
-
-
-@functools.cache
-def inverse_norms(dtype: DType, dims: int, *, limited: bool = False) -> Body:
-    """Make the kernel of one block for each row: ``(x, n, layout, d, row_stride, depth_stride, inverse)``.
-
-    The layout is that of the matrices, of n rows each; strides are counted in elements; `inverse` takes a float64 for
-    each row of each matrix, 0 for a zero row. Limited, it takes a number of the result's type, which is negative for a
-    norm beyond the limits, with which products of rows might overflow or vanish.
-    """
-    inverse_norm, address_of_matrix = _make_inverse_norm(dtype), _make_matrix(dtype, dims)
-    limit, written = _LIMITS[dtype.result], dtype.result if limited else "float64"
-    narrow = make_narrow_result(written)
-
-    def kernel(x, n, layout, d, row_stride, depth_stride, inverse):
-        matrix = cuda.blockIdx.x // n
-        row = cuda.blockIdx.x - matrix * n
-        factor = inverse_norm(address_of_matrix(x, matrix, layout), row, d, row_stride, depth_stride)
-        if limited and (0.0 < factor < 1.0 / limit or factor > limit):
-            factor = -factor
-        if cuda.threadIdx.x == 0:
-            inverse[cuda.blockIdx.x] = narrow(factor)
-
-    layout = numbers("int64", 3 * dims)
-    arguments = (pointer(dtype.carrier), INT64, layout, INT64, INT64, INT64, pointer(written))
-    name = f"inverse_norms{dims}{'_limited' * limited}-{dtype.name}"
-    return Body(name, lambda capability: kernel, arguments)
-
-
-def _make_matrix(dtype: DType, dims: int):
-    """Make ``matrix(x, i, layout)``, which points to the first element of matrix i."""
-    offsets, to_pointer, itemsize = make_offsets(dims - 1, dims), make_pointer(dtype.carrier), dtype.itemsize
-
-    @device
-    def matrix(x, i, layout):
-        offset, _ = offsets(i, layout)
-        return to_pointer(address_of(x) + offset * itemsize)
-
-    return matrix
 
 
 @functools.cache
@@ -160,14 +63,16 @@ def tile_sums(formula: Formula, dtype: DType, dims: int) -> Body:
     within a matrix are less than 2**32, and none negative; `partial` takes two float64 for each block, the sums of the
     formula's terms over the pairs i < j of its tile, for the last stage of sums.
     """
-    address_of_matrix = _make_matrix(dtype, dims)
-    threads, rows_apart, slots = TILE * TILE // PER_THREAD, TILE // PER_THREAD, TILE * DEPTH
-    widen, narrow = make_widen(dtype), make_narrow_result(dtype.result)
-    shared_type, terms = CARRIERS[dtype.result], _make_terms(formula)
+    address_of_matrix = make_matrix(dtype, dims)
+    rows_apart, slots, shared_type = TILE // PER_THREAD, TILE * DEPTH, CARRIERS[dtype.result]
+    widen, narrow, terms = make_widen(dtype), make_narrow_result(dtype.result), _make_terms(formula)
+
+    @device
+    def unit(x, inside, at, inverse):
+        return narrow(to_float64(widen(x[at])) * inverse) if inside else narrow(0.0)
 
     def kernel(whole, n, layout, d, row_stride, depth_stride, inverses, partial):
-        left = cuda.shared.array(slots, shared_type)
-        right = cuda.shared.array(slots, shared_type)
+        left, right = cuda.shared.array(slots, shared_type), cuda.shared.array(slots, shared_type)
         tiles = (n + TILE - 1) // TILE
         matrix = cuda.blockIdx.x // (tiles * tiles)
         tile = cuda.blockIdx.x - matrix * tiles * tiles
@@ -175,9 +80,8 @@ def tile_sums(formula: Formula, dtype: DType, dims: int) -> Body:
         x, first = address_of_matrix(whole, matrix, layout), matrix * n
         # Products of two such numbers are one instruction, of 64-bit ones several.
         n, d, row_stride, depth_stride = to_uint32(n), to_uint32(d), to_uint32(row_stride), to_uint32(depth_stride)
-        thread = to_uint32(cuda.threadIdx.x)
+        sum0, sum1, thread = 0.0, 0.0, to_uint32(cuda.threadIdx.x)
         row, column = to_uint32(thread // TILE), to_uint32(thread % TILE)
-        sum0 = sum1 = 0.0
         if tile_row <= tile_column:  # of all threads of a block or of none
             at_left, at_right = to_uint32(tile_row * TILE + column), to_uint32(tile_column * TILE + column)
             own = inverses[first + at_left] if at_left < n else 0.0
@@ -186,15 +90,10 @@ def tile_sums(formula: Formula, dtype: DType, dims: int) -> Body:
             dot0 = dot1 = dot2 = dot3 = narrow(0.0)
             start = 0
             while start < d:
-                for part in range(slots // threads):
-                    k = to_uint32(start + row + part * rows_apart)
-                    u = v = 0.0
-                    if k < d and at_left < n:
-                        u = to_float64(widen(x[left_row + k * depth_stride])) * own
-                    if k < d and at_right < n:
-                        v = to_float64(widen(x[right_row + k * depth_stride])) * other
-                    slot = thread + part * threads
-                    left[slot], right[slot] = narrow(u), narrow(v)
+                for part in range(slots // THREADS):
+                    slot, k = thread + part * THREADS, to_uint32(start + row + part * rows_apart)
+                    left[slot] = unit(x, k < d and at_left < n, left_row + k * depth_stride, own)
+                    right[slot] = unit(x, k < d and at_right < n, right_row + k * depth_stride, other)
                 cuda.syncthreads()
                 for k in range(DEPTH):
                     v = right[k * TILE + column]
@@ -215,8 +114,7 @@ def tile_sums(formula: Formula, dtype: DType, dims: int) -> Body:
 
     sizes = (INT64, numbers("int64", 3 * dims), INT64, INT64, INT64)
     arguments = (pointer(dtype.carrier), *sizes, pointer("float64"), pointer("float64"))
-    name = f"tile_sums{dims}-{formula.name}-{dtype.name}"
-    return Body(name, lambda capability: kernel, arguments, threads, version=formula.digest)
+    return Body(f"tile_sums{dims}-{formula.name}-{dtype.name}", lambda _: kernel, arguments, version=formula.digest)
 
 
 def _make_terms(formula: Formula):
@@ -243,30 +141,12 @@ def fold(formula: Formula, dtype: DType, *, slopes: bool = False) -> Body:
     With slopes, the derivative at each of these cosines, times both inverse norms, takes the place of the product, and
     0 that of the other products.
     """
-    load, terms, narrow = make_load(dtype.result), _make_terms(formula), make_narrow_result(dtype.result)
-    store, derivative = make_store(dtype.result), device(formula.make(scalars).derivative)
-    lanes = VECTOR_BYTES // (8 if dtype.result == "float64" else 4)
-
-    @device
-    def element(product, j, i, own, other):
-        zero = narrow(0.0)
-        if j <= i or other < zero or (slopes and own < zero):
-            return zero, zero, (zero,)
-        norms = own * other
-        term0, term1 = terms(product * norms)
-        return narrow(term0), narrow(term1), (narrow(derivative(product * norms, _UNIT)) * norms,)
-
-    def both(of_half, half):
-        def fold(products, j, i, own, others):
-            a0, a1, first = of_half(products[:half], j, i, own, others[:half])
-            b0, b1, second = of_half(products[half:], j + half, i, own, others[half:])
-            return a0 + b0, a1 + b1, first + second
-
-        return fold
-
-    fold_lanes = make_by_halves(
-        lambda products, j, i, own, others: element(products[0], j, i, own, others[0]), both, lanes
+    load, store, lanes = (
+        make_load(dtype.result),
+        make_store(dtype.result),
+        VECTOR_BYTES // np.dtype(dtype.result).itemsize,
     )
+    element, fold_lanes = _make_fold_lanes(formula, dtype, slopes, lanes)
 
     def kernel(products, rows, height, width, row, column, apart, inverse, partial):
         sum0 = sum1 = 0.0
@@ -305,6 +185,34 @@ def fold(formula: Formula, dtype: DType, *, slopes: bool = False) -> Body:
     arguments = (work, INT64, INT64, INT64, INT64, INT64, INT64, work, pointer("float64"))
     name = f"fold{'_slopes' * slopes}-{formula.name}-{dtype.name}"
     return Body(name, lambda capability: kernel, arguments, version=formula.digest)
+
+
+def _make_fold_lanes(formula: Formula, dtype: DType, slopes: bool, lanes: int):
+    """Make what is done to one product, and to so many: ``(product, j, i, own, other) -> (term0, term1, (slope,))``."""
+    terms, narrow = _make_terms(formula), make_narrow_result(dtype.result)
+    derivative = device(formula.make(scalars).derivative)
+
+    @device
+    def element(product, j, i, own, other):
+        zero = narrow(0.0)
+        if j <= i or other < zero or (slopes and own < zero):
+            return zero, zero, (zero,)
+        norms = own * other
+        term0, term1 = terms(product * norms)
+        return narrow(term0), narrow(term1), (narrow(derivative(product * norms, _UNIT)) * norms,)
+
+    def both(of_half, half):
+        def fold(products, j, i, own, others):
+            a0, a1, first = of_half(products[:half], j, i, own, others[:half])
+            b0, b1, second = of_half(products[half:], j + half, i, own, others[half:])
+            return a0 + b0, a1 + b1, first + second
+
+        return fold
+
+    def one(products, j, i, own, others):
+        return element(products[0], j, i, own, others[0])
+
+    return element, make_by_halves(one, both, lanes)
 
 
 @functools.cache
@@ -348,26 +256,19 @@ def fold_beyond(formula: Formula, dtype: DType) -> Body:
     return Body(name, lambda capability: kernel, arguments, version=formula.digest)
 
 
-@functools.cache
-def unit_rows(dtype: DType) -> Body:
-    """Make the kernel of one block for each row: ``(x, d, row_stride, depth_stride, unit, inverse)``.
+@device
+def _share(rows, i, own, j, other, d, strides):
+    """Return a thread's share of the product of two rows, each multiplied by a number."""
+    total = 0.0
+    for k in range(cuda.threadIdx.x, d, cuda.blockDim.x):
+        u = to_float64(rows[i * strides[0] + k * strides[1]]) * own
+        total += u * (to_float64(rows[j * strides[0] + k * strides[1]]) * other)
+    return total
 
-    It writes the rows, divided by their norms, one after the other, and the inverse norms, 0 for a zero row.
-    """
-    widen, narrow, inverse_norm = make_widen(dtype), make_narrow_result(dtype.result), _make_inverse_norm(dtype)
 
-    def kernel(x, d, row_stride, depth_stride, unit, inverse):
-        row = cuda.blockIdx.x
-        factor = inverse_norm(x, row, d, row_stride, depth_stride)
-        if cuda.threadIdx.x == 0:
-            inverse[row] = factor
-        k = cuda.threadIdx.x
-        while k < d:
-            unit[row * d + k] = narrow(to_float64(widen(x[row * row_stride + k * depth_stride])) * factor)
-            k += cuda.blockDim.x
-
-    arguments = (pointer(dtype.carrier), INT64, INT64, INT64, pointer(dtype.result), pointer("float64"))
-    return Body(f"unit_rows-{dtype.name}", lambda capability: kernel, arguments)
+@device
+def _inverse_root(squares, scale):
+    return 0.0 if squares == 0.0 else scale / math.sqrt(squares)
 
 
 @functools.cache
@@ -376,36 +277,22 @@ def project(formula: Formula, dtype: DType, accumulate: bool) -> Body:
 
     Its parameters: ``(pulled, pulled_strides, rows, n, d, strides, limited, inverse, factor, scale, out,
     out_strides)``. A row of `pulled`, which may be that of `out`, is the sum of all rows, each times its slope as
-    `fold` leaves it; `limited` has the limited inverse norms. Pairs of a norm beyond the limits, which `fold` leaves
-    out, are added first. Of the sum, the part along the row itself is taken away, and the rest is multiplied by
-    `factor`, by `scale`, a number on the device, or null for 1, and, where rows were divided by their norms before, by
-    their inverse norms in `inverse`, or null. Strides are those from row to row and from element to element.
+    `fold` leaves it; pairs that it leaves out, of a norm beyond the limits in `limited`, are added first. Of the sum,
+    the part along the row itself is taken away, and the rest is multiplied by `factor`, by `scale`, a number on the
+    device, or null for 1, and by `inverse`, the inverse norms that rows were multiplied by before, or null.
     """
     widen, narrow, narrow_pulled = make_widen(dtype), make_narrow(dtype), make_narrow_result(dtype.result)
     derivative, scaled = device(formula.make(scalars).derivative), dtype is dtypes.FLOAT64
 
     @device
-    def share(rows, i, own, j, other, d, strides):
-        """Return a thread's share of the product of two rows, each multiplied by a number."""
-        total = 0.0
-        for k in range(cuda.threadIdx.x, d, cuda.blockDim.x):
-            u = to_float64(rows[i * strides[0] + k * strides[1]]) * own
-            total += u * (to_float64(rows[j * strides[0] + k * strides[1]]) * other)
-        return total
-
-    @device
     def scale_of(limited):
         return abs(to_float64(limited)) if scaled else 1.0  # as in `fold_beyond`
 
-    @device
-    def inverse_norm(squares, scale):
-        return 0.0 if squares == 0.0 else scale / math.sqrt(squares)
-
-    # It alone calls `_block_total`: Numba defines its shared memory for each caller.
+    # It alone calls `block_total`: Numba defines its shared memory for each caller.
     def kernel(pulled, pulled_strides, rows, n, d, strides, limited, inverse, factor, scale, out, out_strides):
         i, thread, threads = cuda.blockIdx.x, cuda.threadIdx.x, cuda.blockDim.x
         own, beyond, first, step = scale_of(limited[i]), limited[i] < 0.0, i * pulled_strides[0], pulled_strides[1]
-        own = inverse_norm(_block_total(share(rows, i, own, i, own, d, strides)), own)
+        own = _inverse_root(block_total(_share(rows, i, own, i, own, d, strides)), own)
         weight = 1.0 if beyond else own  # a row beyond is multiplied by its inverse norm last, which may be large
         start = 0
         while start < n:
@@ -415,9 +302,8 @@ def project(formula: Formula, dtype: DType, accumulate: bool) -> Body:
             for j in range(start, last):
                 if j != i and (beyond or limited[j] < 0.0):
                     other = scale_of(limited[j])
-                    other = inverse_norm(_block_total(share(rows, j, other, j, other, d, strides)), other)
-                    cosine = _block_total(share(rows, i, own, j, other, d, strides))
-                    slope = weight * derivative(cosine, _UNIT)
+                    other = _inverse_root(block_total(_share(rows, j, other, j, other, d, strides)), other)
+                    slope = weight * derivative(block_total(_share(rows, i, own, j, other, d, strides)), _UNIT)
                     for k in range(thread, d, threads):
                         more = slope * (to_float64(rows[j * strides[0] + k * strides[1]]) * other)
                         pulled[first + k * step] = narrow_pulled(to_float64(pulled[first + k * step]) + more)
@@ -426,7 +312,7 @@ def project(formula: Formula, dtype: DType, accumulate: bool) -> Body:
         for k in range(thread, d, threads):
             u = to_float64(rows[i * strides[0] + k * strides[1]]) * own
             along += to_float64(pulled[first + k * step]) * u
-        along = _block_total(along)
+        along = block_total(along)
         if beyond:
             factor *= own
         if address_of(inverse) != 0:
@@ -441,8 +327,8 @@ def project(formula: Formula, dtype: DType, accumulate: bool) -> Body:
                 gradient += to_float64(widen(out[at]))
             out[at] = narrow(gradient)
 
-    work, strides, norms = pointer(dtype.result), numbers("int64", 2), pointer("float64")
-    sizes = (work, strides, work, INT64, INT64, strides, work)
-    arguments = *sizes, norms, FLOAT64, work, pointer(dtype.carrier), strides
+    work, strides = pointer(dtype.result), numbers("int64", 2)
+    sizes = work, strides, work, INT64, INT64, strides, work
+    arguments = *sizes, pointer("float64"), FLOAT64, work, pointer(dtype.carrier), strides
     name = f"project{'_and_add' * accumulate}-{formula.name}-{dtype.name}"
     return Body(name, lambda capability: kernel, arguments, version=formula.digest)

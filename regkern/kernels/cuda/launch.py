@@ -16,7 +16,7 @@ from regkern.kernels import forks
 from regkern.kernels.cache import cache_folder, digest_sources, load, store
 from regkern.kernels.cuda.compile import assemble, compile_ptx, parameters
 from regkern.kernels.cuda.driver import Code, DeviceResetError, Driver
-from regkern.kernels.cuda.sums import MAX_BLOCKS, Body
+from regkern.kernels.cuda.sums import MAX_BLOCKS, THREADS, Body
 
 _SOURCES = digest_sources(Path(__file__).parent)
 _PACKAGES = ("numba", "numba-cuda", "nvidia-nvvm", "nvidia-nvjitlink", "cuda-bindings")
@@ -57,7 +57,7 @@ def launch(place: Place, body: Body, blocks: int, arguments: tuple[int | float, 
     driver, device, stream = place
     kernel = _kernels.get((driver, device, body)) or _loaded(place, body)
     try:
-        driver.launch(device, stream, kernel, blocks, body.threads, arguments)
+        driver.launch(device, stream, kernel, blocks, THREADS, arguments)
     except DeviceResetError:
         _forget(driver, device)
         raise

@@ -35,7 +35,6 @@ class Body:
         name: unique among all.
         make: makes its code for devices of a compute capability.
         arguments: its parameters' types.
-        threads: of a block.
         companions: kernels that are loaded with it, because its calls need them where none can be loaded.
         version: what tells the formula's code from another that may have had its name.
     """
@@ -43,7 +42,6 @@ class Body:
     name: str
     make: Callable[[Capability], Callable[..., Any]]
     arguments: tuple[Any, ...]
-    threads: int = THREADS
     companions: tuple["Body", ...] = ()
     version: str = ""
 
