@@ -44,6 +44,8 @@ from regkern.terms import Formula
 TILE = 32
 PER_THREAD = TILE * TILE // THREADS
 DEPTH = 16
+# Rows between two elements of a thread.
+_APART = TILE // PER_THREAD
 # Parameters of formulas whose sums are multiplied by the factor afterwards.
 _UNIT = (1.0, 1.0, 0.0, 0.0)
 # Elements of a row that a warp folds at once: as many as it has under way, twice.
@@ -55,6 +57,24 @@ def count_tiles(n: int) -> int:
     return -(-n // TILE)
 
 
+def _add_product(left, right, k, row, column, dots):
+    v, at = right[k * TILE + column], k * TILE + row
+    dot0, dot1 = dots[0] + left[at] * v, dots[1] + left[at + _APART] * v
+    return dot0, dot1, dots[2] + left[at + 2 * _APART] * v, dots[3] + left[at + 3 * _APART] * v
+
+
+# For all k of a depth, which the compiler leaves as a loop for compute capability 12.1.
+_add_products = make_by_halves(
+    _add_product,
+    lambda add, half: (
+        lambda left, right, k, row, column, dots: add(
+            left, right, k + half, row, column, add(left, right, k, row, column, dots)
+        )
+    ),
+    DEPTH,
+)
+
+
 @functools.cache
 def tile_sums(formula: Formula, dtype: DType, dims: int) -> Body:
     """Make the kernel of ``count_tiles(n) ** 2`` blocks for each matrix.
@@ -64,7 +84,7 @@ def tile_sums(formula: Formula, dtype: DType, dims: int) -> Body:
     formula's terms over the pairs i < j of its tile, for the last stage of sums.
     """
     address_of_matrix = make_matrix(dtype, dims)
-    rows_apart, slots, shared_type = TILE // PER_THREAD, TILE * DEPTH, CARRIERS[dtype.result]
+    slots, shared_type = TILE * DEPTH, CARRIERS[dtype.result]
     widen, narrow, terms = make_widen(dtype), make_narrow_result(dtype.result), _make_terms(formula)
 
     @device
@@ -87,27 +107,22 @@ def tile_sums(formula: Formula, dtype: DType, dims: int) -> Body:
             own = inverses[first + at_left] if at_left < n else 0.0
             other = inverses[first + at_right] if at_right < n else 0.0
             left_row, right_row = at_left * row_stride, at_right * row_stride
-            dot0 = dot1 = dot2 = dot3 = narrow(0.0)
+            dots = narrow(0.0), narrow(0.0), narrow(0.0), narrow(0.0)
             start = 0
             while start < d:
                 for part in range(slots // THREADS):
-                    slot, k = thread + part * THREADS, to_uint32(start + row + part * rows_apart)
+                    slot, k = thread + part * THREADS, to_uint32(start + row + part * _APART)
                     left[slot] = unit(x, k < d and at_left < n, left_row + k * depth_stride, own)
                     right[slot] = unit(x, k < d and at_right < n, right_row + k * depth_stride, other)
                 cuda.syncthreads()
-                for k in range(DEPTH):
-                    v = right[k * TILE + column]
-                    dot0 += left[k * TILE + row] * v
-                    dot1 += left[k * TILE + row + rows_apart] * v
-                    dot2 += left[k * TILE + row + 2 * rows_apart] * v
-                    dot3 += left[k * TILE + row + 3 * rows_apart] * v
+                dots = _add_products(left, right, 0, row, column, dots)
                 cuda.syncthreads()
                 start += DEPTH
             # Rows beyond the matrix are zero, so that their cosines add nothing.
             i, j = tile_row * TILE + row, tile_column * TILE + column
             for k in range(PER_THREAD):
-                if i + k * rows_apart < j:
-                    dot = dot0 if k == 0 else (dot1 if k == 1 else (dot2 if k == 2 else dot3))
+                if i + k * _APART < j:
+                    dot = dots[0] if k == 0 else (dots[1] if k == 1 else (dots[2] if k == 2 else dots[3]))
                     term0, term1 = terms(to_float64(dot))
                     sum0, sum1 = sum0 + term0, sum1 + term1
         write_sums(partial, sum0, sum1)
