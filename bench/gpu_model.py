@@ -17,7 +17,6 @@ from regkern.arrays.panels import largest, panels
 PRODUCT_SHARE, MEMORY_SHARE = 0.8, 0.9
 TILE = 128
 LAUNCH = 4e-6  # seconds of a launch that the device waits for, where it is done sooner than the next is queued
-PANEL, LARGE_PANEL = 1024, 2048
 SHAPES = ((1024, 256), (8192, 1024), (32768, 256))
 
 
@@ -85,18 +84,8 @@ def torch_formula(n: int, d: int) -> Cost:
     return Cost(3 * 4 * n * d, 10 * gram, gram, {(n, n, d): 1}, 10)
 
 
-def square_panels(n: int, d: int) -> Cost:
-    """The upper triangle in square panels, for each of which unit rows are made: what there was."""
-    side = LARGE_PANEL if 20 * LARGE_PANEL * (LARGE_PANEL + 2 * d) <= n * n else PANEL
-    heights = [min(side, n - start) for start in range(0, n, side)]
-    panels = Counter((height, width, d) for i, height in enumerate(heights) for width in heights[i:])
-    count, elements = panels.total(), sum(m * n * times for (m, n, _), times in panels.items())
-    unit = sum(3 * 4 * width * d * times for (_, width, _), times in panels.items())  # read twice, and written
-    return Cost(unit, 2 * 4 * elements, 4 * heights[0] ** 2, panels, 3 * count + 1)
-
-
 def triangle(n: int, d: int) -> Cost:
-    """Squares beside the diagonal and blocks on it, of raw rows, norms applied as they are folded: what there is."""
+    """Squares beside the diagonal and blocks on it, of raw rows, norms applied as they are folded: regkern's way."""
     parts = list(panels(n, largest(n)))
     products = Counter((part.rows, part.width, d) for part in parts)
     read = sum(4 * part.together * (part.height + part.width) * d for part in parts)
@@ -104,7 +93,7 @@ def triangle(n: int, d: int) -> Cost:
     return Cost(4 * n * d + read, between, 4 * max(part.size for part in parts), products, 2 * len(parts) + 2)
 
 
-WAYS = {"torch's formula": torch_formula, "square panels (before)": square_panels, "the triangle (now)": triangle}
+WAYS = {"torch's formula": torch_formula, "the triangle": triangle}
 
 
 def table() -> str:

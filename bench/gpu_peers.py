@@ -70,65 +70,66 @@ def many_tensors(case: GpuCase):
     return [0.05 * torch.randn(size, device="cuda", generator=generator) for size in many_sizes(case)]
 
 
+# Calls
+
+
+def of_torch(function):
+    """Make a peer that calls a function of a tensor."""
+    return lambda case: functools.partial(function, torch_array(case))
+
+
+def of_cupy(function):
+    """Make a peer that calls a function of an array of CuPy's."""
+    return lambda case: functools.partial(function, cupy_array(case))
+
+
+def of_jax(function, *, differentiated: bool = False):
+    """Make a peer that calls a compiled function of an array of JAX's."""
+
+    def make(case):
+        import jax
+
+        return functools.partial(jax.jit(jax.value_and_grad(function) if differentiated else function), jax_array(case))
+
+    return make
+
+
+def with_backward(function):
+    """Make a peer that calls a function of a tensor, and differentiates what it returns."""
+    return lambda case: backward(function, [torch_array(case)])
+
+
 # regkern
 
 
 @peer("value", "regkern")
 def regkern_value(case):
-    x = torch_array(case) if case.dtype == "bfloat16" else cupy_array(case)
-    return functools.partial(REGULARIZER, x)
+    return (of_torch if case.dtype == "bfloat16" else of_cupy)(REGULARIZER)(case)
 
 
-@peer("launch", "regkern")
-def regkern_launch(case):
-    return functools.partial(REGULARIZER, cupy_array(case))
-
-
-@peer("value_and_grad", "regkern")
-def regkern_value_and_grad(case):
-    return functools.partial(REGULARIZER.value_and_grad, cupy_array(case))
-
-
-@peer("torch_backward", "regkern")
-def regkern_backward(case):
-    return _backward(REGULARIZER, case)
-
-
-@peer("gram", "regkern")
-def regkern_gram(case):
-    return functools.partial(ORTHOGONAL, torch_array(case))
-
-
-@peer("gram_and_grad", "regkern")
-def regkern_gram_and_grad(case):
-    return functools.partial(ORTHOGONAL.value_and_grad, torch_array(case))
-
-
-@peer("group", "regkern")
-def regkern_group(case):
-    return functools.partial(rk.GroupLasso(L1), torch_array(case))
-
-
-@peer("group_columns", "regkern")
-def regkern_group_columns(case):
-    return functools.partial(rk.GroupLasso(L1, "columns"), torch_array(case))
-
-
-@peer("group_and_grad", "regkern")
-def regkern_group_and_grad(case):
-    return functools.partial(rk.GroupLasso(L1).value_and_grad, torch_array(case))
+peer("launch", "regkern")(of_cupy(REGULARIZER))
+peer("value_and_grad", "regkern")(of_cupy(REGULARIZER.value_and_grad))
+peer("torch_backward", "regkern")(with_backward(REGULARIZER))
+peer("gram", "regkern")(of_torch(ORTHOGONAL))
+peer("gram_and_grad", "regkern")(of_torch(ORTHOGONAL.value_and_grad))
+peer("group", "regkern")(of_torch(rk.GroupLasso(L1)))
+peer("group_columns", "regkern")(of_torch(rk.GroupLasso(L1, "columns")))
+peer("group_and_grad", "regkern")(of_torch(rk.GroupLasso(L1).value_and_grad))
 
 
 @peer("many", "regkern")
 def regkern_many(case):
-    named = {f"kernel{i}": x for i, x in enumerate(many_tensors(case))}
-    return rk.Penalty({"*": REGULARIZER}).bind(named).value
+    return _bound(case).value
 
 
 @peer("many_and_grad", "regkern")
 def regkern_many_and_grad(case):
+    return _bound(case).value_and_grad
+
+
+def _bound(case):
     named = {f"kernel{i}": x for i, x in enumerate(many_tensors(case))}
-    return rk.Penalty({"*": REGULARIZER}).bind(named).value_and_grad
+    return rk.Penalty({"*": REGULARIZER}).bind(named)
 
 
 @peer("step", "regkern")
@@ -190,8 +191,7 @@ def _bytes(case):
 def cupy_value(case):
     import cupy
 
-    x = cupy_array(case)
-    return functools.partial(penalty, cupy, x)
+    return of_cupy(functools.partial(penalty, cupy))(case)
 
 
 @peer("value", "cupy ReductionKernel")
@@ -225,8 +225,7 @@ def compute_value(case):
 def cupy_value_and_grad(case):
     import cupy
 
-    x = cupy_array(case)
-    return functools.partial(value_and_gradient, cupy, x)
+    return of_cupy(functools.partial(value_and_gradient, cupy))(case)
 
 
 @peer("many", "cupy")
@@ -240,22 +239,30 @@ def cupy_many(case):
 # torch
 
 
-@peer("value", "torch")
-@peer("launch", "torch")
-def torch_value(case):
-    return functools.partial(torch_penalty, torch_array(case))
-
-
-@peer("value", "torch.compile")
-def torch_compiled(case):
-    return functools.partial(_compiled(), torch_array(case))
-
-
 def _compiled():
     import torch
 
     torch._dynamo.reset()  # of a function with several versions, it would come to run the last ones uncompiled
     return torch.compile(torch_penalty, dynamic=False)
+
+
+def _norms_of(dim, x):
+    import torch
+
+    return L1 * torch.linalg.vector_norm(x, dim=dim).sum()
+
+
+for _kind in ("value", "launch"):
+    peer(_kind, "torch")(of_torch(torch_penalty))
+for _kind in ("value_and_grad", "torch_backward"):
+    peer(_kind, "torch")(with_backward(torch_penalty))
+    peer(_kind, "torch.compile")(lambda case: with_backward(_compiled())(case))
+peer("value", "torch.compile")(lambda case: of_torch(_compiled())(case))
+peer("group", "torch")(of_torch(functools.partial(_norms_of, 1)))
+peer("group_columns", "torch")(of_torch(functools.partial(_norms_of, 0)))
+peer("group_and_grad", "torch")(with_backward(functools.partial(_norms_of, 1)))
+peer("gram", "torch")(of_torch(torch_orthogonal))
+peer("gram_and_grad", "torch")(with_backward(torch_orthogonal))
 
 
 @peer("value", "torch._foreach_norm")
@@ -276,24 +283,6 @@ def _norms(tensors):
         return L1 * torch.stack(first).sum() + L2 * torch.stack(second).square().sum()
 
     return call
-
-
-@peer("value_and_grad", "torch")
-def torch_value_and_grad(case):
-    return _backward(torch_penalty, case)
-
-
-@peer("value_and_grad", "torch.compile")
-def torch_compiled_value_and_grad(case):
-    return _backward(_compiled(), case)
-
-
-peer("torch_backward", "torch")(torch_value_and_grad)
-peer("torch_backward", "torch.compile")(torch_compiled_value_and_grad)
-
-
-def _backward(penalty, case):
-    return backward(penalty, [torch_array(case)])
 
 
 @peer("many", "torch")
@@ -335,64 +324,10 @@ def _perceptron(case):
     return model, optimizer, step
 
 
-@peer("group", "torch")
-def torch_group(case):
-    return functools.partial(_norms_of, 1, torch_array(case))
-
-
-@peer("group_columns", "torch")
-def torch_group_columns(case):
-    return functools.partial(_norms_of, 0, torch_array(case))
-
-
-@peer("group_and_grad", "torch")
-def torch_group_and_grad(case):
-    return _backward(functools.partial(_norms_of, 1), case)
-
-
-def _norms_of(dim, x):
-    import torch
-
-    return L1 * torch.linalg.vector_norm(x, dim=dim).sum()
-
-
-@peer("gram", "torch")
-def torch_gram(case):
-    return functools.partial(torch_orthogonal, torch_array(case))
-
-
-@peer("gram_and_grad", "torch")
-def torch_gram_and_grad(case):
-    return _backward(torch_orthogonal, case)
-
-
 # JAX
 
-
-@peer("value", "jax")
-@peer("launch", "jax")
-def jax_value(case):
-    import jax
-
-    return functools.partial(jax.jit(jax_penalty), jax_array(case))
-
-
-@peer("value_and_grad", "jax")
-def jax_value_and_grad(case):
-    import jax
-
-    return functools.partial(jax.jit(jax.value_and_grad(jax_penalty)), jax_array(case))
-
-
-@peer("gram", "jax")
-def jax_gram(case):
-    import jax
-
-    return functools.partial(jax.jit(jax_orthogonal), jax_array(case))
-
-
-@peer("gram_and_grad", "jax")
-def jax_gram_and_grad(case):
-    import jax
-
-    return functools.partial(jax.jit(jax.value_and_grad(jax_orthogonal)), jax_array(case))
+for _kind in ("value", "launch"):
+    peer(_kind, "jax")(of_jax(jax_penalty))
+peer("value_and_grad", "jax")(of_jax(jax_penalty, differentiated=True))
+peer("gram", "jax")(of_jax(jax_orthogonal))
+peer("gram_and_grad", "jax")(of_jax(jax_orthogonal, differentiated=True))

@@ -1,11 +1,41 @@
-"""NumPy's arrays, taken for arrays on a device: what is launched for them is a driver's affair."""
+"""NumPy's arrays, taken for arrays on a device, a driver that stands in for one's, and how results are compared."""
 
+import ctypes
+from types import SimpleNamespace
+
+import ml_dtypes
 import numpy as np
 
 from regkern.arrays.device import DeviceAdapter
 from regkern.arrays.layout import View
 from regkern.arrays.numpy import dtype_of
+from regkern.dtypes import DTYPES
 from regkern.kernels.cuda.launch import Place
+from tests.cases import NUMPY_DTYPES
+
+
+class StandIn:
+    """A driver of the host's memory; what is launched, a class that derives from it says."""
+
+    capability, capturing = (9, 0), False
+
+    def compute_capability(self, device):
+        return self.capability
+
+    def device_of(self, address):
+        return 0
+
+    def is_capturing(self, device, stream):
+        return self.capturing
+
+    def stream_id(self, device, stream):
+        return stream
+
+    def clear(self, device, stream, address, size):
+        ctypes.memset(address, 0, size)
+
+    def load(self, device, code):
+        return code
 
 
 class Arrays(DeviceAdapter):
@@ -49,8 +79,35 @@ class Arrays(DeviceAdapter):
     def over(self, x, address, shape, strides):
         raise NotImplementedError
 
-    def product(self, left, right, out):
+    def product(self, left, right, out, *, add=False):
         raise NotImplementedError
 
     def check_out(self, x, out):
         self.check_target(x, out, "numpy.empty_like(x)")
+
+
+def values(shape, dtype, seed=0):
+    """Return random numbers, a tenth of them 0, in an array that is one element away from where 16 bytes start."""
+    rng = np.random.default_rng(seed)
+    whole = np.zeros(int(np.prod(shape)) + 1, NUMPY_DTYPES[dtype])
+    whole[1:] = rng.standard_normal(whole.size - 1) * (rng.random(whole.size - 1) > 0.1)
+    return whole[1:].reshape(shape)
+
+
+def assert_written(out, expected, dtype, magnitude=0.0, units=3):
+    """Within a unit of the last place; of float64 within a few."""
+    error = np.abs(out.astype(np.longdouble) - expected)
+    tiny = float(ml_dtypes.finfo(NUMPY_DTYPES[dtype]).smallest_subnormal)
+    bound = units if dtype == "float64" else 1
+    assert np.all(error <= bound * DTYPES[dtype].epsilon * np.maximum(np.abs(expected), magnitude) + tiny)
+
+
+# The operations of formulas on scalars of the host.
+SCALARS = SimpleNamespace(
+    where=lambda condition, v, other: v if condition else other,
+    minimum=min,
+    maximum=max,
+    clip=lambda v, limit: min(max(v, -limit), limit),
+    sqrt=np.sqrt,
+    log1p=np.log1p,
+)

@@ -4,11 +4,11 @@ What is launched reads and writes the addresses that it is given, so that arrays
 memory can be passed for arrays on a device.
 """
 
-import ctypes
 import functools
 
 from regkern.kernels.cuda import launch
 from regkern.kernels.cuda.launch import Place
+from tests.cuda_arrays import StandIn
 from tests.cuda_code import compiled
 from tests.ptx import Kernel, Machine, Memory
 
@@ -21,26 +21,13 @@ def interpreted(body, capability=CAPABILITY):
     return Kernel(compiled(body, capability))
 
 
-class Device:
+class Device(StandIn):
     """A driver that runs what is launched, and notes on which stream."""
 
+    capability = CAPABILITY
+
     def __init__(self):
-        self.streams, self.capturing = [], False
-
-    def compute_capability(self, device):
-        return CAPABILITY
-
-    def device_of(self, address):
-        return 0
-
-    def is_capturing(self, device, stream):
-        return self.capturing
-
-    def stream_id(self, device, stream):
-        return stream
-
-    def clear(self, device, stream, address, size):
-        ctypes.memset(address, 0, size)
+        self.streams = []
 
     def load(self, device, body):
         return interpreted(body)

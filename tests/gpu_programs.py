@@ -22,7 +22,7 @@ from regkern.kernels.cuda.driver import Code
 from regkern.terms import ADD_GRADIENT, PROX, VALUE, VALUE_AND_GRADIENT, Products, Term, scaled
 from tests import reference
 from tests.cases import NUMPY_DTYPES, REGULARIZERS
-from tests.cuda_arrays import Arrays
+from tests.cuda_arrays import Arrays, StandIn, values
 from tests.cuda_code import assembled, compiled
 from tests.cuda_library import keep_ptx
 
@@ -33,41 +33,17 @@ ORTHOGONAL, COSINES = rk.OrthogonalRegularizer(0.3), Term(ABS, Products())
 SIZE = 20_011  # elements: several blocks, and a part of one
 
 
-class Recorder:
+class Recorder(StandIn):
     """A driver of one device that writes down what is launched."""
 
     def __init__(self, capability):
         self.capability, self.launched, self.cleared = capability, [], []
 
-    def compute_capability(self, device):
-        return self.capability
-
-    def is_capturing(self, device, stream):
-        return False
-
-    def stream_id(self, device, stream):
-        return stream
-
     def clear(self, device, stream, address, size):
         self.cleared.append((address, size))
 
-    def load(self, device, code):
-        return code
-
     def launch(self, device, stream, kernel, blocks, threads, arguments):
         self.launched.append((kernel, blocks, threads, arguments))
-
-
-def _address(array):
-    return array.__array_interface__["data"][0]
-
-
-def _values(shape, dtype, seed):
-    """Return random numbers, a tenth of them 0, in an array that is one element away from where 16 bytes start."""
-    rng = np.random.default_rng(seed)
-    whole = np.zeros(int(np.prod(shape)) + 1, NUMPY_DTYPES[dtype])
-    whole[1:] = rng.standard_normal(whole.size - 1) * (rng.random(whole.size - 1) > 0.1)
-    return whole[1:].reshape(shape)
 
 
 def _kind(array):
@@ -97,7 +73,7 @@ class Program:
     def write(self, folder):
         """Return the program as it goes into JSON; what is large goes into files beside it."""
         buffers = self.given + [(array, None) for array in self.arrays.made]
-        spans = [(_address(array), max(array.nbytes, 1)) for array, _ in buffers]
+        spans = [(self.arrays.address(array), max(array.nbytes, 1)) for array, _ in buffers]
 
         def file(suffix, data):
             name = hashlib.sha256(data).hexdigest()[:16] + suffix
@@ -126,7 +102,7 @@ class Program:
                 for code, blocks, threads, arguments in self.recorder.launched
             ],
             "results": [
-                place(_address(array))
+                place(self.arrays.address(array))
                 | {"dtype": _kind(array), "relative": relative, "absolute": absolute}
                 | {"expected": file(".f64", np.asarray(expected, np.float64).tobytes())}
                 for array, expected, relative, absolute in self.results
@@ -175,17 +151,17 @@ def orthogonal(name, capability, x):
 def programs(capability):
     """Yield all programs for devices of a compute capability."""
     for seed, dtype in enumerate(DTYPES):
-        yield elementwise(f"all operations, {dtype}", capability, _values((SIZE,), dtype, seed))
-    yield elementwise("all operations, small", capability, _values((10, 10), "float32", 5))
-    yield elementwise("all operations, strided", capability, _values((60, 70), "float32", 6)[::-1, 3:-3:2])
-    yield elementwise("all operations, rows", capability, _values((70, 300), "float16", 7)[:, 5:-6])
+        yield elementwise(f"all operations, {dtype}", capability, values((SIZE,), dtype, seed))
+    yield elementwise("all operations, small", capability, values((10, 10), "float32", 5))
+    yield elementwise("all operations, strided", capability, values((60, 70), "float32", 6)[::-1, 3:-3:2])
+    yield elementwise("all operations, rows", capability, values((70, 300), "float16", 7)[:, 5:-6])
     for seed, dtype in enumerate(DTYPES):
         for mode in ("rows", "columns"):
-            yield groups(f"groups, {mode}, {dtype}", capability, _values((90, 70), dtype, 12 + seed), mode)
-    yield groups("groups, long rows", capability, _values((1, 33_001), "float32", 16), "rows")
-    yield groups("groups, strided", capability, _values((30, 9, 40), "float32", 17)[::-1, 1:, ::2], "columns")
+            yield groups(f"groups, {mode}, {dtype}", capability, values((90, 70), dtype, 12 + seed), mode)
+    yield groups("groups, long rows", capability, values((1, 33_001), "float32", 16), "rows")
+    yield groups("groups, strided", capability, values((30, 9, 40), "float32", 17)[::-1, 1:, ::2], "columns")
     for seed, dtype in enumerate(DTYPES):
-        yield orthogonal(f"mean |cosine|, {dtype}", capability, _values((70, 45), dtype, 8 + seed))
+        yield orthogonal(f"mean |cosine|, {dtype}", capability, values((70, 45), dtype, 8 + seed))
 
 
 def write(folder, architectures, ptx=None):

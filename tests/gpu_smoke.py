@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from regkern.kernels.cuda.driver import Code, LibCuda
+from regkern.kernels.cuda.driver import Code, Driver
 
 NAN_BYTE = 0xFF  # as each byte of a number, of any of the types
 
@@ -21,7 +21,7 @@ class Device:
 
     def __init__(self):
         self.library = ctypes.CDLL("libcuda.so.1")
-        self.driver = LibCuda(self.library)
+        self.driver = Driver(self.library)
         self.capability = self.driver.compute_capability(0)
         self.context = ctypes.c_void_p()
         handle = ctypes.c_int()

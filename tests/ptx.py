@@ -284,10 +284,7 @@ def _load(machine, instruction, active):
         if not machine.wrote[0, block, places].all():
             raise DeviceError(f"shared memory that is read before it is written: {instruction.text}")
         values = machine.shared[block, places].view(dtype)
-        machine.read[0, block, places], machine.read[1, block, places] = (
-            machine.barriers[block],
-            _warps(machine, active),
-        )
+        _touch(machine, machine.read, block, places, active)
     else:
         values = machine.memory.load(address, dtype, len(names))
     for i, name in enumerate(names):
@@ -304,10 +301,7 @@ def _store(machine, instruction, active):
         for touched in (machine.wrote, machine.read):
             block, places = _shared(machine, instruction, address, size, active, touched)
         machine.shared[block, places] = np.ascontiguousarray(values).view(np.uint8)
-        machine.wrote[0, block, places], machine.wrote[1, block, places] = (
-            machine.barriers[block],
-            _warps(machine, active),
-        )
+        _touch(machine, machine.wrote, block, places, active)
     else:
         machine.memory.store(address, values)
 

@@ -4,7 +4,6 @@ The arrays are CuPy's own, over memory of the host: no device is needed to make 
 """
 
 import gc
-import importlib.util
 import types
 import weakref
 
@@ -14,17 +13,19 @@ import pytest
 import regkern as rk
 from regkern.arrays import ADAPTERS
 
-if not (importlib.util.find_spec("numba_cuda") and importlib.util.find_spec("cupy")):
-    pytest.skip("numba-cuda or cupy is not installed", allow_module_level=True)
+pytest.importorskip("numba_cuda", reason="pip install 'regkern[cuda13]'")
+pytest.importorskip("cupy")
 
 import cupy
+import cupy_backends.cuda.libs
 
-from regkern.arrays import cuda_interface, cupy_expressions
+from regkern.arrays import cuda_interface, cupy_expressions, device_gram, panels
 from regkern.arrays import cupy as adapter_module
 from regkern.formulas import BOTH_SUMS
 from regkern.terms import GRADIENT, VALUE
 from tests import reference
-from tests.cases import LAYOUTS, NUMPY_DTYPES, REGULARIZERS, make
+from tests.cases import LAYOUTS, NUMPY_DTYPES, REGULARIZERS, make, slow_unless
+from tests.cuda_cupy import Cublas, allocate, on_device, read
 from tests.cuda_device import install
 
 REGULARIZER = REGULARIZERS["L1L2"]
@@ -32,46 +33,17 @@ P = (1.0, 1.0, 0.0, 0.0)
 STEP = 0.7
 
 
-class HostMemory(cupy.cuda.BaseMemory):
-    """Memory of the host, in place of a device's."""
-
-    def __init__(self, data):
-        self.data = data
-        self.ptr, self.size, self.device_id = data.ctypes.data, data.nbytes, 0
-
-
-def allocate(size):
-    return cupy.cuda.MemoryPointer(HostMemory(np.zeros(size, np.uint8)), 0)
-
-
 @pytest.fixture(autouse=True)
 def place(monkeypatch):
     place = install(monkeypatch)
     monkeypatch.setattr(adapter_module.CupyAdapter, "place", lambda self, x: place)
-    monkeypatch.setattr(adapter_module.CupyAdapter, "product", multiply)
+    monkeypatch.setitem(vars(cupy_backends.cuda.libs), "cublas", Cublas())
+    monkeypatch.setattr(cupy.cuda.device, "get_cublas_handle", lambda: 5)
+    monkeypatch.setattr(cupy.cuda, "get_current_stream", lambda *_: types.SimpleNamespace(ptr=place.stream))
     monkeypatch.setattr(cupy.cuda.device, "get_device_id", lambda: 0)
     cupy.cuda.set_allocator(allocate)
     yield place
     cupy.cuda.set_allocator(None)
-
-
-def on_device(x, cls=cupy.ndarray):
-    """Return an array of CuPy's with the elements and the strides of one of NumPy's."""
-    whole = x
-    while whole.base is not None:
-        whole = whole.base
-    pointer = cupy.cuda.MemoryPointer(HostMemory(whole), x.__array_interface__["data"][0] - whole.ctypes.data)
-    return cls(x.shape, x.dtype, pointer, strides=x.strides)
-
-
-def read(x):
-    """Return what an array in the stand-in's memory holds."""
-    memory = x.data.mem.data
-    return np.ndarray(x.shape, x.dtype, memory.reshape(-1).view(np.uint8).data, x.data.ptr - x.data.mem.ptr, x.strides)
-
-
-def multiply(self, left, right, out):
-    read(out)[...] = np.matmul(read(left).astype(out.dtype), read(right).astype(out.dtype))
 
 
 def assert_near(actual, expected, epsilon):
@@ -130,6 +102,35 @@ def test_temporary_memory_of_a_graph_is_kept_where_the_pool_gives_it_away(place)
     with pytest.raises(RuntimeError, match=r"^regkern: expected at most 1048576 bytes of temporary memory in a graph"):
         rk.OrthogonalRegularizer(0.1)(large)
     assert len(place.driver.streams) == before
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("mode", ["rows", "columns"])
+def test_panels_and_tiles_of_any_order(monkeypatch, mode, dtype):
+    """Panels are cuBLAS's products, which take rows as they are where it can; gradients go into what is written."""
+    monkeypatch.setattr(device_gram, "PANELS_FROM_DEPTH", 3)
+    for name, value in (("WAVE", 64), ("BLOCK", 4), ("TILE", 4), ("TALLEST", 16)):
+        monkeypatch.setattr(panels, name, value)
+    regularizer = rk.OrthogonalRegularizer(0.3, mode)
+    host = np.random.default_rng(3).standard_normal((13, 5)).astype(dtype)
+    for layout in (lambda x: x, np.asfortranarray, lambda x: x[::-1, ::-1]):
+        held = layout(host) if mode == "rows" else layout(host).T
+        expected, epsilon = reference.orthogonal(regularizer, held), np.finfo(dtype).eps
+        for smallest in (8, 1000):
+            monkeypatch.setattr(device_gram, "PANELS_FROM", smallest)
+            assert_near(regularizer(on_device(held)), expected, 1e-6)
+        value, gradient = regularizer.value_and_grad(on_device(held))
+        assert_near(value, expected, 1e-6)
+        assert_near(gradient, reference.orthogonal_gradient(regularizer, held), epsilon)
+
+
+def test_lengths_beyond_32_bits_are_not_for_tiles(monkeypatch, place):
+    regularizer, host = rk.OrthogonalRegularizer(0.3), np.random.default_rng(3).random((6, 5))
+    for most, launches in ((1 << 32, 3), (5, 4)):
+        monkeypatch.setattr(device_gram, "MOST_OF_TILES", most)
+        place.driver.streams.clear()
+        assert_near(regularizer(on_device(host)), reference.orthogonal(regularizer, host), 1e-15)
+        assert len(place.driver.streams) == launches
 
 
 class Foreign:
@@ -274,8 +275,14 @@ WITHOUT_KERNELS = {"soft": rk.SoftOrthogonal(0.3), "soft columns": rk.SoftOrthog
 OTHERS = GROUPS | COSINES | WITHOUT_KERNELS
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-@pytest.mark.parametrize("name", OTHERS)
+OTHERS_CASES = [
+    slow_unless(dtype == "float32" or name in ("rows", "squares of columns", "soft"), name, dtype)
+    for name in OTHERS
+    for dtype in ("float16", "float32", "float64")
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), OTHERS_CASES)
 def test_groups_and_cosines_have_kernels_and_other_penalties_are_cupys_own_operations(computed, place, name, dtype):
     """As on the CPU, whose values and gradients are tested by the definitions."""
     regularizer, epsilon = OTHERS[name], np.finfo(dtype).eps

@@ -1,9 +1,7 @@
 """The CUDA kernels of groups' norms as compiled code, run by the interpreter of PTX through the device adapter."""
 
-import importlib.util
-from types import SimpleNamespace
+import functools
 
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -27,25 +25,17 @@ from tests import reference
 from tests.cases import LAYOUTS, NUMPY_DTYPES, READ_ONLY_LAYOUTS, make, slow_unless
 from tests.test_family import FAMILY
 
-if importlib.util.find_spec("numba_cuda") is None:
-    pytest.skip("numba-cuda is not installed: pip install 'regkern[cuda13]'", allow_module_level=True)
+pytest.importorskip("numba_cuda", reason="pip install 'regkern[cuda13]'")
 
 from regkern.kernels.cuda import groups, launch
 from regkern.kernels.cuda.groups import shares_of
 from regkern.kernels.cuda.sums import MAX_BLOCKS, THREADS
-from tests.cuda_arrays import Arrays
+from tests.cuda_arrays import SCALARS, Arrays, assert_written
 from tests.cuda_device import Device
 from tests.ptx import Machine, Memory
 
 STEP = 0.7
-SCALARS = SimpleNamespace(
-    where=lambda condition, v, other: v if condition else other,
-    minimum=min,
-    maximum=max,
-    clip=lambda v, limit: min(max(v, -limit), limit),
-    sqrt=np.sqrt,
-    log1p=np.log1p,
-)
+assert_written = functools.partial(assert_written, units=8)  # the sum of squares has some
 
 
 class Checked(Device):
@@ -53,8 +43,7 @@ class Checked(Device):
 
     def __init__(self):
         super().__init__()
-        self.arrays, self.x, self.outs = Arrays(self), None, []
-        self.launches, self.last_block_first = [], False
+        self.arrays, self.launches, self.last_block_first = Arrays(self), [], False
 
     def launch(self, device, stream, kernel, blocks, threads, arguments):
         machine = Machine(kernel, Memory([*self.arrays.made, *self.outs], [self.x]), blocks, threads, arguments)
@@ -86,14 +75,6 @@ def norms_of(x, view):
 def assert_sum(found, expected, dtype):
     exact = np.asarray(found).dtype == np.float64 and (dtype == "float64" or np.ndim(found))
     np.testing.assert_allclose(np.asarray(found, np.float64), np.float64(expected), rtol=2e-14 if exact else 1.2e-7)
-
-
-def assert_written(out, expected, dtype, magnitude=0.0):
-    """Within a unit of the last place; of float64 within a few, which the sum of squares has."""
-    error = np.abs(out.astype(np.longdouble) - expected)
-    tiny = float(ml_dtypes.finfo(NUMPY_DTYPES[dtype]).smallest_subnormal)
-    bound = 8 if dtype == "float64" else 1
-    assert np.all(error <= bound * DTYPES[dtype].epsilon * np.maximum(np.abs(expected), magnitude) + tiny)
 
 
 def check(device, view, x, dtype, factor=0.3):

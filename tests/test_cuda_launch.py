@@ -1,9 +1,6 @@
 """What is launched for device arrays, by recording stand-ins for the driver: no device is needed."""
 
-import importlib.util
-import os
-import subprocess
-import sys
+import functools
 
 import numpy as np
 import pytest
@@ -22,27 +19,27 @@ from regkern.terms import (
     Term,
 )
 
-if importlib.util.find_spec("numba_cuda") is None:
-    pytest.skip("numba-cuda is not installed: pip install 'regkern[cuda13]'", allow_module_level=True)
+pytest.importorskip("numba_cuda", reason="pip install 'regkern[cuda13]'")
 
 from regkern.kernels.cuda import launch
 from regkern.kernels.cuda.compile import parameters
-from regkern.kernels.cuda.driver import Code, DeviceResetError, LibCuda
+from regkern.kernels.cuda.driver import Code, DeviceResetError, Driver
 from regkern.kernels.cuda.elementwise import UNROLL, flat_kernel, strided_kernel
 from regkern.kernels.cuda.launch import Place
 from regkern.kernels.cuda.sums import MAX_BLOCKS, THREADS, last_stage
-from tests.cuda_arrays import Arrays
+from tests import processes
+from tests.cuda_arrays import Arrays, StandIn
 from tests.cuda_library import Library
 
 P = (0.5, 2.0, 0.0, 0.0)
 COSINES = Term(ABS, Products())
 
 
-class Recorder:
+class Recorder(StandIn):
     """A driver with two devices, of compute capabilities 8.0 and 9.0, that only notes what it is asked."""
 
     def __init__(self):
-        self.loaded, self.launched, self.cleared, self.capturing = [], [], [], False
+        self.loaded, self.launched, self.cleared = [], [], []
 
     def compute_capability(self, device):
         return [(8, 0), (9, 0)][device]
@@ -50,9 +47,6 @@ class Recorder:
     def is_capturing(self, device, stream):
         assert (device, stream) == (0, 7) or not self.capturing
         return self.capturing
-
-    def stream_id(self, device, stream):
-        return 10 * stream
 
     def clear(self, device, stream, address, size):
         self.cleared.append((device, stream, address, size))
@@ -75,16 +69,14 @@ def on_device(device=0):
     return Arrays(Recorder(), device)
 
 
-def address(x):
-    return x.__array_interface__["data"][0]
-
-
 def test_a_small_array_takes_one_launch_on_the_streams_device():
     x, arrays = np.empty((10, 10), np.float32), on_device(1)
     value, _ = arrays.run(VALUE, BOTH_SUMS, P, x)
     assert (value.shape, value.dtype) == ((), np.float32)
     (result,) = arrays.made
-    assert arrays.driver.launched == [(1, 7, 1, (address(x), address(x), 100, *P, 0, 0, 0, address(result), 0))]
+    assert arrays.driver.launched == [
+        (1, 7, 1, (arrays.address(x), arrays.address(x), 100, *P, 0, 0, 0, arrays.address(result), 0))
+    ]
 
 
 @pytest.mark.parametrize("blocks", [2, MAX_BLOCKS])
@@ -93,7 +85,7 @@ def test_blocks_are_added_by_the_last_of_them(blocks):
     x = np.empty(THREADS * UNROLL * 4 * (blocks + 3 * (blocks > 2)), "f4")
     for _ in range(2):
         arrays.run(VALUE, BOTH_SUMS, P, x)
-    result, memory, second = map(address, arrays.made)
+    result, memory, second = map(arrays.address, arrays.made)
     counter = memory + 16 * MAX_BLOCKS
     assert [launched[2] for launched in arrays.driver.launched] == [blocks, blocks]
     assert [launched[3][-4:] for launched in arrays.driver.launched] == [
@@ -130,7 +122,7 @@ def test_blocks_of_a_graph_are_added_by_a_launch_of_its_own():
     arrays.made.clear()
     arrays.driver.capturing = True
     arrays.run(VALUE, BOTH_SUMS, P, x)
-    result, partial = map(address, arrays.made)
+    result, partial = map(arrays.address, arrays.made)
     first, second = arrays.driver.launched
     assert first[3][-4:] == (partial, 0, result, 0)
     assert second == (0, 7, 1, (partial, 3, 0.5, 2.0, result, 0))
@@ -141,7 +133,7 @@ def test_gradients_take_one_launch():
     _, out = arrays.run(GRADIENT, BOTH_SUMS, P, x)
     ((_, _, blocks, arguments),) = arrays.driver.launched
     assert blocks > 1
-    assert arguments == (address(x), address(out), 100_000, *P, 0, 0, 0, 0, 0)
+    assert arguments == (arrays.address(x), arrays.address(out), 100_000, *P, 0, 0, 0, 0, 0)
 
 
 def test_strides_are_counted_in_elements_from_the_first_in_memory():
@@ -149,10 +141,10 @@ def test_strides_are_counted_in_elements_from_the_first_in_memory():
     out = np.empty((30, 40))
     arrays.run(GRADIENT, BOTH_SUMS, P, base[::-1, ::2], out)
     ((_, _, _, arguments),) = arrays.driver.launched
-    assert arguments[:9] == (address(base), address(out[29:]), 1200, 30, 40, 80, 2, -40, 1)
+    assert arguments[:9] == (arrays.address(base), arrays.address(out[29:]), 1200, 30, 40, 80, 2, -40, 1)
 
 
-@pytest.mark.parametrize(("columns", "kernel"), [(63, "strided_kernel"), (64, "rows_kernel")])
+@pytest.mark.parametrize(("columns", "kernel"), [(63, "strided2"), (64, "rows2")])
 def test_long_rows_are_runs(columns, kernel):
     arrays = on_device()
     arrays.run(VALUE, BOTH_SUMS, P, np.empty((30, 80), np.float32)[:, :columns])
@@ -239,7 +231,7 @@ def test_cubins_are_kept_and_damaged_ones_replaced(tmp_path, monkeypatch):
 
 def test_the_drivers_library_is_called_with_packed_arguments_in_the_devices_context():
     library = Library()
-    driver = LibCuda(library)
+    driver = Driver(library)
     assert driver.compute_capability(1) == (10, 0)
     assert driver.device_of(1 << 40) == 1
     assert [driver.is_capturing(1, stream) for stream in (8, 9)] == [False, True]
@@ -257,7 +249,7 @@ def test_the_drivers_library_is_called_with_packed_arguments_in_the_devices_cont
 def test_a_device_that_was_reset_is_told_once_and_used_anew():
     """Its kernels and memory are gone: no address of before may be used."""
     library = Library()
-    driver = LibCuda(library)
+    driver = Driver(library)
     kernel = driver.load(0, Code(b"code", "a_kernel", "q"))
     driver.launch(0, 0, kernel, 1, 256, (1,))
     library.resets = 1
@@ -288,7 +280,7 @@ def test_kernels_and_memory_of_before_a_reset_are_forgotten(monkeypatch):
 
 def test_errors_of_the_driver_are_told_and_leave_the_context_as_it_was():
     library = Library()
-    driver = LibCuda(library)
+    driver = Driver(library)
     with pytest.raises(RuntimeError, match="invalid device ordinal"):
         driver.compute_capability(2)
     kernel = driver.load(0, Code(b"code", "a_kernel", "q"))
@@ -299,11 +291,7 @@ def test_errors_of_the_driver_are_told_and_leave_the_context_as_it_was():
     assert rk.L1(1.0)(np.ones(3)) == 3  # the CPU goes on
 
 
-def python(code, **environment):
-    environment = os.environ | environment
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+python = functools.partial(processes.run, head="")
 
 
 ARRAY_ON_A_DEVICE = """

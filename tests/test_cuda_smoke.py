@@ -1,6 +1,5 @@
 """The first thing that runs on a device, here on a stand-in for the driver's library that interprets PTX."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -8,8 +7,7 @@ import sys
 
 import pytest
 
-if importlib.util.find_spec("numba_cuda") is None:
-    pytest.skip("numba-cuda is not installed: pip install 'regkern[cuda13]'", allow_module_level=True)
+pytest.importorskip("numba_cuda", reason="pip install 'regkern[cuda13]'")
 
 from tests import gpu_programs, gpu_smoke
 from tests.cuda_library import Library

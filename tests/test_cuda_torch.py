@@ -1,6 +1,5 @@
 """Torch's tensors on a device, for which the interpreter of PTX stands in: CPU tensors are taken for its own."""
 
-import importlib.util
 import math
 
 import numpy as np
@@ -8,8 +7,8 @@ import pytest
 
 import regkern as rk
 
-if not (importlib.util.find_spec("numba_cuda") and importlib.util.find_spec("torch")):
-    pytest.skip("numba-cuda or torch is not installed", allow_module_level=True)
+pytest.importorskip("numba_cuda", reason="pip install 'regkern[cuda13]'")
+pytest.importorskip("torch")
 
 import torch
 
@@ -48,6 +47,14 @@ def pinned(x):
 
 
 pinned.addresses = []
+
+
+def cut(monkeypatch, wave, block, tile, tallest, **constants):
+    """Let panels be small."""
+    for name, value in {"WAVE": wave, "BLOCK": block, "TILE": tile, "TALLEST": tallest}.items():
+        monkeypatch.setattr(panels, name, value)
+    for name, value in constants.items():
+        monkeypatch.setattr(device_gram, name, value)
 
 
 def tensor(dtype, shape=(7, 9), seed=0):
@@ -165,9 +172,7 @@ def test_second_derivatives_of_groups_are_torchs():
 @pytest.fixture(params=["tiles", "panels"])
 def small_panels(request, monkeypatch):
     """Let small matrices have several panels, of which the last is not full, or tiles."""
-    monkeypatch.setattr(device_gram, "PANEL", 4)
-    monkeypatch.setattr(device_gram, "PANELS_FROM", 2 if request.param == "panels" else 1000)
-    monkeypatch.setattr(device_gram, "PANELS_FROM_DEPTH", 1)
+    cut(monkeypatch, 512, 16, 8, 32, PANELS_FROM=2 if request.param == "panels" else 1000, PANELS_FROM_DEPTH=1)
 
 
 @pytest.mark.usefixtures("small_panels")
@@ -197,10 +202,7 @@ def test_squares_of_cosines(dtype):
     ids=["panels", "long rows", "one panel", "short rows", "few rows"],
 )
 def test_panels_depend_on_both_lengths(monkeypatch, rows, depth, products):
-    for name, value in (("PANELS_FROM", 8), ("PANELS_FROM_DEPTH", 3)):
-        monkeypatch.setattr(device_gram, name, value)
-    for name, value in (("WAVE", 128), ("BLOCK", 8), ("TILE", 4), ("TALLEST", 16)):
-        monkeypatch.setattr(panels, name, value)
+    cut(monkeypatch, 128, 8, 4, 16, PANELS_FROM=8, PANELS_FROM_DEPTH=3)
     made, product = [], type(KERNELS).product
     monkeypatch.setattr(type(KERNELS), "product", lambda *arguments: made.append(1) or product(*arguments))
     regularizer, x = rk.OrthogonalRegularizer(0.3), tensor("float64", (rows, depth))
@@ -210,9 +212,9 @@ def test_panels_depend_on_both_lengths(monkeypatch, rows, depth, products):
 
 @pytest.mark.parametrize(("mode", "dtype"), [("rows", "bfloat16"), ("columns", "float64")])
 def test_orthogonal_gradient(mode, dtype, monkeypatch):
-    monkeypatch.setattr(device_gram, "PANEL", 3)
+    cut(monkeypatch, 12, 2, 1, 4)
     regularizer = rk.OrthogonalRegularizer(0.3, mode)
-    x = tensor(dtype, (5, 3) if mode == "rows" else (3, 5))
+    x = tensor(dtype, (7, 3) if mode == "rows" else (3, 7))
     expected = reference.orthogonal_gradient(regularizer, wide(x))
     value, gradient = regularizer.value_and_grad(x)
     assert_near(value, reference.orthogonal(regularizer, wide(x)), x)
@@ -225,6 +227,35 @@ def test_orthogonal_gradient(mode, dtype, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "item", lambda x: pytest.fail("the host waited for the device"))
     loss.backward()
     assert_near(x.grad, 3 * expected, x)
+
+
+@pytest.mark.parametrize("mode", ["rows", "columns"])
+def test_gradients_are_made_where_they_are_written(mode, monkeypatch):
+    """Beside it and the input there are a panel and sums of blocks: neither unit rows nor a whole product."""
+    cut(monkeypatch, 256, 16, 8, 32)
+    sizes, temporary = [], type(KERNELS).temporary
+
+    def counted(self, x, shape, type_name):
+        sizes.append(math.prod(shape))
+        return temporary(self, x, shape, type_name)
+
+    monkeypatch.setattr(type(KERNELS), "temporary", counted)
+    regularizer = rk.OrthogonalRegularizer(0.3, mode)
+    x = tensor("float32", (40, 50) if mode == "rows" else (50, 40)).requires_grad_()
+    value, gradient = regularizer.value_and_grad(x)
+    assert sum(sizes) < 40 * 50 / 3
+    expected = reference.orthogonal_gradient(regularizer, wide(x))
+    assert_near(value, reference.orthogonal(regularizer, wide(x)), x)
+    np.testing.assert_allclose(wide(gradient), expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
+    x = x.detach().clone()
+    assert regularizer.grad(x, out=x) is x  # whose rows are read until the last is written
+    np.testing.assert_allclose(wide(x), expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
+
+
+def test_axes_that_are_merged_by_a_copy(monkeypatch):
+    cut(monkeypatch, 128, 8, 4, 16, PANELS_FROM=8, PANELS_FROM_DEPTH=3)
+    regularizer, x = rk.OrthogonalRegularizer(0.3, leading_axes="flatten"), tensor("float32", (5, 4, 3)).transpose(0, 1)
+    assert_near(regularizer(x), reference.orthogonal(rk.OrthogonalRegularizer(0.3), wide(x.reshape(20, 3))), x)
 
 
 @pytest.mark.usefixtures("small_panels")
@@ -380,10 +411,7 @@ def test_what_does_not_fit_many_tensors_is_refused_before_a_launch(place, named)
 
 def test_short_memory_makes_panels_smaller(monkeypatch):
     """A device that has none for panels of four rows, and then none at all."""
-    for name, value in (("PANELS_FROM", 2), ("PANELS_FROM_DEPTH", 1), ("PANEL", 4), ("SMALLEST_PANEL", 2)):
-        monkeypatch.setattr(device_gram, name, value)
-    for name, value in (("WAVE", 20), ("BLOCK", 2), ("TILE", 1), ("TALLEST", 4)):
-        monkeypatch.setattr(panels, name, value)
+    cut(monkeypatch, 20, 2, 1, 4, PANELS_FROM=2, PANELS_FROM_DEPTH=1, SMALLEST_PANEL=2)
     empty = type(KERNELS).empty
 
     def short(self, x, shape, type_name):

@@ -88,11 +88,8 @@ class CupyAdapter(DeviceAdapter):
     def over(self, x: Any, address: int, shape: tuple[int, ...], strides: Strides) -> Any:
         return cupy.ndarray(shape, x.dtype, x.data + (address - x.data.ptr), strides=strides)
 
-    def product(self, left: Any, right: Any, out: Any) -> None:
-        if left.ndim == 2:
-            cupy.matmul(left, right, out=out)
-        else:
-            on(out.data.device_id, _multiply, left, right, out)
+    def product(self, left: Any, right: Any, out: Any, *, add: bool = False) -> None:
+        on(out.data.device_id, _multiply, left, right, out, add)
 
     def check_out(self, x: Any, out: Any) -> None:
         check_array(out)
@@ -102,24 +99,27 @@ class CupyAdapter(DeviceAdapter):
 _CUBLAS_TYPES = {"float16": 2, "bfloat16": 14, "float32": 0, "float64": 1}  # cudaDataType
 
 
-def _multiply(left: Any, right: Any, out: Any) -> None:
+def _multiply(left: Any, right: Any, out: Any, add: bool) -> None:
     """Multiply matrices two by two by cuBLAS, which CuPy calls for arrays of one type alone, and after copies."""
     from cupy_backends.cuda.libs import cublas  # after CuPy's first call: it needs cuBLAS's library
 
     compute = cublas.CUBLAS_COMPUTE_32F if out.dtype == "float32" else cublas.CUBLAS_COMPUTE_64F
-    one, zero, handle = np.ones(1, out.dtype), np.zeros(1, out.dtype), cupy.cuda.device.get_cublas_handle()
+    one, old, handle = np.ones(1, out.dtype), np.full(1, add, out.dtype), cupy.cuda.device.get_cublas_handle()
+    if out.strides[2] != out.itemsize:
+        left, right, out = right.swapaxes(1, 2), left.swapaxes(1, 2), out.swapaxes(1, 2)
     (count, m, k), n = left.shape, right.shape[2]
 
     def operand(x: Any) -> tuple[int, tuple[int, int, int, int]]:
-        # In columns, as cuBLAS reads them, a matrix in C order is its transpose.
+        # In columns, as cuBLAS reads them, a matrix in C order is its transpose. The stride of one row alone is none.
         batch, row, column = (stride // x.itemsize for stride in x.strides)
-        return int(column != 1), (x.data.ptr, _CUBLAS_TYPES[x.dtype.name], column if column != 1 else row, batch)
+        step = max(row, x.shape[2]) if column == 1 else max(column, x.shape[1])
+        return int(column != 1), (x.data.ptr, _CUBLAS_TYPES[x.dtype.name], step, batch)
 
-    (right_transposed, right_at), (left_transposed, left_at) = operand(right), operand(left)
+    (right_transposed, right_at), (left_transposed, left_at), (_, out_at) = map(operand, (right, left, out))
     cublas.setStream(handle, cupy.cuda.get_current_stream().ptr)
     cublas.gemmStridedBatchedEx(
         *(handle, right_transposed, left_transposed, n, m, k, one.ctypes.data, *right_at, *left_at),
-        *(zero.ctypes.data, out.data.ptr, _CUBLAS_TYPES[out.dtype.name], n, m * n, count, compute, -1),
+        *(old.ctypes.data, *out_at, count, compute, -1),
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from regkern.arrays.adapter import KernelAdapter, no_partial, no_view
-from regkern.arrays.device_gram import Matrices, matrices_of, mean, mean_and_gradient
+from regkern.arrays.device_gram import Matrices, Target, matrices_of, mean
 from regkern.arrays.device_plan import DevicePlan
 from regkern.arrays.layout import Strides, View, check_alike, check_memory, walk
 from regkern.arrays.plan import Member, Plan
@@ -25,6 +25,7 @@ from regkern.kernels.cuda.launch import Place, is_capturing, keep_for_graph, lau
 from regkern.kernels.cuda.sums import MAX_BLOCKS, NULL, Body, last_stage
 from regkern.terms import (
     ADD_GRADIENT,
+    EACH_SUM,
     GRADIENT,
     PARTIAL,
     SUMS,
@@ -35,9 +36,6 @@ from regkern.terms import (
     Products,
     Term,
 )
-
-# Parameters by which a penalty is the first of a formula's sums, or the second.
-_EACH_SUM: tuple[Parameters, ...] = ((1.0, 0.0, 0.0, 0.0), (0.0, 1.0, 0.0, 0.0))
 
 
 class DeviceAdapter(KernelAdapter):
@@ -89,8 +87,8 @@ class DeviceAdapter(KernelAdapter):
         """Return an array of the library over x's memory, from an address on; strides are counted in bytes."""
 
     @abstractmethod
-    def product(self, left: Any, right: Any, out: Any) -> None:
-        """Write the product of two matrices, or of each two of as many, to out, in out's type and its arithmetic."""
+    def product(self, left: Any, right: Any, out: Any, *, add: bool = False) -> None:
+        """Write products of matrices, two by two of as many, to out, or add them, in out's type and its arithmetic."""
 
     def check_target(self, x: Any, out: Any, maker: str) -> None:
         """Raise unless an array of the library has x's shape, dtype and device, and memory that can be written.
@@ -140,22 +138,20 @@ class DeviceAdapter(KernelAdapter):
         assert isinstance(view, Products)
         if operation is PARTIAL:
             raise no_partial(x)
-        flat = self.matrices(view, x)
-        matrices = self._matrices(flat, view.columns)
+        matrices = self._matrices(view, x)
         if operation is SUMS:
-            return tuple(mean(self, term.formula, each, x, matrices) for each in _EACH_SUM)
-        if out is None:
-            return mean(self, term.formula, p, x, matrices)
-        outs = self._matrices(self.matrices(view, out, copy=False), view.columns)
-        if matrices.pairs == 0 or not matrices.addresses:
+            return tuple(mean(self, term.formula, (*each, 0.0, 0.0), matrices) for each in EACH_SUM)
+        target = None if out is None else Target(self._matrices(view, out, copy=False), scale, operation.adds)
+        if target is not None and (matrices.pairs == 0 or not matrices.addresses):
             self.launch(ADD_GRADIENT if operation.adds else GRADIENT, NOTHING, p, x, out)
-            return mean(self, term.formula, p, x, matrices)
-        return mean_and_gradient(self, term.formula, p, x, matrices, outs, scale=scale, accumulate=operation.adds)
+            target = None
+        return mean(self, term.formula, p, matrices, target)
 
-    def _matrices(self, x: Any, columns: bool) -> Matrices:
-        view = self.view(x)
-        _check_aligned(view, "x")
-        return matrices_of(*view, columns)
+    def _matrices(self, view: Products, x: Any, *, copy: bool = True) -> Matrices:
+        flat = self.matrices(view, x, copy=copy)
+        memory = self.view(flat)
+        _check_aligned(memory, "x")
+        return matrices_of(flat, memory, view.columns)
 
     def launch(
         self, operation: Operation, term: Term, p: Parameters, x: Any, out: Any = None, scale: int = NULL

@@ -2,8 +2,9 @@
 
 Small matrices are two launches of kernels of regkern's own. For larger ones, products of rows are the array library's,
 which has matrix units and libraries tuned for them; it is float32 arithmetic as long as the library's own settings do
-not allow less. A kernel folds a panel to sums. For values, rows are multiplied as they are, 16-bit floats as such with
-float32 products, and inverse norms are applied in the fold; for gradients, unit rows are made.
+not allow less. Rows are multiplied as they are, 16-bit floats as such with float32 products, and a kernel applies
+inverse norms and folds a panel to sums. For gradients it leaves slopes in the panel, by which the library multiplies
+rows once more: as they are, but for 16-bit floats, of which float32 unit rows are made.
 """
 
 from __future__ import annotations
@@ -11,24 +12,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from regkern.arrays.layout import Strides, locate_matrices
-from regkern.arrays.panels import largest, panels
+from regkern.arrays.layout import View, locate_matrices
+from regkern.arrays.panels import Panel, largest, panels
 from regkern.dtypes import DTYPES, FLOAT16, DType
-from regkern.formulas import ABS
-from regkern.kernels.cuda.gram import (
-    STRETCH,
-    count_tiles,
-    fold,
-    fold_beyond,
-    fold_slopes,
-    inverse_norms,
-    project,
-    tile_sums,
-    unit_rows,
-)
+from regkern.formulas import ABS, NOTHING
+from regkern.kernels.cuda.gram import STRETCH, count_tiles, fold, fold_beyond, project, tile_sums
 from regkern.kernels.cuda.launch import launch
+from regkern.kernels.cuda.norms import inverse_norms, unit_rows
 from regkern.kernels.cuda.sums import NULL, THREADS, WARP, last_stage
-from regkern.terms import Formula, Parameters
+from regkern.terms import GRADIENT, NONE, Formula, Parameters
 
 if TYPE_CHECKING:
     from regkern.arrays.device import DeviceAdapter
@@ -36,8 +28,9 @@ if TYPE_CHECKING:
 # Rows from which the library's product is used, and elements of a row: of short rows, the Gram matrix takes longer to
 # be written and read than to be computed. Not measured.
 PANELS_FROM, PANELS_FROM_DEPTH = 1024, 33
-# Rows of a panel for gradients, and of the smallest, where a device's memory is short.
-PANEL = 1024
+# Where a length or a stride is larger, tiles, whose indices are of 32 bits, do not serve either.
+MOST_OF_TILES = 1 << 32
+# Rows of the smallest panel, where a device's memory is short.
 SMALLEST_PANEL = 64
 # Blocks that fold a panel, at most, and warps of one. Not measured beside others.
 FOLD_BLOCKS, WARPS = 8 * 132, THREADS // WARP
@@ -47,6 +40,7 @@ class Matrices(NamedTuple):
     """A batch of matrices.
 
     Attributes:
+        array: what holds them.
         addresses: of each.
         dtype: of the elements.
         n, d: how many rows each has, and how many elements a row.
@@ -54,6 +48,7 @@ class Matrices(NamedTuple):
         layout: lengths of the batch's axes, and their strides in elements, twice.
     """
 
+    array: Any
     addresses: list[int]
     dtype: DType
     n: int
@@ -68,79 +63,62 @@ class Matrices(NamedTuple):
         return self.n * (self.n - 1) // 2 if self.d else 0
 
     @property
+    def strides(self) -> tuple[int, int]:
+        """From row to row, and from element to element."""
+        return self.row_stride, self.depth_stride
+
+    @property
     def can_be_multiplied(self) -> bool:
         """Whether elements of a row, or rows, follow each other: libraries multiply such matrices without a copy."""
         by_rows = self.depth_stride == 1 and self.row_stride >= self.d
         return by_rows or (self.row_stride == 1 and self.depth_stride >= self.n)
 
-    def row(self, matrix: int, i: int) -> int:
-        """Return the address of a row."""
-        return self.addresses[matrix] + i * self.row_stride * self.dtype.itemsize
+    def rows_of(self, adapter: DeviceAdapter, matrix: int, part: Panel) -> tuple[Any, Any]:
+        """Return the rows of a panel's rectangles, and those of their columns: arrays of three dimensions, in place."""
+        row, depth = (stride * self.dtype.itemsize for stride in self.strides)
 
-    def stretches(
-        self, matrix: int, first: int, height: int, count: int, apart: int
-    ) -> tuple[int, tuple[int, ...], Strides]:
-        """Return the address, shape and strides, in bytes, of stretches of rows at equal distances."""
-        row, depth = self.row_stride * self.dtype.itemsize, self.depth_stride * self.dtype.itemsize
-        return self.row(matrix, first), (count, height, self.d), (apart * row, row, depth)
+        def over(first: int, length: int) -> Any:
+            address, shape = self.addresses[matrix] + first * row, (part.together, length, self.d)
+            return adapter.over(self.array, address, shape, (part.apart * row, row, depth))
 
-
-def mean(adapter: DeviceAdapter, formula: Formula, p: Parameters, x: Any, matrices: Matrices) -> Any:
-    """Return the mean of a formula over pairs of rows, added over matrices: a 0-d array on the device."""
-    count = len(matrices.addresses) if matrices.pairs else 0
-    add = _add_panels if matrices.n >= PANELS_FROM and matrices.d >= PANELS_FROM_DEPTH else _add_tiles
-    return add(adapter, formula, x, matrices, count).result(matrices, p)
+        return over(part.row, part.height), over(part.column, part.width)
 
 
-def mean_and_gradient(
-    adapter: DeviceAdapter,
-    formula: Formula,
-    p: Parameters,
-    x: Any,
-    matrices: Matrices,
-    outs: Matrices,
-    *,
-    scale: int = NULL,
-    accumulate: bool = False,
+class Target(NamedTuple):
+    """Where the gradient of a mean goes.
+
+    Attributes:
+        outs: what is written, of the shape of what is read, the same memory or other.
+        scale: the address of a number on the device by which the gradient is multiplied, or null for 1.
+        adds: whether the gradient is added to what is there.
+    """
+
+    outs: Matrices
+    scale: int
+    adds: bool
+
+
+def mean(
+    adapter: DeviceAdapter, formula: Formula, p: Parameters, matrices: Matrices, target: Target | None = None
 ) -> Any:
-    """Write the gradient of the mean of a formula over pairs of rows, or add it, and return the mean, a 0-d array.
+    """Return the mean of a formula over pairs of rows, added over matrices, and write its gradient to a target.
 
     Args:
-        adapter: of the library that x belongs to.
+        adapter: of the library that the matrices belong to.
         formula: ABS or SQUARE.
         p: the regularizer's parameters.
-        x: the array of the matrices.
-        matrices: what is read.
-        outs: what is written, of the same shape.
-        scale: the address of a number on the device by which the gradient is multiplied, or null for 1.
-        accumulate: whether the gradient is added to what is there.
+        matrices: what is read; of no pairs, there is no target.
+        target: where the gradient goes; None for the mean alone.
+
+    Returns:
+        A 0-d array on the device.
     """
-    dtype, n, d, place, work = matrices.dtype, matrices.n, matrices.d, adapter.place(x), matrices.dtype.result
-
-    def allocate(size: int) -> tuple[Any, ...]:
-        whole, rows = (adapter.temporary(x, (n, d), work), adapter.temporary(x, (n,), "float64")), size // n
-        return *whole, adapter.temporary(x, (rows, n), work), adapter.temporary(x, (rows, d), work)
-
-    size, (unit, inverse, cosines, product) = _allocate(
-        adapter, min(n, PANEL) * n, min(n, SMALLEST_PANEL) * n, allocate
-    )
-    stretches = [(first, min(size // n, n - first)) for first in range(0, n, size // n)]
-    sums = _Sums(adapter, x, len(matrices.addresses) * sum(min(FOLD_BLOCKS, height) for _, height in stretches))
-    mean_factor = (p[0] if formula is ABS else p[1]) / matrices.pairs
-    for matrix in range(len(matrices.addresses)):
-        _launch_unit_rows(adapter, x, matrices, matrix, unit, inverse)
-        for start, height in stretches:
-            part = slice(start, start + height)
-            adapter.product(unit[part], unit.T, cosines[:height])
-            blocks = min(FOLD_BLOCKS, height)
-            folded = (adapter.address(cosines), height, n, start, sums.take(blocks))
-            launch(place, fold_slopes(formula, dtype), blocks, folded)
-            adapter.product(cosines[:height], unit, product[:height])
-            addresses = adapter.address(product), adapter.address(unit[part]), adapter.address(inverse[part])
-            strides = outs.row_stride, outs.depth_stride
-            arguments = (*addresses, d, mean_factor, scale, outs.row(matrix, start), *strides)
-            launch(place, project(dtype, accumulate), height, arguments)
-    return sums.result(matrices, p)
+    if not matrices.pairs:
+        matrices = matrices._replace(addresses=[])
+    small = matrices.n < PANELS_FROM or matrices.d < PANELS_FROM_DEPTH
+    if target is None and small and max(matrices.n, matrices.d, *map(abs, matrices.strides)) < MOST_OF_TILES:
+        return _add_tiles(adapter, formula, matrices).result(matrices, p)
+    return _add_panels(adapter, formula, p, matrices, target).result(matrices, p)
 
 
 def _allocate(adapter: DeviceAdapter, size: int, least: int, allocate: Callable[[int], Any]) -> tuple[int, Any]:
@@ -184,57 +162,107 @@ class _Sums:
         return result
 
 
-def _add_tiles(adapter: DeviceAdapter, formula: Formula, x: Any, matrices: Matrices, count: int) -> _Sums:
+def _add_tiles(adapter: DeviceAdapter, formula: Formula, matrices: Matrices) -> _Sums:
     """Go over the tiles of all matrices in one launch."""
-    place, dtype, n = adapter.place(x), matrices.dtype, matrices.n
-    blocks = count_tiles(n) ** 2
+    x, addresses, dtype, n, d, *strides, layout = matrices
+    count, blocks, place = len(addresses), count_tiles(n) ** 2, adapter.place(x)
     sums = _Sums(adapter, x, count * blocks)
     if count:
-        inverse = adapter.temporary(x, (count * n,), "float64")
-        sizes = (n, *matrices.layout, matrices.d, matrices.row_stride, matrices.depth_stride)
-        arguments = (matrices.addresses[0], *sizes, adapter.address(inverse))
-        dims = len(matrices.layout) // 3
+        inverse, dims = adapter.temporary(x, (count * n,), "float64"), len(layout) // 3
+        # In another order, rows have the same pairs, and pairs the same products: all steps are forwards.
+        back = sum(min(stride, 0) * (length - 1) for stride, length in zip(strides, (n, d), strict=True))
+        first, steps = addresses[0] + back * dtype.itemsize, map(abs, strides)
+        arguments = (first, n, *layout, d, *steps, adapter.address(inverse))
         launch(place, inverse_norms(dtype, dims), count * n, arguments)
         tiles = tile_sums(formula, dtype, dims)
         launch(place, tiles, count * blocks, (*arguments, sums.take(count * blocks)))
     return sums
 
 
-def _add_panels(adapter: DeviceAdapter, formula: Formula, x: Any, matrices: Matrices, count: int) -> _Sums:
-    """Go over the upper triangle in panels of products of rows."""
-    n, d, place, work = matrices.n, matrices.d, adapter.place(x), matrices.dtype.result
+class _Room(NamedTuple):
+    """Memory for panels: inverse norms, a panel, unit rows with inverse norms of their own, and sums of rows."""
 
-    def allocate(size: int) -> tuple[Any, Any]:
-        whole = max(part.size for part in panels(n, size))
-        return adapter.temporary(x, (n,), work), adapter.temporary(x, (whole,), work)
+    limited: Any
+    panel: Any
+    unit: Any
+    inverse: Any
+    pulled: Any
 
-    most, (inverse, memory) = _allocate(adapter, largest(n), SMALLEST_PANEL * n, allocate)
+
+def _add_panels(
+    adapter: DeviceAdapter, formula: Formula, p: Parameters, matrices: Matrices, target: Target | None
+) -> _Sums:
+    """Go over the upper triangle in panels of products of rows, for sums and, where there is a target, the gradient."""
+    x, n, d, count = matrices.array, matrices.n, matrices.d, len(matrices.addresses)
+    work, place = DTYPES[matrices.dtype.result], adapter.place(x)
+    in_place = target is not None and target.outs.addresses == matrices.addresses
+    as_they_are = matrices.can_be_multiplied and not in_place and (target is None or matrices.dtype is work)
+    # Sums of rows are made in what is written, where a library's product can add to it.
+    there = target is not None and as_they_are and not target.adds and target.outs.can_be_multiplied
+
+    def allocate(size: int) -> _Room:
+        shapes: list[Any] = [((n,), work.name), ((max(part.size for part in panels(n, size)),), work.name)]
+        shapes += [None, None] if as_they_are else [((n, d), work.name), ((n,), "float64")]
+        shapes += [None] if target is None or there else [((n, d), work.name)]
+        return _Room(*(shape and adapter.temporary(x, *shape) for shape in shapes))
+
+    def in_order(array: Any) -> Matrices:
+        return Matrices(array, [adapter.address(array)] * count, work, n, d, d, 1, (1, 0, 0))
+
+    most, room = _allocate(adapter, largest(n), SMALLEST_PANEL * n, allocate)
     parts = [(part, _fold_blocks(part.rows * -(-part.width // STRETCH))) for part in panels(n, most)]
-    beyond = _fold_blocks(n)
-    sums = _Sums(adapter, x, count * (sum(blocks for _, blocks in parts) + beyond))
-    source, rows = x, matrices
-    if not matrices.can_be_multiplied:
-        source = adapter.temporary(x, (n, d), work)
-        norms = adapter.temporary(x, (n,), "float64")
-        rows = Matrices([adapter.address(source)] * count, DTYPES[work], n, d, d, 1, (1, 0, 0))
+    sums = _Sums(adapter, x, count * (sum(blocks for _, blocks in parts) + _fold_blocks(n)))
+    rows = matrices if as_they_are else in_order(room.unit)
+    pulled = None if target is None else target.outs if there else in_order(room.pulled)
     for matrix in range(count):
-        if source is not x:
-            _launch_unit_rows(adapter, x, matrices, matrix, source, norms)
-        first, sizes = rows.row(matrix, 0), (d, rows.row_stride, rows.depth_stride)
-        arguments: tuple[Any, ...] = (first, n, 1, 0, 0, *sizes, adapter.address(inverse))
-        launch(place, inverse_norms(rows.dtype, 1, limited=True), n, arguments)
-        for part, blocks in parts:
-            products = memory[: part.size].reshape(part.together, part.height, part.width)
-            left = adapter.over(source, *rows.stretches(matrix, part.row, part.height, part.together, part.apart))
-            right = adapter.over(source, *rows.stretches(matrix, part.column, part.width, part.together, part.apart))
-            adapter.product(left, right.swapaxes(1, 2), products)
-            places = part.rows, part.height, part.width, part.row, part.column, part.apart
-            arguments = (adapter.address(memory), *places, adapter.address(inverse), sums.take(blocks))
-            launch(place, fold(formula, rows.dtype), blocks, arguments)
-        if rows.dtype is not FLOAT16:  # whose norms are all within the limits
-            arguments = (first, n, *sizes, adapter.address(inverse), sums.take(beyond))
-            launch(place, fold_beyond(formula, rows.dtype), beyond, arguments)
+        if not as_they_are:
+            sources = matrices.addresses[matrix], d, *matrices.strides
+            written = adapter.address(room.unit), adapter.address(room.inverse)
+            launch(place, unit_rows(matrices.dtype), n, (*sources, *written))
+        _add_matrix(adapter, formula, matrix, rows, pulled, room, parts, sums)
+        if target is not None and pulled is not None:
+            outs, factor = target.outs, p[0] if formula is ABS else p[1]
+            of_x = NULL if room.inverse is None else adapter.address(room.inverse)
+            arguments = (
+                *(pulled.addresses[matrix], *pulled.strides, rows.addresses[matrix], n, d, *rows.strides),
+                *(adapter.address(room.limited), of_x, factor / matrices.pairs, target.scale),
+                *(outs.addresses[matrix], *outs.strides),
+            )
+            launch(place, project(formula, outs.dtype, target.adds), n, arguments)
     return sums
+
+
+def _add_matrix(
+    adapter: DeviceAdapter,
+    formula: Formula,
+    matrix: int,
+    rows: Matrices,
+    pulled: Matrices | None,
+    room: _Room,
+    parts: list[tuple[Panel, int]],
+    sums: _Sums,
+) -> None:
+    """Go over the panels of one matrix; where rows are to be pulled, each by all others, sum these there."""
+    place, n, limited = adapter.place(rows.array), rows.n, adapter.address(room.limited)
+    first, sizes = rows.addresses[matrix], (rows.d, *rows.strides)
+    launch(place, inverse_norms(rows.dtype, 1, limited=True), n, (first, n, 1, 0, 0, *sizes, limited))
+    if pulled is not None:
+        whole, _ = pulled.rows_of(adapter, matrix, Panel(0, 0, n, n))
+        adapter.launch(GRADIENT, NOTHING, NONE, whole, whole)
+    for part, blocks in parts:
+        panel = room.panel[: part.size].reshape(part.together, part.height, part.width)
+        left, right = rows.rows_of(adapter, matrix, part)
+        adapter.product(left, right.swapaxes(1, 2), panel)
+        places = part.rows, part.height, part.width, part.row, part.column, part.apart
+        arguments = (adapter.address(room.panel), *places, limited, sums.take(blocks))
+        launch(place, fold(formula, rows.dtype, slopes=pulled is not None), blocks, arguments)
+        if pulled is not None:
+            of_rows, of_columns = pulled.rows_of(adapter, matrix, part)
+            adapter.product(panel, right, of_rows, add=True)
+            adapter.product(panel.swapaxes(1, 2), left, of_columns, add=True)
+    if rows.dtype is not FLOAT16:  # whose norms are all within the limits
+        blocks = _fold_blocks(n)
+        launch(place, fold_beyond(formula, rows.dtype), blocks, (first, n, *sizes, limited, sums.take(blocks)))
 
 
 def _fold_blocks(items: int) -> int:
@@ -242,14 +270,9 @@ def _fold_blocks(items: int) -> int:
     return min(FOLD_BLOCKS, -(-items // WARPS))
 
 
-def _launch_unit_rows(adapter: DeviceAdapter, x: Any, matrices: Matrices, matrix: int, unit: Any, inverse: Any) -> None:
-    sizes = matrices.d, matrices.row_stride, matrices.depth_stride
-    arguments = (matrices.row(matrix, 0), *sizes, adapter.address(unit), adapter.address(inverse))
-    launch(adapter.place(x), unit_rows(matrices.dtype), matrices.n, arguments)
-
-
-def matrices_of(address: int, dtype: DType, shape: tuple[int, ...], strides: Strides, columns: bool) -> Matrices:
-    """Look at the last two axes of an array, in bytes, as the rows that are compared, and at the others as a batch."""
+def matrices_of(array: Any, view: View, columns: bool) -> Matrices:
+    """Look at the last two axes of an array as the rows that are compared, and at the others as a batch."""
+    address, dtype, shape, strides = view
     if any(stride % dtype.itemsize for stride in strides):
         raise ValueError(
             f"x: expected strides that are multiples of {dtype.itemsize} bytes; got {strides}; pass a copy."
@@ -257,4 +280,4 @@ def matrices_of(address: int, dtype: DType, shape: tuple[int, ...], strides: Str
     addresses, (n, d), (row_stride, depth_stride) = locate_matrices(address, shape, strides, columns)
     batch_strides = [stride // dtype.itemsize for stride in strides[:-2]] or [0]
     layout = (*(shape[:-2] or (1,)), *batch_strides, *batch_strides)
-    return Matrices(addresses, dtype, n, d, row_stride // dtype.itemsize, depth_stride // dtype.itemsize, layout)
+    return Matrices(array, addresses, dtype, n, d, row_stride // dtype.itemsize, depth_stride // dtype.itemsize, layout)

@@ -47,17 +47,20 @@ class Kernels(Tensors, DeviceAdapter):
 
     def over(self, x: Tensor, address: int, shape: tuple[int, ...], strides: Strides) -> Tensor:
         steps = [stride // x.itemsize for stride in strides]
-        return x.as_strided(shape, steps, x.storage_offset() + (address - x.data_ptr()) // x.itemsize)
+        return x.detach().as_strided(shape, steps, x.storage_offset() + (address - x.data_ptr()) // x.itemsize)
 
-    def product(self, left: Tensor, right: Tensor, out: Tensor) -> None:
-        if left.dim() == 3 and len(left) == 1:
+    def product(self, left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> None:
+        if len(left) == 1:
             left, right, out = left[0], right[0], out[0]
-        multiply, options = torch.mm if left.dim() == 2 else torch.bmm, {}
+        batched, options = left.dim() == 3, {}
+        if add:
+            (out.baddbmm_ if batched else out.addmm_)(left, right)
+            return
         if left.dtype != out.dtype and _PRODUCTS_ARE_WIDE and left.is_cuda:
             options = {"out_dtype": out.dtype}
         elif left.dtype != out.dtype:
             left, right = left.to(out.dtype), right.to(out.dtype)
-        multiply(left, right, out=out, **options)
+        (torch.bmm if batched else torch.mm)(left, right, out=out, **options)
 
     def check_out(self, x: Tensor, out: Any) -> None:
         check_tensor(out)

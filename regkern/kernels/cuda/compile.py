@@ -26,10 +26,10 @@ if importlib.util.find_spec("numba_cuda") is None:
 importlib.import_module("_numba_cuda_redirector")
 
 from llvmlite import ir  # noqa: E402
-from numba import cuda as _numba_cuda  # noqa: E402
+from numba import cuda as cuda  # noqa: E402
 from numba import types  # noqa: E402
 
-if "numba_cuda" not in str(_numba_cuda.__file__):
+if "numba_cuda" not in str(cuda.__file__):
     raise ImportError(
         "regkern: expected numba-cuda's numba.cuda for an array on a CUDA device; got Numba's own, imported before; "
         "import numba_cuda's _numba_cuda_redirector first."
@@ -40,7 +40,8 @@ from numba.cuda.extending import intrinsic  # noqa: E402
 # Bytes that one load of a thread takes at most.
 VECTOR_BYTES = 16
 
-_CARRIERS = {"uint16": types.uint16, "int64": types.int64, "float32": types.float32, "float64": types.float64}
+# Types of elements, 16-bit floats as uint16.
+CARRIERS = {"uint16": types.uint16, "int64": types.int64, "float32": types.float32, "float64": types.float64}
 _WORDS = {"uint16": ir.IntType(16), "float32": ir.FloatType(), "float64": ir.DoubleType()}
 _FULL_WARP = 0xFFFFFFFF
 
@@ -53,18 +54,13 @@ class Ptx(NamedTuple):
 
 
 def pointer(type_name: str) -> Any:
-    """Return the type of a kernel's parameter that points to elements of a type, 16-bit floats as uint16."""
-    return types.CPointer(_CARRIERS[type_name])
+    """Return the type of a kernel's parameter that points to elements of a type."""
+    return types.CPointer(CARRIERS[type_name])
 
 
 def numbers(type_name: str, count: int) -> Any:
     """Return the type of a kernel's parameter that is a tuple of as many int64 or float64."""
     return types.UniTuple(getattr(types, type_name), count)
-
-
-def float_type(type_name: str) -> Any:
-    """Return the type of elements of a shared array."""
-    return _CARRIERS[type_name]
 
 
 INT64, FLOAT64 = types.int64, types.float64
@@ -80,7 +76,7 @@ def compile_ptx(body: Callable[..., Any], arguments: tuple[Any, ...], compute_ca
     """
     with forks.loading, _compiling_for(compute_capability):
         try:
-            code, _ = _numba_cuda.compile_ptx(body, types.void(*arguments), cc=compute_capability)
+            code, _ = cuda.compile_ptx(body, types.void(*arguments), cc=compute_capability)
         except AttributeError as error:  # numba-cuda 0.30 names functions of NumPy that 2.5 no longer has
             raise ImportError(
                 f"regkern: expected a NumPy that numba-cuda works with; got {np.__version__}: {error}; "
@@ -121,14 +117,7 @@ def is_numba_array(x: Any) -> bool:
 
 def from_interface(x: Any) -> Any:
     """Return an array of Numba's over the memory of an object with CUDA's array interface."""
-    return _numba_cuda.from_cuda_array_interface(x.__cuda_array_interface__, owner=x, sync=False)
-
-
-def compute_capabilities() -> list[tuple[int, int]]:
-    """Return what the toolchain compiles for."""
-    from numba.cuda.cudadrv import nvrtc
-
-    return list(nvrtc.get_supported_ccs())
+    return cuda.from_cuda_array_interface(x.__cuda_array_interface__, owner=x, sync=False)
 
 
 @contextlib.contextmanager
@@ -144,12 +133,9 @@ def _compiling_for(compute_capability: tuple[int, int]) -> Iterator[None]:
         dispatcher.get_current_device = current
 
 
-cuda = _numba_cuda
-
-
 def device(function: Any) -> Any:
     """Make a function that kernels call."""
-    return _numba_cuda.jit(function, device=True)
+    return cuda.jit(function, device=True)
 
 
 @intrinsic
@@ -227,7 +213,7 @@ def make_pointer(carrier: str) -> Any:
             in_global_memory = builder.inttoptr(arguments[0], ir.PointerType(_WORDS[carrier], addrspace=1))
             return builder.addrspacecast(in_global_memory, ir.PointerType(_WORDS[carrier]))
 
-        return types.CPointer(_CARRIERS[carrier])(types.int64), codegen
+        return types.CPointer(CARRIERS[carrier])(types.int64), codegen
 
     return to_pointer
 
@@ -248,7 +234,7 @@ def make_load(carrier: str) -> Any:
     @intrinsic
     def load(typing_context, pointer, i):
         lanes = VECTOR_BYTES // np.dtype(carrier).itemsize
-        result = types.UniTuple(_CARRIERS[carrier], lanes)
+        result = types.UniTuple(CARRIERS[carrier], lanes)
 
         def codegen(context, builder, signature, arguments):
             at, word, per_word = _vector_at(builder, *arguments, carrier)
@@ -270,7 +256,7 @@ def make_store(carrier: str) -> Any:
     @intrinsic
     def store(typing_context, pointer, i, elements):
         lanes = VECTOR_BYTES // np.dtype(carrier).itemsize
-        argument = types.UniTuple(_CARRIERS[carrier], lanes)
+        argument = types.UniTuple(CARRIERS[carrier], lanes)
 
         def codegen(context, builder, signature, arguments):
             at, word, per_word = _vector_at(builder, *arguments[:2], carrier)
@@ -300,3 +286,9 @@ def to_float64(value: Any) -> Any:
 def to_float32(value: Any) -> Any:
     """Return a number as float32, to the nearest."""
     return np.float32(value)
+
+
+@device
+def to_uint32(value: Any) -> Any:
+    """Return an integer as uint32."""
+    return np.uint32(value)

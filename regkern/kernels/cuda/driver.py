@@ -8,7 +8,8 @@ import functools
 import struct
 import sys
 import threading
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 _DEVICE_OF_POINTER = 9  # CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
@@ -29,37 +30,6 @@ class Code(NamedTuple):
     cubin: bytes
     entry: str
     parameters: str
-
-
-class Driver(Protocol):
-    """What launching takes of CUDA. Devices are numbers, streams and pointers addresses."""
-
-    def compute_capability(self, device: int) -> tuple[int, int]:
-        """Return a device's compute capability."""
-
-    def device_of(self, address: int) -> int:
-        """Return the device in whose memory an address lies."""
-
-    def is_capturing(self, device: int, stream: int) -> bool:
-        """Return whether what is launched on a stream goes into a graph, to run later."""
-
-    def stream_id(self, device: int, stream: int) -> int:
-        """Return the number of a stream, which no other has as long as the program runs, as its address may have."""
-
-    def clear(self, device: int, stream: int, address: int, size: int) -> None:
-        """Set so many bytes to 0, on a stream."""
-
-    def load(self, device: int, code: Code) -> Any:
-        """Load a kernel for a device."""
-
-    def launch(
-        self, device: int, stream: int, kernel: Any, blocks: int, threads: int, arguments: tuple[int | float, ...]
-    ) -> None:
-        """Launch a kernel on a stream and return at once.
-
-        Raises:
-            DeviceResetError: the device was reset since the kernel was loaded.
-        """
 
 
 class DeviceResetError(RuntimeError):
@@ -92,9 +62,9 @@ class _Call:
             *(_BUFFER_SIZE, ctypes.addressof(self._size)),
             _END,
         )
-        self._context = ctypes.c_uint64()
+        self.current = ctypes.c_uint64()
         self._grid: tuple[int, int, int] | None = None  # what the configuration holds
-        self.context = ctypes.addressof(self._context)
+        self.context = ctypes.addressof(self.current)
         self.configuration, self.extra = ctypes.addressof(self._configuration), ctypes.addressof(self._extra)
 
     def pack(self, kernel: _Kernel, grid: tuple[int, int, int], arguments: tuple[int | float, ...]) -> None:
@@ -105,12 +75,9 @@ class _Call:
         kernel.parameters.pack_into(self._parameters, 0, *arguments)
         self._size.value = kernel.parameters.size
 
-    def current_context(self) -> int:
-        return self._context.value
 
-
-class LibCuda:
-    """The driver's library.
+class Driver:
+    """The driver, by its library. Devices are numbers, streams and pointers addresses.
 
     Args:
         library: what `ctypes.CDLL` returns for it.
@@ -143,41 +110,26 @@ class LibCuda:
     def is_capturing(self, device: int, stream: int) -> bool:
         """Return whether what is launched on a stream goes into a graph, to run later."""
         status = ctypes.c_int()
-        self._enter(device)
-        try:
-            self._check(self._library.cuStreamIsCapturing(ctypes.c_void_p(stream), ctypes.byref(status)))
-        finally:
-            self._leave()
+        self._within(device, self._library.cuStreamIsCapturing, ctypes.c_void_p(stream), ctypes.byref(status))
         return status.value != _NOT_CAPTURING
 
     def stream_id(self, device: int, stream: int) -> int:
         """Return the number of a stream, which no other has as long as the program runs, as its address may have."""
         number = ctypes.c_uint64()
-        self._enter(device)
-        try:
-            self._check(self._library.cuStreamGetId(ctypes.c_void_p(stream), ctypes.byref(number)))
-        finally:
-            self._leave()
+        self._within(device, self._library.cuStreamGetId, ctypes.c_void_p(stream), ctypes.byref(number))
         return number.value
 
     def clear(self, device: int, stream: int, address: int, size: int) -> None:
         """Set so many bytes to 0, on a stream."""
-        self._enter(device)
-        try:
-            where = ctypes.c_uint64(address), ctypes.c_uint(0), ctypes.c_size_t(size), ctypes.c_void_p(stream)
-            self._check(self._library.cuMemsetD8Async(*where))
-        finally:
-            self._leave()
+        where = ctypes.c_uint64(address), ctypes.c_uint(0), ctypes.c_size_t(size), ctypes.c_void_p(stream)
+        self._within(device, self._library.cuMemsetD8Async, *where)
 
     def load(self, device: int, code: Code) -> _Kernel:
         """Load a kernel for a device. It stays loaded until the process ends."""
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
-        context = self._enter(device)
-        try:
-            self._check(self._library.cuModuleLoadData(ctypes.byref(module), code.cubin))
-            self._check(self._library.cuModuleGetFunction(ctypes.byref(function), module, code.entry.encode()))
-        finally:
-            self._leave()
+        self._within(device, self._library.cuModuleLoadData, ctypes.byref(module), code.cubin)
+        name = code.entry.encode()
+        context = self._within(device, self._library.cuModuleGetFunction, ctypes.byref(function), module, name)
         return _Kernel(function.value, struct.Struct("=" + code.parameters), context)
 
     def launch(
@@ -193,19 +145,16 @@ class LibCuda:
         except IndexError:
             call = _Call()
         call.pack(kernel, (stream, blocks, threads), arguments)
-        # Of the current context; it has none where no context is.
-        elsewhere = self._get_number(None, call.context) != 0 or call.current_context() != kernel.context
-        if elsewhere:
-            now = self._enter(device)
-        try:
-            if elsewhere and now != kernel.context:
-                raise DeviceResetError(device)
-            status = self._launch(call.configuration, kernel.function, None, call.extra)
+        arguments_of_c = call.configuration, kernel.function, None, call.extra
+        # The current context's number; it has none where no context is.
+        if self._get_number(None, call.context) == 0 and call.current.value == kernel.context:
+            status = self._launch(*arguments_of_c)
             if status:
                 self._check(status)
-        finally:
-            if elsewhere:
-                self._leave()
+        elif self._context_of(device)[1] != kernel.context:
+            raise DeviceResetError(device)
+        else:
+            self._within(device, self._launch, *arguments_of_c)
         self._calls.append(call)
 
     def _handle(self, device: int) -> Any:
@@ -213,24 +162,30 @@ class LibCuda:
         self._check(self._library.cuDeviceGet(ctypes.byref(handle), device))
         return handle
 
-    def _enter(self, device: int) -> int:
-        """Make a device's context current, and return its number."""
+    def _within(self, device: int, function: Callable[..., int], *arguments: Any) -> int:
+        """Call a function of the library in a device's context, and return the context's number."""
+        context, number = self._context_of(device)
+        self._check(self._library.cuCtxPushCurrent_v2(context))
+        try:
+            self._check(function(*arguments))
+        finally:
+            self._check(self._library.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p())))
+        return number
+
+    def _context_of(self, device: int) -> tuple[ctypes.c_void_p, int]:
+        """Return a device's context, and its number."""
         known = self._contexts.get(device)
         if known is None or self._number_of(known[0]) != known[1]:
             with self._lock:
                 context = ctypes.c_void_p()
                 self._check(self._library.cuDevicePrimaryCtxRetain(ctypes.byref(context), self._handle(device)))
                 known = self._contexts[device] = context, self._number_of(context) or 0
-        self._check(self._library.cuCtxPushCurrent_v2(known[0]))
-        return known[1]
+        return known
 
     def _number_of(self, context: ctypes.c_void_p) -> int | None:
         """Return a context's number, which no other has as long as the program runs; None where it is gone."""
         number = ctypes.c_uint64()
         return None if self._get_number(context, ctypes.byref(number)) else number.value
-
-    def _leave(self) -> None:
-        self._check(self._library.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p())))
 
     def _check(self, status: int) -> None:
         if status:
@@ -247,7 +202,7 @@ def driver() -> Driver:
         RuntimeError: there is none, or it has no device.
     """
     try:
-        return LibCuda(ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"))
+        return Driver(ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"))
     except (OSError, AttributeError, RuntimeError) as error:  # a driver before CUDA 12 lacks functions
         raise RuntimeError(
             f"x: expected NVIDIA's driver for an array on a CUDA device; got {str(error).rstrip('.')}; "

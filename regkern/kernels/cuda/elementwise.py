@@ -15,20 +15,13 @@ not wanted. What an operation has no use for is not touched and may be any point
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from regkern.dtypes import DType
 from regkern.kernels.cuda import scalars
-from regkern.kernels.cuda.arithmetic import (
-    Accumulator,
-    Capability,
-    accumulator_of,
-    make_narrow,
-    make_widen,
-)
+from regkern.kernels.cuda.arithmetic import Capability, accumulator_of, make_narrow, make_widen
 from regkern.kernels.cuda.compile import (
     FLOAT64,
-    INT64,
     VECTOR_BYTES,
     address_of,
     cuda,
@@ -62,43 +55,55 @@ def lanes_of(dtype: DType) -> int:
 @functools.cache
 def flat_kernel(operation: Operation, formula: Formula, dtype: DType, result_type: str | None = None) -> Body:
     """Make the kernel of contiguous arrays: ``(x, out, n, *p, scale, partial, counter, penalty, sums)``."""
+
+    def make_loop(capability: Capability) -> Any:
+        return make_flat_loop(operation, formula, dtype, capability)
+
+    return _make_kernel("flat", make_loop, operation, formula, dtype, result_type, sizes=1)
+
+
+def _make_kernel(
+    layout: str,
+    make_loop: Callable[[Capability], Any],
+    operation: Operation,
+    formula: Formula,
+    dtype: DType,
+    result_type: str | None,
+    sizes: int,
+) -> Body:
+    """Make a kernel of so many sizes; a thread of it does ``loop(x, out, sizes, first, step, p) -> (sum0, sum1)``."""
     result_type = result_type or dtype.result
     finish, adds = make_finish(result_type), operation.sums
 
     def make(capability: Capability) -> Any:
-        loop = make_flat_loop(operation, formula, dtype, capability)
+        loop = make_loop(capability)
 
-        def kernel(x, out, n, a, b, c, d, scale, partial, counter, penalty, sums):
+        def kernel(x, out, sizes, a, b, c, d, scale, partial, counter, penalty, sums):
             p = scaled(a, b, c, d, scale)
-            sum0, sum1 = loop(x, out, n, cuda.grid(1), cuda.gridsize(1), p)
+            sum0, sum1 = loop(x, out, sizes, cuda.grid(1), cuda.gridsize(1), p)
             if adds:
                 finish(sum0, sum1, a, b, partial, counter, penalty, sums)
 
+        kernel.__qualname__ = layout  # by which profilers know it
         return kernel
 
-    return make_body("flat", make, operation, formula, dtype, result_type, INT64)
+    return make_body(layout, make, operation, formula, dtype, result_type, numbers("int64", sizes))
 
 
 def make_flat_loop(operation: Operation, formula: Formula, dtype: DType, capability: Capability):
-    """Make ``loop(x, out, n, first, step, p) -> (sum0, sum1)``: what one thread does of n contiguous elements.
+    """Make ``loop(x, out, (n,), first, step, p) -> (sum0, sum1)``: what one thread does of n contiguous elements.
 
     Elements before and after those that 16-byte loads can take are taken one by one; so are all where x and out are
     aligned differently.
     """
-    accumulator = accumulator_of(dtype, capability)
-    add_element, update_element, total = _make_element(operation, formula, dtype, accumulator)
-    add_lanes = _make_add_lanes(add_element, lanes_of(dtype))
-    update_lanes = _make_update_lanes(update_element, lanes_of(dtype))
-    load, store = make_load(dtype.carrier), make_store(dtype.carrier)
-    start, add_up = _make_start(accumulator), _make_add_up(total)
-    sums, writes, halves = operation.sums, operation.writes, operation in _IN_HALVES
-    # Sums and old elements at once take the most registers: old elements that are loaded one by one leave
-    # room for three blocks of a multiprocessor on 12.1, where two fitted (tests/test_cuda_ptx.py).
-    singly = operation is VALUE_AND_ADD_GRADIENT
-    itemsize, lanes = dtype.itemsize, lanes_of(dtype)
+    element = _make_element(operation, formula, dtype, capability)
+    start, take, add_up, itemsize, lanes = element.start, element.take, element.add_up, dtype.itemsize, lanes_of(dtype)
+    load, take_vector, take_two = _make_take_vectors(operation, element, dtype)
+    writes, halves = operation.writes, operation in _IN_HALVES
 
     @device
-    def loop(x, out, n, first, step, p):
+    def loop(x, out, sizes, first, step, p):
+        (n,) = sizes
         misaligned = address_of(x) % VECTOR_BYTES
         head = min(n, (VECTOR_BYTES - misaligned) % VECTOR_BYTES // itemsize)
         if writes and address_of(out) % VECTOR_BYTES != misaligned:
@@ -109,63 +114,74 @@ def make_flat_loop(operation: Operation, formula: Formula, dtype: DType, capabil
         sums0, sums1, sums2, sums3 = start(), start(), start(), start()
         i = first
         while i < head:
-            if sums:
-                sums0 = add_element(sums0, x[i], p)
-            if writes:
-                out[i] = update_element(x[i], out[i], p)
+            sums0 = take(sums0, x, i, out, i, p)
             i += step
         j = first
         while j < vectors - 3 * step:
-            at0, at1, at2, at3 = (
-                head + j * lanes,
-                head + (j + step) * lanes,
-                head + (j + 2 * step) * lanes,
-                head + (j + 3 * step) * lanes,
-            )
+            at0, at1 = head + j * lanes, head + (j + step) * lanes
+            at2, at3 = head + (j + 2 * step) * lanes, head + (j + 3 * step) * lanes
             x0, x1 = load(x, at0), load(x, at1)
             if not halves:
                 x2, x3 = load(x, at2), load(x, at3)
-            if sums:
-                sums0, sums1 = add_lanes(sums0, x0, p), add_lanes(sums1, x1, p)
-            if writes:
-                old0 = load(out, at0)
-                if not singly:
-                    old1 = load(out, at1)
-                store(out, at0, update_lanes(x0, old0, p))
-                if singly:
-                    old1 = load(out, at1)
-                store(out, at1, update_lanes(x1, old1, p))
+            sums0, sums1 = take_two(sums0, sums1, x0, x1, out, at0, at1, p)
             if halves:
                 x2, x3 = load(x, at2), load(x, at3)
-            if sums:
-                sums2, sums3 = add_lanes(sums2, x2, p), add_lanes(sums3, x3, p)
-            if writes:
-                old2 = load(out, at2)
-                if not singly:
-                    old3 = load(out, at3)
-                store(out, at2, update_lanes(x2, old2, p))
-                if singly:
-                    old3 = load(out, at3)
-                store(out, at3, update_lanes(x3, old3, p))
+            sums2, sums3 = take_two(sums2, sums3, x2, x3, out, at2, at3, p)
             j += 4 * step
         while j < vectors:
-            at0 = head + j * lanes
-            x0 = load(x, at0)
-            if sums:
-                sums0 = add_lanes(sums0, x0, p)
-            if writes:
-                store(out, at0, update_lanes(x0, load(out, at0), p))
+            sums0 = take_vector(sums0, x, out, head + j * lanes, p)
             j += step
         i = tail + first
         while i < n:
-            if sums:
-                sums0 = add_element(sums0, x[i], p)
-            if writes:
-                out[i] = update_element(x[i], out[i], p)
+            sums0 = take(sums0, x, i, out, i, p)
             i += step
         return add_up(sums0, sums1, sums2, sums3)
 
     return loop
+
+
+def _make_take_vectors(operation: Operation, element: "_Element", dtype: DType):
+    """Make ``load``, and what adds and writes the elements of 16 bytes, or of two times 16 bytes that were loaded."""
+    add_element, update_element, lanes = element.add, element.update, lanes_of(dtype)
+    add_lanes = make_by_halves(
+        lambda sums, x, p: add_element(sums, x[0], p),
+        lambda add, half: lambda sums, x, p: add(add(sums, x[:half], p), x[half:], p),
+        lanes,
+    )
+    update_lanes = make_by_halves(
+        lambda x, old, p: (update_element(x[0], old[0], p),),
+        lambda update, half: lambda x, old, p: update(x[:half], old[:half], p) + update(x[half:], old[half:], p),
+        lanes,
+    )
+    load, store, sums, writes = make_load(dtype.carrier), make_store(dtype.carrier), operation.sums, operation.writes
+    # Sums and old elements at once take the most registers: old elements that are loaded one by one leave
+    # room for three blocks of a multiprocessor on 12.1, where two fitted (tests/test_cuda_ptx.py).
+    singly = operation is VALUE_AND_ADD_GRADIENT
+
+    @device
+    def take_vector(state, x, out, at, p):
+        loaded = load(x, at)
+        if sums:
+            state = add_lanes(state, loaded, p)
+        if writes:
+            store(out, at, update_lanes(loaded, load(out, at), p))
+        return state
+
+    @device
+    def take_two(state0, state1, x0, x1, out, at0, at1, p):
+        if sums:
+            state0, state1 = add_lanes(state0, x0, p), add_lanes(state1, x1, p)
+        if writes:
+            old0 = load(out, at0)
+            if not singly:
+                old1 = load(out, at1)
+            store(out, at0, update_lanes(x0, old0, p))
+            if singly:
+                old1 = load(out, at1)
+            store(out, at1, update_lanes(x1, old1, p))
+        return state0, state1
+
+    return load, take_vector, take_two
 
 
 @functools.cache
@@ -177,49 +193,34 @@ def strided_kernel(
     The layout is a tuple of 3 * dims numbers: lengths, strides of x, strides of out, the strides counted in elements;
     the last dimension is the one whose elements neighbouring threads take.
     """
-    result_type = result_type or dtype.result
-    finish, offsets = make_finish(result_type), make_offsets(dims - 1, dims)
-    adds, writes = operation.sums, operation.writes
+    offsets = make_offsets(dims - 1, dims)
 
-    def make(capability: Capability) -> Any:
-        accumulator = accumulator_of(dtype, capability)
-        add_element, update_element, total = _make_element(operation, formula, dtype, accumulator)
-        start, add_up = _make_start(accumulator), _make_add_up(total)
+    def make_loop(capability: Capability) -> Any:
+        element = _make_element(operation, formula, dtype, capability)
+        start, take, take_four, add_up = element.start, element.take, element.take_four, element.add_up
 
-        def kernel(x, out, n, layout, a, b, c, d, scale, partial, counter, penalty, sums):
-            i, step = cuda.grid(1), cuda.gridsize(1)
-            p = scaled(a, b, c, d, scale)
-            sums0, sums1, sums2, sums3 = start(), start(), start(), start()
+        @device
+        def loop(x, out, sizes, first, step, p):
+            n, layout = sizes[0], sizes[1:]
+            sums = start(), start(), start(), start()
+            i = first
             while i < n - 3 * step:
                 at0, to0 = offsets(i, layout)
                 at1, to1 = offsets(i + step, layout)
                 at2, to2 = offsets(i + 2 * step, layout)
                 at3, to3 = offsets(i + 3 * step, layout)
-                x0, x1, x2, x3 = x[at0], x[at1], x[at2], x[at3]
-                if adds:
-                    sums0, sums1 = add_element(sums0, x0, p), add_element(sums1, x1, p)
-                    sums2, sums3 = add_element(sums2, x2, p), add_element(sums3, x3, p)
-                if writes:
-                    out[to0] = update_element(x0, out[to0], p)
-                    out[to1] = update_element(x1, out[to1], p)
-                    out[to2] = update_element(x2, out[to2], p)
-                    out[to3] = update_element(x3, out[to3], p)
+                sums = take_four(sums, x, (at0, at1, at2, at3), out, (to0, to1, to2, to3), p)
                 i += 4 * step
+            sums0, sums1, sums2, sums3 = sums
             while i < n:
                 at0, to0 = offsets(i, layout)
-                if adds:
-                    sums0 = add_element(sums0, x[at0], p)
-                if writes:
-                    out[to0] = update_element(x[at0], out[to0], p)
+                sums0 = take(sums0, x, at0, out, to0, p)
                 i += step
-            if adds:
-                sum0, sum1 = add_up(sums0, sums1, sums2, sums3)
-                finish(sum0, sum1, a, b, partial, counter, penalty, sums)
+            return add_up(sums0, sums1, sums2, sums3)
 
-        return kernel
+        return loop
 
-    layout = INT64, numbers("int64", 3 * dims)
-    return make_body(f"strided{dims}", make, operation, formula, dtype, result_type, *layout)
+    return _make_kernel(f"strided{dims}", make_loop, operation, formula, dtype, result_type, 1 + 3 * dims)
 
 
 # Elements of a row that a warp takes at once.
@@ -235,24 +236,22 @@ def rows_kernel(
     Its parameters are those of `strided_kernel`. A warp takes a segment of a row, so that where an element is, which
     takes divisions, is asked once for four of them.
     """
-    result_type = result_type or dtype.result
-    finish, outer_offsets = make_finish(result_type), make_offsets(dims - 2, dims)
-    adds, writes = operation.sums, operation.writes
+    outer_offsets = make_offsets(dims - 2, dims)
     length_at, x_stride_at, out_stride_at = dims - 1, 2 * dims - 1, 3 * dims - 1
 
-    def make(capability: Capability) -> Any:
-        accumulator = accumulator_of(dtype, capability)
-        add_element, update_element, total = _make_element(operation, formula, dtype, accumulator)
-        start, add_up = _make_start(accumulator), _make_add_up(total)
+    def make_loop(capability: Capability) -> Any:
+        element = _make_element(operation, formula, dtype, capability)
+        start, take, take_four, add_up = element.start, element.take, element.take_four, element.add_up
 
-        def kernel(x, out, n, layout, a, b, c, d, scale, partial, counter, penalty, sums):
+        @device
+        def loop(x, out, sizes, thread, threads, p):
+            n, layout = sizes[0], sizes[1:]
             length, x_stride, out_stride = layout[length_at], layout[x_stride_at], layout[out_stride_at]
             segments = (length + SEGMENT - 1) // SEGMENT
             count = n // length * segments
-            p = scaled(a, b, c, d, scale)
             sums0, sums1, sums2, sums3 = start(), start(), start(), start()
             lane = cuda.threadIdx.x % WARP
-            i, step = cuda.grid(1) // WARP, cuda.gridsize(1) // WARP
+            i, step = thread // WARP, threads // WARP
             while i < count:
                 row = i // segments
                 first = (i - row * segments) * SEGMENT + lane
@@ -260,32 +259,19 @@ def rows_kernel(
                 at, to = at + first * x_stride, to + first * out_stride
                 x_step, out_step = WARP * x_stride, WARP * out_stride
                 if first + 3 * WARP < length:
-                    x0, x1, x2, x3 = x[at], x[at + x_step], x[at + 2 * x_step], x[at + 3 * x_step]
-                    if adds:
-                        sums0, sums1 = add_element(sums0, x0, p), add_element(sums1, x1, p)
-                        sums2, sums3 = add_element(sums2, x2, p), add_element(sums3, x3, p)
-                    if writes:
-                        to1, to2, to3 = to + out_step, to + 2 * out_step, to + 3 * out_step
-                        out[to] = update_element(x0, out[to], p)
-                        out[to1] = update_element(x1, out[to1], p)
-                        out[to2] = update_element(x2, out[to2], p)
-                        out[to3] = update_element(x3, out[to3], p)
+                    ats = at, at + x_step, at + 2 * x_step, at + 3 * x_step
+                    tos = to, to + out_step, to + 2 * out_step, to + 3 * out_step
+                    sums0, sums1, sums2, sums3 = take_four((sums0, sums1, sums2, sums3), x, ats, out, tos, p)
                 else:
                     while first < length:
-                        if adds:
-                            sums0 = add_element(sums0, x[at], p)
-                        if writes:
-                            out[to] = update_element(x[at], out[to], p)
+                        sums0 = take(sums0, x, at, out, to, p)
                         first, at, to = first + WARP, at + x_step, to + out_step
                 i += step
-            if adds:
-                sum0, sum1 = add_up(sums0, sums1, sums2, sums3)
-                finish(sum0, sum1, a, b, partial, counter, penalty, sums)
+            return add_up(sums0, sums1, sums2, sums3)
 
-        return kernel
+        return loop
 
-    layout = INT64, numbers("int64", 3 * dims)
-    return make_body(f"rows{dims}", make, operation, formula, dtype, result_type, *layout)
+    return _make_kernel(f"rows{dims}", make_loop, operation, formula, dtype, result_type, 1 + 3 * dims)
 
 
 def make_body(
@@ -306,92 +292,85 @@ def make_body(
     return Body(name, make, arguments, companions=in_graphs, version=formula.digest)
 
 
-def _make_element(operation: Operation, formula: Formula, dtype: DType, accumulator: Accumulator):
-    """Make what is done to one element, and how a thread's sums are read.
+class _Element(NamedTuple):
+    """What is done to elements by a thread, which has four sums of its own.
 
-    Returns:
-        ``add(sums, carrier, p) -> sums``, ``update(carrier, old, p) -> carrier`` and ``total(sums) -> (sum0, sum1)``.
+    Attributes:
+        start: ``() -> sums``.
+        add: ``(sums, carrier, p) -> sums``.
+        update: ``(carrier, old, p) -> carrier``.
+        take: ``(sums, x, at, out, to, p) -> sums``, which adds an element and writes it, as the operation says.
+        take_four: the same of four sums, of elements at four places.
+        add_up: ``(sums, sums, sums, sums) -> (sum0, sum1)``.
     """
-    functions = formula.make(scalars)
-    widen, narrow, terms = make_widen(dtype), make_narrow(dtype), device(functions.terms)
-    widen_term, add_term, total_term = accumulator.widen, accumulator.add, accumulator.total
+
+    start: Any
+    add: Any
+    update: Any
+    take: Any
+    take_four: Any
+    add_up: Any
+
+
+def _make_element(operation: Operation, formula: Formula, dtype: DType, capability: Capability) -> _Element:
+    widen_term, start_sum, add_term, total = accumulator_of(dtype, capability)
+    functions, widen, narrow = formula.make(scalars), make_widen(dtype), make_narrow(dtype)
+    terms = device(functions.terms)
+    written = functions.prox if operation.writes == "prox" else functions.derivative
+    change = device(written or functions.terms)  # where nothing is written, never called
+    sums, writes, adds = operation.sums, operation.writes, operation.adds
 
     @device
-    def add(sums, element, p):
+    def start():
+        return start_sum(), start_sum()
+
+    @device
+    def add(state, element, p):
         term0, term1 = terms(abs(widen_term(widen(element))), p)
-        return add_term(sums[0], term0), add_term(sums[1], term1)
-
-    @device
-    def total(sums):
-        return total_term(sums[0]), total_term(sums[1])
-
-    if operation.writes is None:
-        return add, _keep, total
-    change = device(functions.derivative if operation.writes == "gradient" else functions.prox)
-    adds = operation.adds
+        return add_term(state[0], term0), add_term(state[1], term1)
 
     @device
     def update(element, old, p):
         new = change(to_float64(widen(element)), p)
         return narrow(to_float64(widen(old)) + new if adds else new)
 
-    return add, update, total
+    @device
+    def take(state, x, at, out, to, p):
+        if sums:
+            state = add(state, x[at], p)
+        if writes:
+            out[to] = update(x[at], out[to], p)
+        return state
+
+    @device
+    def take_four(states, x, at, out, to, p):
+        state0, state1, state2, state3 = states
+        x0, x1, x2, x3 = x[at[0]], x[at[1]], x[at[2]], x[at[3]]
+        if sums:
+            state0, state1 = add(state0, x0, p), add(state1, x1, p)
+            state2, state3 = add(state2, x2, p), add(state3, x3, p)
+        if writes:
+            out[to[0]] = update(x0, out[to[0]], p)
+            out[to[1]] = update(x1, out[to[1]], p)
+            out[to[2]] = update(x2, out[to[2]], p)
+            out[to[3]] = update(x3, out[to[3]], p)
+        return state0, state1, state2, state3
+
+    @device
+    def add_up(state0, state1, state2, state3):
+        sum0 = (total(state0[0]) + total(state1[0])) + (total(state2[0]) + total(state3[0]))
+        sum1 = (total(state0[1]) + total(state1[1])) + (total(state2[1]) + total(state3[1]))
+        return sum0, sum1
+
+    return _Element(start, add, update, take, take_four, add_up)
 
 
-@device
-def _keep(element, old, p):
-    return old
-
-
-def _make_add_lanes(add_element, lanes: int):
-    """Make ``add(sums, lanes, p) -> sums``, one lane after the other.
+def make_by_halves(one: Callable[..., Any], both: Callable[[Any, int], Callable[..., Any]], lanes: int):
+    """Make a function of so many lanes from that of one, and from ``both(of_half, half)``, which joins those of halves.
 
     Numba does not unroll a loop over a tuple: it would find each element by branches as the loop runs.
     """
-    if lanes == 1:
-
-        @device
-        def one(sums, x, p):
-            return add_element(sums, x[0], p)
-
-        return one
-    half = lanes // 2
-    add_half = _make_add_lanes(add_element, half)
-
-    @device
-    def both(sums, x, p):
-        return add_half(add_half(sums, x[:half], p), x[half:], p)
-
-    return both
-
-
-def _make_update_lanes(update, lanes: int):
-    """Make ``update(lanes, old, p) -> lanes``: Numba builds a tuple of so many by joining those of its halves."""
-    if lanes == 1:
-
-        @device
-        def one(x, old, p):
-            return (update(x[0], old[0], p),)
-
-        return one
-    half = lanes // 2
-    update_half = _make_update_lanes(update, half)
-
-    @device
-    def both(x, old, p):
-        return update_half(x[:half], old[:half], p) + update_half(x[half:], old[half:], p)
-
-    return both
-
-
-def _make_start(accumulator: Accumulator):
-    start_sum = accumulator.start
-
-    @device
-    def start():
-        return start_sum(), start_sum()
-
-    return start
+    return device(one if lanes == 1 else both(make_by_halves(one, both, lanes // 2), lanes // 2))
 
 
 def make_offsets(axis: int, dims: int):
@@ -423,14 +402,3 @@ def scaled(a, b, c, d, scale):
         return a, b, c, d
     factor = to_float64(scale[0])
     return a * factor, b * factor, c, d
-
-
-def _make_add_up(total):
-    """Make ``add_up(sums0, sums1, sums2, sums3) -> (sum0, sum1)`` of one thread's independent sums."""
-
-    @device
-    def add_up(sums0, sums1, sums2, sums3):
-        first, second, third, fourth = total(sums0), total(sums1), total(sums2), total(sums3)
-        return (first[0] + second[0]) + (third[0] + fourth[0]), (first[1] + second[1]) + (third[1] + fourth[1])
-
-    return add_up

@@ -4,8 +4,8 @@ There are two ways. `inverse_norms` and `tile_sums` do it alone, for a batch of 
 tile of a Gram matrix from unit rows in shared memory and keeps only the sums of the formula's terms; memory beyond the
 matrix is 8 bytes for each row, and 16 for each tile. Where the matrices lie is a layout as that of strided kernels, of
 which the strides of x alone are used. `fold` and `fold_beyond` are what is left to do where a library's own product of
-matrices multiplies rows, a panel at a time; `unit_rows`, `fold_slopes` and `project` are that for the gradient, which
-goes this way alone.
+matrices multiplies rows, a panel at a time. The gradient goes this way alone: `fold` leaves slopes in a panel, by which
+the library multiplies rows once more, and `project` makes gradients of the sums of these products.
 
 Products and cosines have the type of a result, and dot products are added in it: float32, float64 for float64, as on
 the CPU. Norms and sums are in float64.
@@ -14,40 +14,42 @@ the CPU. Norms and sums are in float64.
 import functools
 import math
 
+import numpy as np
+
 from regkern import dtypes
 from regkern.dtypes import DType
 from regkern.kernels.cuda import scalars
 from regkern.kernels.cuda.arithmetic import make_narrow, make_narrow_result, make_widen
 from regkern.kernels.cuda.compile import (
+    CARRIERS,
     FLOAT64,
     INT64,
     VECTOR_BYTES,
     address_of,
     cuda,
     device,
-    float_type,
     make_load,
-    make_pointer,
+    make_store,
     numbers,
     pointer,
     to_float64,
+    to_uint32,
 )
-from regkern.kernels.cuda.elementwise import make_offsets
-from regkern.kernels.cuda.sums import THREADS, WARP, Body, block_sums, warp_sums
+from regkern.kernels.cuda.elementwise import make_by_halves
+from regkern.kernels.cuda.norms import block_total, make_matrix
+from regkern.kernels.cuda.sums import THREADS, WARP, Body, warp_sums, write_sums
 from regkern.terms import Formula
 
-# Rows and columns of a tile; a thread has four of its elements. A block has TILE * TILE // 4 threads.
+# Rows and columns of a tile, of which a thread has four elements.
 TILE = 32
-PER_THREAD = 4
+PER_THREAD = TILE * TILE // THREADS
 DEPTH = 16
-
-
+# Rows between two elements of a thread.
+_APART = TILE // PER_THREAD
 # Parameters of formulas whose sums are multiplied by the factor afterwards.
 _UNIT = (1.0, 1.0, 0.0, 0.0)
 # Elements of a row that a warp folds at once: as many as it has under way, twice.
 STRETCH = 1024
-# Norms from 1 / LIMIT to LIMIT have products that neither overflow nor vanish.
-_LIMITS = {"float32": 1e15, "float64": 1e140}
 
 
 def count_tiles(n: int) -> int:
@@ -55,169 +57,79 @@ def count_tiles(n: int) -> int:
     return -(-n // TILE)
 
 
-@device
-def _block_total(value):
-    """Return the sum over a block's threads, in all of them."""
-    shared = cuda.shared.array(1, FLOAT64)
-    total, _ = block_sums(value, 0.0)
-    if cuda.threadIdx.x == 0:
-        shared[0] = total
-    cuda.syncthreads()
-    return shared[0]
+def _add_product(left, right, k, row, column, dots):
+    v, at = right[k * TILE + column], k * TILE + row
+    dot0, dot1 = dots[0] + left[at] * v, dots[1] + left[at + _APART] * v
+    return dot0, dot1, dots[2] + left[at + 2 * _APART] * v, dots[3] + left[at + 3 * _APART] * v
 
 
-@device
-def _write_sums(partial, sum0, sum1):
-    """Write a block's sums where the last stage reads them; all threads of the block call it."""
-    sum0, sum1 = block_sums(sum0, sum1)
-    if cuda.threadIdx.x == 0:
-        partial[2 * cuda.blockIdx.x], partial[2 * cuda.blockIdx.x + 1] = sum0, sum1
-
-
-@device
-def _block_largest(value):
-    """Return the largest of the numbers of a block's threads, in all of them."""
-    shared = cuda.shared.array(THREADS, FLOAT64)
-    thread, half = cuda.threadIdx.x, cuda.blockDim.x // 2
-    shared[thread] = value
-    cuda.syncthreads()
-    while half > 0:
-        if thread < half:
-            shared[thread] = max(shared[thread], shared[thread + half])
-        cuda.syncthreads()
-        half //= 2
-    return shared[0]
-
-
-def _make_inverse_norm(dtype: DType):
-    """Make ``inverse_norm(x, row, d, row_stride, depth_stride)``, for all threads of a block; 0 for a zero row."""
-    widen, scaled = make_widen(dtype), dtype is dtypes.FLOAT64  # in float64, squares of others stay within its range
-
-    @device
-    def inverse_norm(x, row, d, row_stride, depth_stride):
-        largest = 1.0
-        if scaled:
-            largest = 0.0
-            k = cuda.threadIdx.x
-            while k < d:
-                largest = max(largest, abs(widen(x[row * row_stride + k * depth_stride])))
-                k += cuda.blockDim.x
-            largest = _block_largest(largest)
-            if largest == 0.0:
-                largest = 1.0
-        squares = 0.0
-        k = cuda.threadIdx.x
-        while k < d:
-            v = to_float64(widen(x[row * row_stride + k * depth_stride]))
-            if scaled:
-                v /= largest
-            squares += v * v
-            k += cuda.blockDim.x
-        squares = _block_total(squares)
-        return 0.0 if squares == 0.0 else 1.0 / math.sqrt(squares) / largest
-
-    return inverse_norm
-
-
-@functools.cache
-def inverse_norms(dtype: DType, dims: int, *, limited: bool = False) -> Body:
-    """Make the kernel of one block for each row: ``(x, n, layout, d, row_stride, depth_stride, inverse)``.
-
-    The layout is that of the matrices, of n rows each; strides are counted in elements; `inverse` takes a float64 for
-    each row of each matrix, 0 for a zero row. Limited, it takes a number of the result's type, which is negative for a
-    norm beyond the limits, with which products of rows might overflow or vanish.
-    """
-    inverse_norm, address_of_matrix = _make_inverse_norm(dtype), _make_matrix(dtype, dims)
-    limit, written = _LIMITS[dtype.result], dtype.result if limited else "float64"
-    narrow = make_narrow_result(written)
-
-    def kernel(x, n, layout, d, row_stride, depth_stride, inverse):
-        matrix = cuda.blockIdx.x // n
-        row = cuda.blockIdx.x - matrix * n
-        factor = inverse_norm(address_of_matrix(x, matrix, layout), row, d, row_stride, depth_stride)
-        if limited and (0.0 < factor < 1.0 / limit or factor > limit):
-            factor = -factor
-        if cuda.threadIdx.x == 0:
-            inverse[cuda.blockIdx.x] = narrow(factor)
-
-    layout = numbers("int64", 3 * dims)
-    arguments = (pointer(dtype.carrier), INT64, layout, INT64, INT64, INT64, pointer(written))
-    name = f"inverse_norms{dims}{'_limited' * limited}-{dtype.name}"
-    return Body(name, lambda capability: kernel, arguments)
-
-
-def _make_matrix(dtype: DType, dims: int):
-    """Make ``matrix(x, i, layout)``, which points to the first element of matrix i."""
-    offsets, to_pointer, itemsize = make_offsets(dims - 1, dims), make_pointer(dtype.carrier), dtype.itemsize
-
-    @device
-    def matrix(x, i, layout):
-        offset, _ = offsets(i, layout)
-        return to_pointer(address_of(x) + offset * itemsize)
-
-    return matrix
+# For all k of a depth, which the compiler leaves as a loop for compute capability 12.1.
+_add_products = make_by_halves(
+    _add_product,
+    lambda add, half: (
+        lambda left, right, k, row, column, dots: add(
+            left, right, k + half, row, column, add(left, right, k, row, column, dots)
+        )
+    ),
+    DEPTH,
+)
 
 
 @functools.cache
 def tile_sums(formula: Formula, dtype: DType, dims: int) -> Body:
     """Make the kernel of ``count_tiles(n) ** 2`` blocks for each matrix.
 
-    Its parameters: ``(x, n, layout, d, row_stride, depth_stride, inverse, partial)``; `partial` takes two float64 for
-    each block, the sums of the formula's terms over the pairs i < j of its tile, for the last stage of sums.
+    Its parameters: ``(x, n, layout, d, row_stride, depth_stride, inverse, partial)``, of which lengths and strides
+    within a matrix are less than 2**32, and none negative; `partial` takes two float64 for each block, the sums of the
+    formula's terms over the pairs i < j of its tile, for the last stage of sums.
     """
-    address_of_matrix = _make_matrix(dtype, dims)
-    threads, rows_apart, slots = TILE * TILE // PER_THREAD, TILE // PER_THREAD, TILE * DEPTH
-    widen, narrow = make_widen(dtype), make_narrow_result(dtype.result)
-    shared_type, terms = float_type(dtype.result), _make_terms(formula)
+    address_of_matrix = make_matrix(dtype, dims)
+    slots, shared_type = TILE * DEPTH, CARRIERS[dtype.result]
+    widen, narrow, terms = make_widen(dtype), make_narrow_result(dtype.result), _make_terms(formula)
+
+    @device
+    def unit(x, inside, at, inverse):
+        return narrow(to_float64(widen(x[at])) * inverse) if inside else narrow(0.0)
 
     def kernel(whole, n, layout, d, row_stride, depth_stride, inverses, partial):
-        left = cuda.shared.array(slots, shared_type)
-        right = cuda.shared.array(slots, shared_type)
+        left, right = cuda.shared.array(slots, shared_type), cuda.shared.array(slots, shared_type)
         tiles = (n + TILE - 1) // TILE
         matrix = cuda.blockIdx.x // (tiles * tiles)
         tile = cuda.blockIdx.x - matrix * tiles * tiles
         tile_row, tile_column = tile // tiles, tile % tiles
         x, first = address_of_matrix(whole, matrix, layout), matrix * n
-        thread = cuda.threadIdx.x
-        sum0 = sum1 = 0.0
+        # Products of two such numbers are one instruction, of 64-bit ones several.
+        n, d, row_stride, depth_stride = to_uint32(n), to_uint32(d), to_uint32(row_stride), to_uint32(depth_stride)
+        sum0, sum1, thread = 0.0, 0.0, to_uint32(cuda.threadIdx.x)
+        row, column = to_uint32(thread // TILE), to_uint32(thread % TILE)
         if tile_row <= tile_column:  # of all threads of a block or of none
-            row, column = thread // TILE, thread % TILE
-            dot0 = dot1 = dot2 = dot3 = narrow(0.0)
+            at_left, at_right = to_uint32(tile_row * TILE + column), to_uint32(tile_column * TILE + column)
+            own = inverses[first + at_left] if at_left < n else 0.0
+            other = inverses[first + at_right] if at_right < n else 0.0
+            left_row, right_row = at_left * row_stride, at_right * row_stride
+            dots = narrow(0.0), narrow(0.0), narrow(0.0), narrow(0.0)
             start = 0
             while start < d:
-                slot = thread
-                while slot < slots:
-                    k, i = start + slot // TILE, slot % TILE
-                    at_left, at_right = tile_row * TILE + i, tile_column * TILE + i
-                    u = v = 0.0
-                    if k < d and at_left < n:
-                        u = to_float64(widen(x[at_left * row_stride + k * depth_stride])) * inverses[first + at_left]
-                    if k < d and at_right < n:
-                        v = to_float64(widen(x[at_right * row_stride + k * depth_stride])) * inverses[first + at_right]
-                    left[slot], right[slot] = narrow(u), narrow(v)
-                    slot += threads
+                for part in range(slots // THREADS):
+                    slot, k = thread + part * THREADS, to_uint32(start + row + part * _APART)
+                    left[slot] = unit(x, k < d and at_left < n, left_row + k * depth_stride, own)
+                    right[slot] = unit(x, k < d and at_right < n, right_row + k * depth_stride, other)
                 cuda.syncthreads()
-                for k in range(DEPTH):
-                    v = right[k * TILE + column]
-                    dot0 += left[k * TILE + row] * v
-                    dot1 += left[k * TILE + row + rows_apart] * v
-                    dot2 += left[k * TILE + row + 2 * rows_apart] * v
-                    dot3 += left[k * TILE + row + 3 * rows_apart] * v
+                dots = _add_products(left, right, 0, row, column, dots)
                 cuda.syncthreads()
                 start += DEPTH
             # Rows beyond the matrix are zero, so that their cosines add nothing.
             i, j = tile_row * TILE + row, tile_column * TILE + column
             for k in range(PER_THREAD):
-                if i + k * rows_apart < j:
-                    dot = dot0 if k == 0 else (dot1 if k == 1 else (dot2 if k == 2 else dot3))
+                if i + k * _APART < j:
+                    dot = dots[0] if k == 0 else (dots[1] if k == 1 else (dots[2] if k == 2 else dots[3]))
                     term0, term1 = terms(to_float64(dot))
                     sum0, sum1 = sum0 + term0, sum1 + term1
-        _write_sums(partial, sum0, sum1)
+        write_sums(partial, sum0, sum1)
 
     sizes = (INT64, numbers("int64", 3 * dims), INT64, INT64, INT64)
     arguments = (pointer(dtype.carrier), *sizes, pointer("float64"), pointer("float64"))
-    name = f"tile_sums{dims}-{formula.name}-{dtype.name}"
-    return Body(name, lambda capability: kernel, arguments, threads, version=formula.digest)
+    return Body(f"tile_sums{dims}-{formula.name}-{dtype.name}", lambda _: kernel, arguments, version=formula.digest)
 
 
 def _make_terms(formula: Formula):
@@ -232,7 +144,7 @@ def _make_terms(formula: Formula):
 
 
 @functools.cache
-def fold(formula: Formula, dtype: DType) -> Body:
+def fold(formula: Formula, dtype: DType, *, slopes: bool = False) -> Body:
     """Make the kernel that sums a panel of products of rows, of which a warp takes a stretch of a row at a time.
 
     Its parameters: ``(products, rows, height, width, row, column, apart, inverse, partial)``. A panel is a batch of
@@ -240,19 +152,16 @@ def fold(formula: Formula, dtype: DType) -> Body:
     lies `apart` rows and columns beyond the one before. `inverse` has the limited inverse norms of all rows, which make
     products cosines. Each block writes to `partial` the sums of the formula's terms over the pairs i < j among its
     products, but for those of a norm beyond the limits.
+
+    With slopes, the derivative at each of these cosines, times both inverse norms, takes the place of the product, and
+    0 that of the other products.
     """
-    load, terms, narrow = make_load(dtype.result), _make_terms(formula), make_narrow_result(dtype.result)
-    lanes = VECTOR_BYTES // (8 if dtype.result == "float64" else 4)
-
-    @device
-    def element(product, j, i, own, other):
-        zero = narrow(0.0)
-        if j <= i or other < zero:
-            return zero, zero
-        term0, term1 = terms(product * (own * other))
-        return narrow(term0), narrow(term1)
-
-    add_lanes = _make_add_lanes(element, lanes)
+    load, store, lanes = (
+        make_load(dtype.result),
+        make_store(dtype.result),
+        VECTOR_BYTES // np.dtype(dtype.result).itemsize,
+    )
+    element, fold_lanes = _make_fold_lanes(formula, dtype, slopes, lanes)
 
     def kernel(products, rows, height, width, row, column, apart, inverse, partial):
         sum0 = sum1 = 0.0
@@ -267,45 +176,58 @@ def fold(formula: Formula, dtype: DType) -> Body:
             i, first = row + rectangle * apart + r - rectangle * height, column + rectangle * apart
             own, at, start = inverse[i], r * width, (part - r * stretches) * STRETCH
             part += step
-            if own < 0.0:
+            if own < 0.0 and not slopes:
                 continue
             end = min(start + STRETCH, width)
             k = start + lane * lanes if aligned else end
             while k < end:
-                term0, term1 = add_lanes(load(products, at + k), first + k, i, own, load(inverse, first + k))
+                loaded, others = load(products, at + k), load(inverse, first + k)
+                term0, term1, slope = fold_lanes(loaded, first + k, i, own, others)
                 sum0, sum1 = sum0 + to_float64(term0), sum1 + to_float64(term1)
+                if slopes:
+                    store(products, at + k, slope)
                 k += WARP * lanes
             k = end if aligned else start + lane
             while k < end:
-                term0, term1 = element(products[at + k], first + k, i, own, inverse[first + k])
+                term0, term1, slope = element(products[at + k], first + k, i, own, inverse[first + k])
                 sum0, sum1 = sum0 + to_float64(term0), sum1 + to_float64(term1)
+                if slopes:
+                    products[at + k] = slope[0]
                 k += WARP
-        _write_sums(partial, sum0, sum1)
+        write_sums(partial, sum0, sum1)
 
     work = pointer(dtype.result)
     arguments = (work, INT64, INT64, INT64, INT64, INT64, INT64, work, pointer("float64"))
-    return Body(f"fold-{formula.name}-{dtype.name}", lambda capability: kernel, arguments, version=formula.digest)
+    name = f"fold{'_slopes' * slopes}-{formula.name}-{dtype.name}"
+    return Body(name, lambda capability: kernel, arguments, version=formula.digest)
 
 
-def _make_add_lanes(element, lanes: int):
-    """Make what adds the terms of so many products: by halves, since Numba does not unroll a loop over a tuple."""
-    if lanes == 1:
-
-        @device
-        def one(products, j, i, own, others):
-            return element(products[0], j, i, own, others[0])
-
-        return one
-    half = lanes // 2
-    add_half = _make_add_lanes(element, half)
+def _make_fold_lanes(formula: Formula, dtype: DType, slopes: bool, lanes: int):
+    """Make what is done to one product, and to so many: ``(product, j, i, own, other) -> (term0, term1, (slope,))``."""
+    terms, narrow = _make_terms(formula), make_narrow_result(dtype.result)
+    derivative = device(formula.make(scalars).derivative)
 
     @device
-    def both(products, j, i, own, others):
-        a0, a1 = add_half(products[:half], j, i, own, others[:half])
-        b0, b1 = add_half(products[half:], j + half, i, own, others[half:])
-        return a0 + b0, a1 + b1
+    def element(product, j, i, own, other):
+        zero = narrow(0.0)
+        if j <= i or other < zero or (slopes and own < zero):
+            return zero, zero, (zero,)
+        norms = own * other
+        term0, term1 = terms(product * norms)
+        return narrow(term0), narrow(term1), (narrow(derivative(product * norms, _UNIT)) * norms,)
 
-    return both
+    def both(of_half, half):
+        def fold(products, j, i, own, others):
+            a0, a1, first = of_half(products[:half], j, i, own, others[:half])
+            b0, b1, second = of_half(products[half:], j + half, i, own, others[half:])
+            return a0 + b0, a1 + b1, first + second
+
+        return fold
+
+    def one(products, j, i, own, others):
+        return element(products[0], j, i, own, others[0])
+
+    return element, make_by_halves(one, both, lanes)
 
 
 @functools.cache
@@ -342,99 +264,86 @@ def fold_beyond(formula: Formula, dtype: DType) -> Body:
                         sum0, sum1 = sum0 + term0, sum1 + term1
                 j += 1
             i += step
-        _write_sums(partial, sum0, sum1)
+        write_sums(partial, sum0, sum1)
 
     arguments = (pointer(dtype.carrier), INT64, INT64, INT64, INT64, pointer(dtype.result), pointer("float64"))
     name = f"fold_beyond-{formula.name}-{dtype.name}"
     return Body(name, lambda capability: kernel, arguments, version=formula.digest)
 
 
-@functools.cache
-def unit_rows(dtype: DType) -> Body:
-    """Make the kernel of one block for each row: ``(x, d, row_stride, depth_stride, unit, inverse)``.
+@device
+def _share(rows, i, own, j, other, d, strides):
+    """Return a thread's share of the product of two rows, each multiplied by a number."""
+    total = 0.0
+    for k in range(cuda.threadIdx.x, d, cuda.blockDim.x):
+        u = to_float64(rows[i * strides[0] + k * strides[1]]) * own
+        total += u * (to_float64(rows[j * strides[0] + k * strides[1]]) * other)
+    return total
 
-    It writes the rows, divided by their norms, one after the other, and the inverse norms, 0 for a zero row.
-    """
-    widen, narrow, inverse_norm = make_widen(dtype), make_narrow_result(dtype.result), _make_inverse_norm(dtype)
 
-    def kernel(x, d, row_stride, depth_stride, unit, inverse):
-        row = cuda.blockIdx.x
-        factor = inverse_norm(x, row, d, row_stride, depth_stride)
-        if cuda.threadIdx.x == 0:
-            inverse[row] = factor
-        k = cuda.threadIdx.x
-        while k < d:
-            unit[row * d + k] = narrow(to_float64(widen(x[row * row_stride + k * depth_stride])) * factor)
-            k += cuda.blockDim.x
-
-    arguments = (pointer(dtype.carrier), INT64, INT64, INT64, pointer(dtype.result), pointer("float64"))
-    return Body(f"unit_rows-{dtype.name}", lambda capability: kernel, arguments)
+@device
+def _inverse_root(squares, scale):
+    return 0.0 if squares == 0.0 else scale / math.sqrt(squares)
 
 
 @functools.cache
-def fold_slopes(formula: Formula, dtype: DType) -> Body:
-    """Make the kernel that sums a panel of cosines, and puts derivatives in their place.
-
-    Its parameters: ``(cosines, rows, columns, first_row, partial)``. A panel is some rows of the Gram matrix. Each
-    block writes to `partial` the sums of the formula's terms over the pairs i < j among its rows. The derivative of a
-    row with itself is 0.
-    """
-    narrow, terms = make_narrow_result(dtype.result), _make_terms(formula)
-    derivative = device(formula.make(scalars).derivative)
-
-    def kernel(cosines, rows, columns, first_row, partial):
-        sum0 = sum1 = 0.0
-        row = cuda.blockIdx.x
-        while row < rows:
-            i, column = first_row + row, cuda.threadIdx.x
-            while column < columns:
-                at = row * columns + column
-                v = to_float64(cosines[at])
-                if column > i:
-                    term0, term1 = terms(v)
-                    sum0, sum1 = sum0 + term0, sum1 + term1
-                cosines[at] = narrow(0.0 if column == i else derivative(v, _UNIT))
-                column += cuda.blockDim.x
-            row += cuda.gridDim.x
-        _write_sums(partial, sum0, sum1)
-
-    arguments = (pointer(dtype.result), INT64, INT64, INT64, pointer("float64"))
-    name = f"fold_slopes-{formula.name}-{dtype.name}"
-    return Body(name, lambda capability: kernel, arguments, version=formula.digest)
-
-
-@functools.cache
-def project(dtype: DType, accumulate: bool) -> Body:
+def project(formula: Formula, dtype: DType, accumulate: bool) -> Body:
     """Make the kernel of one block for each row that writes the gradient of a mean over cosines, or adds it.
 
-    Its parameters: ``(product, unit, inverse, d, factor, scale, out, row_stride, depth_stride)``. A row of `product` is
-    the sum of the unit rows, each times the derivative at its cosine. Of that, the part along the row itself is taken
-    away, and the rest is multiplied by the inverse norm, by `factor`, and by `scale`, a number on the device, or null
-    for 1.
+    Its parameters: ``(pulled, pulled_strides, rows, n, d, strides, limited, inverse, factor, scale, out,
+    out_strides)``. A row of `pulled`, which may be that of `out`, is the sum of all rows, each times its slope as
+    `fold` leaves it; pairs that it leaves out, of a norm beyond the limits in `limited`, are added first. Of the sum,
+    the part along the row itself is taken away, and the rest is multiplied by `factor`, by `scale`, a number on the
+    device, or null for 1, and by `inverse`, the inverse norms that rows were multiplied by before, or null.
     """
-    widen, narrow = make_widen(dtype), make_narrow(dtype)
+    widen, narrow, narrow_pulled = make_widen(dtype), make_narrow(dtype), make_narrow_result(dtype.result)
+    derivative, scaled = device(formula.make(scalars).derivative), dtype is dtypes.FLOAT64
 
-    def kernel(product, unit, inverse, d, factor, scale, out, row_stride, depth_stride):
-        row = cuda.blockIdx.x
+    @device
+    def scale_of(limited):
+        return abs(to_float64(limited)) if scaled else 1.0  # as in `fold_beyond`
+
+    # It alone calls `block_total`: Numba defines its shared memory for each caller.
+    def kernel(pulled, pulled_strides, rows, n, d, strides, limited, inverse, factor, scale, out, out_strides):
+        i, thread, threads = cuda.blockIdx.x, cuda.threadIdx.x, cuda.blockDim.x
+        own, beyond, first, step = scale_of(limited[i]), limited[i] < 0.0, i * pulled_strides[0], pulled_strides[1]
+        own = _inverse_root(block_total(_share(rows, i, own, i, own, d, strides)), own)
+        weight = 1.0 if beyond else own  # a row beyond is multiplied by its inverse norm last, which may be large
+        start = 0
+        while start < n:
+            j = start + thread
+            found = 1 if j < n and j != i and (beyond or limited[j] < 0.0) else 0
+            last = min(start + threads, n) if cuda.syncthreads_or(found) != 0 else start
+            for j in range(start, last):
+                if j != i and (beyond or limited[j] < 0.0):
+                    other = scale_of(limited[j])
+                    other = _inverse_root(block_total(_share(rows, j, other, j, other, d, strides)), other)
+                    slope = weight * derivative(block_total(_share(rows, i, own, j, other, d, strides)), _UNIT)
+                    for k in range(thread, d, threads):
+                        more = slope * (to_float64(rows[j * strides[0] + k * strides[1]]) * other)
+                        pulled[first + k * step] = narrow_pulled(to_float64(pulled[first + k * step]) + more)
+            start += threads
         along = 0.0
-        k = cuda.threadIdx.x
-        while k < d:
-            along += to_float64(product[row * d + k]) * to_float64(unit[row * d + k])
-            k += cuda.blockDim.x
-        along = _block_total(along)
-        factor *= inverse[row]
+        for k in range(thread, d, threads):
+            u = to_float64(rows[i * strides[0] + k * strides[1]]) * own
+            along += to_float64(pulled[first + k * step]) * u
+        along = block_total(along)
+        if beyond:
+            factor *= own
+        if address_of(inverse) != 0:
+            factor *= inverse[i]
         if address_of(scale) != 0:
             factor *= to_float64(scale[0])
-        k = cuda.threadIdx.x
-        while k < d:
-            gradient = factor * (to_float64(product[row * d + k]) - along * to_float64(unit[row * d + k]))
-            at = row * row_stride + k * depth_stride
+        for k in range(thread, d, threads):
+            u = to_float64(rows[i * strides[0] + k * strides[1]]) * own
+            gradient = factor * (to_float64(pulled[first + k * step]) - along * u)
+            at = i * out_strides[0] + k * out_strides[1]
             if accumulate:
                 gradient += to_float64(widen(out[at]))
             out[at] = narrow(gradient)
-            k += cuda.blockDim.x
 
-    work = pointer(dtype.result)
-    scalars = (INT64, FLOAT64, pointer(dtype.result))
-    arguments = (work, work, pointer("float64"), *scalars, pointer(dtype.carrier), INT64, INT64)
-    return Body(f"project{'_and_add' * accumulate}-{dtype.name}", lambda capability: kernel, arguments)
+    work, strides = pointer(dtype.result), numbers("int64", 2)
+    sizes = work, strides, work, INT64, INT64, strides, work
+    arguments = *sizes, pointer("float64"), FLOAT64, work, pointer(dtype.carrier), strides
+    name = f"project{'_and_add' * accumulate}-{formula.name}-{dtype.name}"
+    return Body(name, lambda capability: kernel, arguments, version=formula.digest)

@@ -3,6 +3,7 @@
 A kernel's machine code (a cubin) is kept in regkern's cache folder.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -15,7 +16,7 @@ from regkern.kernels import forks
 from regkern.kernels.cache import cache_folder, digest_sources, load, store
 from regkern.kernels.cuda.compile import assemble, compile_ptx, parameters
 from regkern.kernels.cuda.driver import Code, DeviceResetError, Driver
-from regkern.kernels.cuda.sums import MAX_BLOCKS, Body
+from regkern.kernels.cuda.sums import MAX_BLOCKS, THREADS, Body
 
 _SOURCES = digest_sources(Path(__file__).parent)
 _PACKAGES = ("numba", "numba-cuda", "nvidia-nvvm", "nvidia-nvjitlink", "cuda-bindings")
@@ -56,7 +57,7 @@ def launch(place: Place, body: Body, blocks: int, arguments: tuple[int | float, 
     driver, device, stream = place
     kernel = _kernels.get((driver, device, body)) or _loaded(place, body)
     try:
-        driver.launch(device, stream, kernel, blocks, body.threads, arguments)
+        driver.launch(device, stream, kernel, blocks, THREADS, arguments)
     except DeviceResetError:
         _forget(driver, device)
         raise
@@ -161,24 +162,17 @@ def machine_code(body: Body, compute_capability: tuple[int, int]) -> Code:
 
 def kept_path(body: Body, architecture: str) -> Path:
     """Return where a kernel's machine code is kept: a name of its own for all that it depends on."""
-    key = (
-        importlib.util.MAGIC_NUMBER,
-        _SOURCES,
-        _versions(),
-        str(body.arguments),
-        body.version,
-    )  # bytecode's version is the first
+    bytecode = importlib.util.MAGIC_NUMBER
+    key = bytecode, _SOURCES, _versions(), str(body.arguments), body.version
     digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     return cache_folder() / f"{body.name}-{architecture}-{digest}.kernel"
 
 
 @functools.cache
-def _versions() -> tuple[str, ...]:
+def _versions() -> list[str]:
     """Return the versions of what makes a kernel's code; of two on the path, that of the first, which is imported."""
     found = []
     for name in _PACKAGES:
-        try:
-            found.append(importlib.metadata.version(name))
-        except importlib.metadata.PackageNotFoundError:
-            found.append("")
-    return tuple(found)
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{name} {importlib.metadata.version(name)}")
+    return found

@@ -12,7 +12,7 @@ from regkern.dtypes import DType
 from regkern.kernels.cuda.arithmetic import Capability, make_narrow_result
 from regkern.kernels.cuda.compile import INT64, cuda, make_pointer, pointer
 from regkern.kernels.cuda.elementwise import make_flat_loop, scaled
-from regkern.kernels.cuda.sums import Body, block_sums
+from regkern.kernels.cuda.sums import Body, block_sums, write_sums
 from regkern.terms import Formula, Operation
 
 # Elements of a chunk: 64 for each thread. Not measured.
@@ -42,12 +42,10 @@ def chunks_kernel(operation: Operation, formula: Formula, dtype: DType) -> Body:
             out = outs[array] + start * itemsize if writes else x
             own = 4 * row
             p = scaled(factors[own], factors[own + 1], factors[own + 2], factors[own + 3], scale)
-            taken = min(n, CHUNK)
-            sum0, sum1 = loop(to_pointer(x), to_pointer(out), taken, cuda.threadIdx.x, cuda.blockDim.x, p)
+            sizes = (min(n, CHUNK),)
+            sum0, sum1 = loop(to_pointer(x), to_pointer(out), sizes, cuda.threadIdx.x, cuda.blockDim.x, p)
             if sums:
-                sum0, sum1 = block_sums(sum0, sum1)
-                if cuda.threadIdx.x == 0:
-                    partial[2 * cuda.blockIdx.x], partial[2 * cuda.blockIdx.x + 1] = sum0, sum1
+                write_sums(partial, sum0, sum1)
 
         return kernel
 

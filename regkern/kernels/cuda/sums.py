@@ -35,7 +35,6 @@ class Body:
         name: unique among all.
         make: makes its code for devices of a compute capability.
         arguments: its parameters' types.
-        threads: of a block.
         companions: kernels that are loaded with it, because its calls need them where none can be loaded.
         version: what tells the formula's code from another that may have had its name.
     """
@@ -43,7 +42,6 @@ class Body:
     name: str
     make: Callable[[Capability], Callable[..., Any]]
     arguments: tuple[Any, ...]
-    threads: int = THREADS
     companions: tuple["Body", ...] = ()
     version: str = ""
 
@@ -76,6 +74,14 @@ def block_sums(sum0, sum1):
     sum0 = shared[2 * lane] if lane < warps else 0.0  # every warp does what the first needs
     sum1 = shared[2 * lane + 1] if lane < warps else 0.0
     return warp_sums(sum0, sum1)
+
+
+@device
+def write_sums(partial, sum0, sum1):
+    """Write a block's sums where the last stage reads them; all threads of the block call it."""
+    sum0, sum1 = block_sums(sum0, sum1)
+    if cuda.threadIdx.x == 0:
+        partial[2 * cuda.blockIdx.x], partial[2 * cuda.blockIdx.x + 1] = sum0, sum1
 
 
 @device
