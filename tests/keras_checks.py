@@ -21,6 +21,8 @@ layers = keras.layers
 
 # Keras's own conversion of its variables.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+# Of training, one backend stands for the others, and the one without it is left out.
+training = [pytestmark] if BACKEND == "jax" else [pytestmark, pytest.mark.slow]
 
 
 def tensor(x):
@@ -107,10 +109,14 @@ def make(net, library, **options):
 
 def train(model, **mode):
     """Train three epochs; return the losses and the final weights."""
-    x, y = digits()
     model.compile(
         keras.optimizers.SGD(0.05, momentum=0.9), keras.losses.SparseCategoricalCrossentropy(from_logits=True), **mode
     )
+    return go_on(model)
+
+
+def go_on(model):
+    x, y = digits()
     history = model.fit(x, y, batch_size=64, epochs=3, shuffle=False, verbose=0)
     return history.history["loss"], [np.asarray(w, np.float64) for w in model.get_weights()]
 
@@ -146,7 +152,7 @@ def test_training_in_half_precision(net, policy):
     activity = BACKEND != "tensorflow"
     ours, theirs = (train(make(net, library, activity=activity)) for library in (rk, keras.regularizers))
     assert_same_training(ours, theirs, 1e-2)
-    losses, _ = train(make(net, rk))
+    losses, _ = ours if activity else train(make(net, rk))
     assert losses[-1] < losses[0]
 
 
@@ -178,13 +184,13 @@ def test_the_group_lasso_is_trained_saved_and_loaded(mode, tmp_path):
 
 @needs_fit
 def test_training_goes_on_after_accelerate_and_restore():
+    """Of a model that was compiled and trained before, whose optimizer has its momenta."""
     model, expected = (make("mlp", keras.regularizers) for _ in range(2))
     train(model)
     train(expected)
-    assert regkern.keras.accelerate(model) == PLACES["mlp"]
-    assert_same_training(train(model), train(expected), 1e-5)
-    assert regkern.keras.restore(model) == PLACES["mlp"]
-    assert_same_training(train(model), train(expected), 1e-5)
+    for change in (regkern.keras.accelerate, regkern.keras.restore):
+        assert change(model) == PLACES["mlp"]
+        assert_same_training(go_on(model), go_on(expected), 1e-5)
 
 
 @pytest.mark.parametrize("net", NETS)
@@ -416,6 +422,45 @@ def integers_like(x):
 
         return tf.cast(x, "int32")
     return keras.ops.cast(x, "int32")
+
+
+class Beside(layers.Layer):
+    """Puts out, beside its input, integers and booleans, or these alone."""
+
+    def __init__(self, alone=False, **options):
+        super().__init__(**options)
+        self.alone = alone
+
+    def call(self, x):
+        return integers_like(x) if self.alone else (x, integers_like(x), x > 0)
+
+
+SIDES = [rk.L1(0.5), rk.L2(2.0), rk.OrthogonalRegularizer(0.5), rk.L1(0.5) + rk.L2(2.0)]
+
+
+@pytest.mark.parametrize("regularizer", SIDES, ids=repr)
+def test_integers_beside_an_output_have_no_penalty(regularizer):
+    """Of Keras's own, the factor is made an integer, and so 0 below 1; or they fail."""
+    x = np.array([[1.0, 2.0], [3.0, -4.0]], np.float32)
+    layer = Beside(activity_regularizer=regularizer)
+    layer(tensor(x))
+    found, *others = (float(numbers(loss)) for loss in layer.losses)
+    assert found == pytest.approx(float(regularizer(x)) / 2)
+    assert others == [0.0, 0.0]
+    with pytest.raises(TypeError, match=r"got dtype .*int32"):
+        Beside(alone=True, activity_regularizer=regularizer)(tensor(x))
+    with pytest.raises(TypeError, match=r"got dtype .*int32"):
+        regularizer(integers_like(tensor(x)))
+
+
+@needs_fit
+def test_integers_beside_an_output_in_a_compiled_step():
+    x = keras.Input((3,))
+    dense = layers.Dense(2, kernel_initializer="ones", use_bias=False)(x)
+    model = keras.Model(x, Beside(activity_regularizer=rk.L1(0.5))(dense)[0])
+    model.compile(keras.optimizers.SGD(0.0), lambda y, prediction: 0.0 * (prediction - prediction)[:, 0])
+    loss = model.fit(np.ones((4, 3)), np.zeros((4, 2)), verbose=0).history["loss"][0]
+    assert float(loss) == pytest.approx(0.5 * 2 * 3.0)
 
 
 def test_variables_of_one_name_are_refused():
