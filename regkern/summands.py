@@ -290,8 +290,9 @@ def finish(summands: Summands, partial: Any, dtype: Any) -> Any:
             value = np.float64(a + b) * _finished(summand.term.view, float(first), float(second))
         else:
             value = a * first + b * second
+        value = value.astype(result)  # as the values of several terms are added
         total = value if total is None else total + value
-    return total.astype(result)
+    return total
 
 
 def _finished(view: Products, total: float, pairs: float) -> float:
