@@ -8,13 +8,7 @@ from typing import Any
 from regkern import reductions, summands
 from regkern.regularizers import Regularizer
 from regkern.rules import RuleError
-from regkern.terms import (
-    ADD_GRADIENT,
-    GRADIENT,
-    PROX,
-    VALUE,
-    VALUE_AND_GRADIENT,
-)
+from regkern.terms import ADD_GRADIENT, GRADIENT, PROX, VALUE, VALUE_AND_GRADIENT, Operation
 
 
 class Anchored(Regularizer):
@@ -53,21 +47,20 @@ class Anchored(Regularizer):
 
     def value_and_grad(self, x: Any) -> tuple[Any, Any]:
         """Return the penalty of x and its gradient, by the library's own operations."""
-        self.check(x)
-        return summands.distance(VALUE_AND_GRADIENT, self._summands[0], x, self.operands)
+        return self._run(VALUE_AND_GRADIENT, x)
 
     def grad(self, x: Any, out: Any = None, scale: Any = 1.0, accumulate: bool = False) -> Any:
         """Write the gradient times a scale, or add it, likewise."""
-        self.check(x)
         operation = ADD_GRADIENT if accumulate else GRADIENT
-        scale = reductions.finite("scale", scale)
-        return summands.distance(operation, self._summands[0], x, self.operands, out, "scale", scale)[1]
+        return self._run(operation, x, out, "scale", reductions.finite("scale", scale))[1]
 
     def prox(self, x: Any, step: Any, out: Any = None) -> Any:
         """Compute the proximal operator of the difference, added to x0, likewise."""
+        return self._run(PROX, x, out, "step", reductions.step_size(step))[1]
+
+    def _run(self, operation: Operation, x: Any, out: Any = None, name: str = "", scale: Any = 1.0) -> tuple[Any, Any]:
         self.check(x)
-        step = reductions.step_size(step)
-        return summands.distance(PROX, self._summands[0], x, self.operands, out, "step", step)[1]
+        return summands.distance(operation, self._summands[0], x, self.operands, out, name, scale)
 
     def get_config(self) -> dict[str, Any]:
         """Say that arrays are no config."""
