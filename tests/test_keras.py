@@ -1,5 +1,4 @@
-"""Keras: configs of either are read by the other, and `keras_checks.py`,
-`keras_models.py` and `keras_saving.py` hold on every backend and under tf_keras."""
+"""Keras: configs of either are read by the other, and `keras_*.py` hold on every backend and under tf_keras."""
 
 import importlib.util
 import os
@@ -64,7 +63,7 @@ def test_checks(name, marked):
     backend = "tensorflow" if name == "tf_keras" else name
     environment = os.environ | {"KERAS_LIBRARY": library, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", marked]
-    files = [f"tests/keras_{part}.py" for part in ("checks", "models", "saving")]
+    files = [f"tests/keras_{part}.py" for part in ("checks", "models", "saving", "training_checks", "factor_checks")]
     command = [sys.executable, "-m", "pytest", *options, *files]
     root = Path(__file__).parent.parent
     result = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
