@@ -236,6 +236,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow  # examples and pages, which run always, have both as well
 def test_two_processes(tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", PROCESSES]
     options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "stderr": subprocess.PIPE, "text": True}
