@@ -137,7 +137,7 @@ TRAINED = [slow_unless(mode == OFTEN, mode) for mode in MODES]
 
 
 @needs_fit
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("net", [slow_unless(net == "mlp", net) for net in NETS])  # convolutions are below as well
 @pytest.mark.parametrize("mode", TRAINED)
 def test_training_is_the_same(net, mode):
     ours, theirs = (train(make(net, library), **MODES[mode]) for library in (rk, keras.regularizers))
