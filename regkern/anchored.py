@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from regkern import reductions, summands
@@ -75,8 +75,7 @@ class Anchored(Regularizer):
 def check_anchored(regularizers: Mapping[str, Any]) -> None:
     """Raise RuleError unless all regularizers, by their rules, are None or can have a reference."""
     for rule, regularizer in regularizers.items():
-        parts: Sequence[Any] = getattr(regularizer, "_summands", ())
-        if regularizer is not None and not (len(parts) == 1 and summands.is_elementwise(parts[0])):
+        if regularizer is not None and summands.of_elements(regularizer) is None:
             raise RuleError(
                 f"rule {rule!r}: expected one element-wise penalty of regkern's own for a distance to a reference, as "
                 f"L2, L1 or L1L2; got {regularizer!r}; give it a Penalty of its own."

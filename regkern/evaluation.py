@@ -60,7 +60,7 @@ class Tensors:
                 with _naming(self._names[i]):
                     regularizer.check(arrays[i])
                 operands = regularizer.operands
-            planned = _planned(regularizer) is not None
+            planned = summands.of_elements(regularizer)
             reading = reductions.reading(arrays[i], recorded=recorded, operands=operands) if planned else None
             if reading is None:
                 self._others.append(i)
@@ -239,7 +239,8 @@ class Tensors:
 
     def _penalties(self) -> list[Weighted]:
         """Return what the plans evaluate; nothing where a factor is an array that a library differentiates."""
-        return summands.weighted([_planned(each) for each in self._distinct], recorded=self._recorded)
+        planned = [each._summands[0] for each in self._distinct]
+        return summands.weighted(planned, recorded=self._recorded)
 
     def _need(self, method: str) -> None:
         for i in self._others:
@@ -257,13 +258,7 @@ class Tensors:
 def has_prox(regularizer: Any) -> bool:
     """Whether a regularizer that has `prox` has it in closed form; of others than regkern's own, it is believed."""
     parts = getattr(regularizer, "_summands", None)
-    return parts is None or summands.has_prox(parts)
-
-
-def _planned(regularizer: Any) -> Any:
-    """Return the one term of elements, with its parameters, that a plan can evaluate; None for other penalties."""
-    parts: Any = getattr(regularizer, "_summands", ())
-    return parts[0] if len(parts) == 1 and summands.is_elementwise(parts[0]) else None
+    return parts is None or bool(summands.proximal(parts))
 
 
 def _taken(arrays: Sequence[Any], indices: Sequence[int]) -> Sequence[Any]:

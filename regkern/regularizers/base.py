@@ -312,7 +312,7 @@ class PenaltyRegularizer(Regularizer):
 
         Reference: Parikh and Boyd, Proximal Algorithms, 2014, sections 6.1 and 6.5, https://doi.org/10.1561/2400000003
         """
-        if not summands.has_prox(self._summands):
+        if not summands.proximal(self._summands):
             raise NotImplementedError(
                 "prox: expected a regularizer with a proximal operator in closed form; "
                 f"got {type(self).__name__}; use its gradient."
