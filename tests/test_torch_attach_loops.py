@@ -236,7 +236,7 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.slow  # examples and pages, which run always, have both as well
+@pytest.mark.slow  # pages have FSDP2 always; after DDP, gradients are as those of one process
 def test_two_processes(tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", PROCESSES]
     options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "stderr": subprocess.PIPE, "text": True}
