@@ -63,7 +63,8 @@ def test_checks(name, marked):
     backend = "tensorflow" if name == "tf_keras" else name
     environment = os.environ | {"KERAS_LIBRARY": library, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", marked]
-    files = [f"tests/keras_{part}.py" for part in ("checks", "models", "saving", "training_checks", "factor_checks")]
+    parts = ("checks", "models", "activities", "saving", "training_checks", "factor_checks")
+    files = [f"tests/keras_{part}.py" for part in parts]
     command = [sys.executable, "-m", "pytest", *options, *files]
     root = Path(__file__).parent.parent
     result = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
