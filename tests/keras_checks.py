@@ -21,7 +21,7 @@ layers = keras.layers
 
 # Keras's own conversion of its variables.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
-# Of training, one backend stands for the others, and the one without it is left out.
+# Of training, JAX stands for the others.
 training = [pytestmark] if BACKEND == "jax" else [pytestmark, pytest.mark.slow]
 
 

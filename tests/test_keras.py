@@ -49,12 +49,16 @@ LIBRARIES = {
 }
 
 
-CHECKS = [slow_unless(name not in ("jax", "tf_keras"), name, "not slow") for name in LIBRARIES]
-CHECKS += [pytest.param(name, "slow", marks=pytest.mark.slow) for name in LIBRARIES if name != "numpy"]
+PARTS = {"checks": ("checks", "models", "activities", "saving"), "training": ("training_checks", "factor_checks")}
+PARTS["all"] = PARTS["checks"] + PARTS["training"]
+# Of training, JAX stands for the others.
+CHECKS = [slow_unless(name not in ("jax", "tf_keras"), name, "checks", "not slow") for name in LIBRARIES]
+CHECKS += [("jax", "training", "not slow")]
+CHECKS += [slow_unless(False, name, "all", "slow") for name in LIBRARIES if name != "numpy"]
 
 
-@pytest.mark.parametrize(("name", "marked"), CHECKS)
-def test_checks(name, marked):
+@pytest.mark.parametrize(("name", "part", "marked"), CHECKS)
+def test_checks(name, part, marked):
     """Run the checks in a process of their own: Keras's backend is chosen once for each."""
     library, needed = LIBRARIES[name]
     pytest.importorskip("sklearn")
@@ -63,8 +67,7 @@ def test_checks(name, marked):
     backend = "tensorflow" if name == "tf_keras" else name
     environment = os.environ | {"KERAS_LIBRARY": library, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", marked]
-    parts = ("checks", "models", "activities", "saving", "training_checks", "factor_checks")
-    files = [f"tests/keras_{part}.py" for part in parts]
+    files = [f"tests/keras_{each}.py" for each in PARTS[part]]
     command = [sys.executable, "-m", "pytest", *options, *files]
     root = Path(__file__).parent.parent
     result = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
