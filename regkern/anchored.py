@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from regkern import reductions, summands
 from regkern.regularizers import Regularizer
 from regkern.rules import RuleError
-from regkern.terms import (
-    ADD_GRADIENT,
-    GRADIENT,
-    PROX,
-    VALUE,
-    VALUE_AND_GRADIENT,
-)
+from regkern.terms import ADD_GRADIENT, GRADIENT, PROX, VALUE, VALUE_AND_GRADIENT, Operation
 
 
 class Anchored(Regularizer):
@@ -53,21 +47,20 @@ class Anchored(Regularizer):
 
     def value_and_grad(self, x: Any) -> tuple[Any, Any]:
         """Return the penalty of x and its gradient, by the library's own operations."""
-        self.check(x)
-        return summands.distance(VALUE_AND_GRADIENT, self._summands[0], x, self.operands)
+        return self._run(VALUE_AND_GRADIENT, x)
 
     def grad(self, x: Any, out: Any = None, scale: Any = 1.0, accumulate: bool = False) -> Any:
         """Write the gradient times a scale, or add it, likewise."""
-        self.check(x)
         operation = ADD_GRADIENT if accumulate else GRADIENT
-        scale = reductions.finite("scale", scale)
-        return summands.distance(operation, self._summands[0], x, self.operands, out, "scale", scale)[1]
+        return self._run(operation, x, out, "scale", reductions.finite("scale", scale))[1]
 
     def prox(self, x: Any, step: Any, out: Any = None) -> Any:
         """Compute the proximal operator of the difference, added to x0, likewise."""
+        return self._run(PROX, x, out, "step", reductions.step_size(step))[1]
+
+    def _run(self, operation: Operation, x: Any, out: Any = None, name: str = "", scale: Any = 1.0) -> tuple[Any, Any]:
         self.check(x)
-        step = reductions.step_size(step)
-        return summands.distance(PROX, self._summands[0], x, self.operands, out, "step", step)[1]
+        return summands.distance(operation, self._summands[0], x, self.operands, out, name, scale)
 
     def get_config(self) -> dict[str, Any]:
         """Say that arrays are no config."""
@@ -82,8 +75,7 @@ class Anchored(Regularizer):
 def check_anchored(regularizers: Mapping[str, Any]) -> None:
     """Raise RuleError unless all regularizers, by their rules, are None or can have a reference."""
     for rule, regularizer in regularizers.items():
-        parts: Sequence[Any] = getattr(regularizer, "_summands", ())
-        if regularizer is not None and not (len(parts) == 1 and summands.is_elementwise(parts[0])):
+        if regularizer is not None and summands.of_elements(regularizer) is None:
             raise RuleError(
                 f"rule {rule!r}: expected one element-wise penalty of regkern's own for a distance to a reference, as "
                 f"L2, L1 or L1L2; got {regularizer!r}; give it a Penalty of its own."

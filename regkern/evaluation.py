@@ -60,7 +60,7 @@ class Tensors:
                 with _naming(self._names[i]):
                     regularizer.check(arrays[i])
                 operands = regularizer.operands
-            planned = _planned(regularizer) is not None
+            planned = summands.of_elements(regularizer)
             reading = reductions.reading(arrays[i], recorded=recorded, operands=operands) if planned else None
             if reading is None:
                 self._others.append(i)
@@ -141,7 +141,7 @@ class Tensors:
             else:
                 found |= {i: self._call(i, "__call__", arrays[i]) for i in indices}
         found |= {i: self._call(i, "__call__", arrays[i]) for i in self._others}
-        return {self._names[i]: found[i] for i in sorted(found)}
+        return self._by_name(found)
 
     def value_and_grad(self, arrays: Sequence[Any]) -> tuple[Any, dict[str, Any]]:
         """Return the sum of all penalties, and gradients by name."""
@@ -156,7 +156,7 @@ class Tensors:
         for i in self._others:
             value, grads[i] = self._call(i, "value_and_grad", arrays[i])
             values.append((arrays[i], value))
-        return _total(values), {self._names[i]: grads[i] for i in sorted(grads)}
+        return _total(values), self._by_name(grads)
 
     def add_grad(self, arrays: Sequence[Any], grads: Any, scale: float) -> None:
         """Add each gradient, times a scale, to the array of its name, once all are found to be right."""
@@ -169,17 +169,11 @@ class Tensors:
                 f"grads: expected an array for each penalised tensor; got none for {', '.join(missing)}; "
                 "add them, or give these names None by a rule."
             )
-        for i in self._others:
-            with _naming(self._names[i]):
-                reductions.check_out(arrays[i], grads[self._names[i]])
-        targets = [
-            plan.targets(_taken(arrays, indices), [grads[self._names[i]] for i in indices])
-            for indices, plan, _ in self._plans
-        ]
-        for planned, target in zip(self._plans, targets, strict=True):
+        outs = [grads.get(name) for name in self._names]
+        for planned, target in zip(self._plans, self._targets(arrays, outs), strict=True):
             planned.plan.add_grad(self._penalties(), target, scale)
         for i in self._others:
-            self._call(i, "grad", arrays[i], out=grads[self._names[i]], scale=scale, accumulate=True)
+            self._call(i, "grad", arrays[i], out=outs[i], scale=scale, accumulate=True)
 
     def value_and_add_grad(
         self, arrays: Sequence[Any], grads: list[Any], scale: float
@@ -203,7 +197,7 @@ class Tensors:
             found = {i: value for i, value, _ in others}
             for indices, each in named:
                 found |= zip(indices, each(), strict=True)
-            return {self._names[i]: found[i] for i in sorted(found)}
+            return self._by_name(found)
 
         return _total(values), each_value
 
@@ -222,15 +216,20 @@ class Tensors:
                     f"{self._names[i]}: expected a regularizer with a proximal operator; "
                     f"got {self._regularizers[i]!r}; give this name None by a rule, and use its gradient."
                 )
-        for i in self._others:
-            with _naming(self._names[i]):
-                reductions.check_out(arrays[i], arrays[i])
-        own = [_taken(arrays, planned.indices) for planned in self._plans]
-        targets = [planned.plan.targets(each, each) for planned, each in zip(self._plans, own, strict=True)]
-        for planned, target in zip(self._plans, targets, strict=True):
+        for planned, target in zip(self._plans, self._targets(arrays, arrays), strict=True):
             planned.plan.prox(self._penalties(), target, step)
         for i in self._others:
             self._call(i, "prox", arrays[i], step, out=arrays[i])
+
+    def _targets(self, arrays: Sequence[Any], outs: Sequence[Any]) -> list[Any]:
+        """Return where the plans write to, once all arrays are found to be right."""
+        for i in self._others:
+            with _naming(self._names[i]):
+                reductions.check_out(arrays[i], outs[i])
+        return [plan.targets(_taken(arrays, indices), _taken(outs, indices)) for indices, plan, _ in self._plans]
+
+    def _by_name(self, found: Mapping[int, Any]) -> dict[str, Any]:
+        return {self._names[i]: found[i] for i in sorted(found)}
 
     def _evaluated(self) -> list[int]:
         return [i for planned in self._plans for i in planned.indices] + self._others
@@ -240,7 +239,8 @@ class Tensors:
 
     def _penalties(self) -> list[Weighted]:
         """Return what the plans evaluate; nothing where a factor is an array that a library differentiates."""
-        return summands.weighted([_planned(each) for each in self._distinct], recorded=self._recorded)
+        planned = [each._summands[0] for each in self._distinct]
+        return summands.weighted(planned, recorded=self._recorded)
 
     def _need(self, method: str) -> None:
         for i in self._others:
@@ -258,13 +258,7 @@ class Tensors:
 def has_prox(regularizer: Any) -> bool:
     """Whether a regularizer that has `prox` has it in closed form; of others than regkern's own, it is believed."""
     parts = getattr(regularizer, "_summands", None)
-    return parts is None or summands.has_prox(parts)
-
-
-def _planned(regularizer: Any) -> Any:
-    """Return the one term of elements, with its parameters, that a plan can evaluate; None for other penalties."""
-    parts: Any = getattr(regularizer, "_summands", ())
-    return parts[0] if len(parts) == 1 and summands.is_elementwise(parts[0]) else None
+    return parts is None or bool(summands.proximal(parts))
 
 
 def _taken(arrays: Sequence[Any], indices: Sequence[int]) -> Sequence[Any]:

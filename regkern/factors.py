@@ -19,7 +19,8 @@ class Factor:
 
     def __init__(self, default: float, above: float | None = None) -> None:
         """Say what None stands for, and of a shape parameter what it is above."""
-        self._default, self._above = default, above
+        self._default = default
+        self._lowest = 0.0 if above is None else math.nextafter(above, math.inf)
         self._expected = "a non-negative float" if above is None else f"a float above {above:g}"
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -34,7 +35,7 @@ class Factor:
         seen: float | None = factor
         if factor != factor and reductions.is_number(value):
             factor, seen = value, reductions.held(value)
-        if seen is not None and not (self._is_large_enough(seen) and seen < math.inf):
+        if seen is not None and not (self._lowest <= seen < math.inf):
             raise ValueError(
                 f"Invalid value for argument {self._name}: expected {self._expected}. "
                 f"Received: {self._name}={shown(value)}"
@@ -42,20 +43,13 @@ class Factor:
         state = vars(instance)
         before = state.pop("_summands", None)
         if before is not None and any(each.captured for each in before) and state[self._name] is not factor:
-            self._warn(state[self._name], factor)
+            warnings.warn(
+                f"{self._name}: set to {factor!r} on a regularizer that a compiled function of JAX or TensorFlow "
+                f"holds, and holds with {self._name}={state[self._name]!r} until it is compiled anew; let the factor "
+                "be a variable and assign to that, or a 0-d array that the function takes as an argument.",
+                stacklevel=2,
+            )
         state[self._name] = factor
-
-    def _is_large_enough(self, value: float) -> bool:
-        return value >= 0.0 if self._above is None else value > self._above
-
-    def _warn(self, old: Any, new: Any) -> None:
-        warnings.warn(
-            f"{self._name}: set to {new!r} on a regularizer that a compiled function of JAX or TensorFlow holds, and "
-            f"holds with {self._name}={old!r} until it is compiled anew; let the factor be a variable and assign to "
-            "that, or a 0-d array that the function takes as an argument.",
-            UserWarning,
-            stacklevel=3,
-        )
 
 
 class Choice:

@@ -287,30 +287,24 @@ class Penalty:
             self._last = last if last.reusable else None
         return last, arrays
 
-    def _rules(self, tree: Any, named: Mapping[str, Any]) -> Rules:
-        """Return the rules for what is in a tree."""
-        return self.rules.among(named, select(self.rules.regularizers, tree, named))
-
     def _find(self, tree: Any, named: Mapping[str, Any], *, tell: bool = True) -> list[Any]:
         """Return the regularizer of each name, or None.
 
         Warn, once for each, of names that no rule matches, and of rules with a regularizer that match no name.
         """
-        names = list(named)
-        rules = self._rules(tree, named)
-        found = [rules.find(name) for name in names]
-        globs = [glob for glob, _ in found]
+        rules = self.rules.among(named, select(self.rules.regularizers, tree, named))
+        found = {name: rules.find(name) for name in named}
         if tell:
-            new = sorted(name for name, glob in zip(names, globs, strict=True) if glob is None and self._is_new(name))
+            new = sorted(name for name, (glob, _) in found.items() if glob is None and self._is_new(name))
             if new:
                 warnings.warn(
                     f"no rule matches {', '.join(new)}: no penalty is given; '*': None at the end says so.",
                     stacklevel=4,
                 )
-            for glob in self._unused(tree, named, globs):
+            for glob in self._unused(tree, named, {glob for glob, _ in found.values()}):
                 if self.rules.regularizers[glob] is not None and self._is_new(glob, "rule"):
-                    warnings.warn(_unused_text(glob, names), stacklevel=4)
-        return list(self._anchor({name: each for name, (_, each) in zip(names, found, strict=True)}).values())
+                    warnings.warn(_unused_text(glob, list(named)), stacklevel=4)
+        return list(self._anchor({name: each for name, (_, each) in found.items()}).values())
 
     def _anchor(self, found: dict[str, Any]) -> dict[str, Any]:
         """Return regularizers by name, those of distances to a reference where there is one."""
@@ -319,19 +313,11 @@ class Penalty:
     def _chosen(self, tree: Any) -> dict[str, Any]:
         """Return the regularizers of the names in a tree that have one, and tell nothing."""
         named = reductions.named_arrays(tree)
-        rules = self._rules(tree, named)
-        found = self._anchor({name: rules.find(name)[1] for name in named})
-        return {name: regularizer for name, regularizer in found.items() if regularizer is not None}
-
-    def _completed(self) -> Penalty:
-        """Return the same penalty with None for every name that no rule matches."""
-        completed = copy.copy(self)
-        regularizers = self.rules.regularizers
-        completed.rules = Rules({**regularizers, "*": regularizers.get("*")})
-        return completed
+        found = zip(named, self._find(tree, named, tell=False), strict=True)
+        return {name: regularizer for name, regularizer in found if regularizer is not None}
 
     def _unused(self, tree: Any, named: Mapping[str, Any], used: Collection[str | None] = ()) -> list[str]:
-        unused = [glob for glob in self.rules.regularizers if glob not in set(used)]
+        unused = [glob for glob in self.rules.regularizers if glob not in used]
         selected = select(unused, tree, named)
         return [glob for glob in unused if not selected.get(glob, ()) and not matches_any(glob, named)]
 

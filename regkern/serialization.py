@@ -17,29 +17,16 @@ from regkern.regularizers import FAMILY, L1, L1L2, L2, OrthogonalRegularizer, Re
 
 T = TypeVar("T")
 
-# Classes by their lower-case names: those that Keras has as well, and all.
-KERAS_CLASSES: dict[str, type[Regularizer]] = {
-    "l1": L1,
-    "l2": L2,
-    "l1l2": L1L2,
-    "orthogonal_regularizer": OrthogonalRegularizer,
-}
-BUILT_IN: dict[str, type[Regularizer]] = {**KERAS_CLASSES, **FAMILY}
+# The classes that Keras has as well.
+KERAS_CLASSES = (L1, L2, L1L2, OrthogonalRegularizer)
+
+_NAMES = {**{cls.__name__: cls for cls in FAMILY.values()}, **FAMILY}
 
 # What the class_name of a config stands for.
-_CLASSES: dict[str, type[Regularizer]] = {
-    "Regularizer": Regularizer,
-    **{cls.__name__: cls for cls in BUILT_IN.values()},
-    **BUILT_IN,
-    "l1_l2": L1L2,
-}
+_CLASSES: dict[str, type[Regularizer]] = {**_NAMES, "Regularizer": Regularizer, "l1_l2": L1L2}
 
 # What a name alone stands for: "l1_l2" is Keras's function with its defaults 0.01 and 0.01, the others are classes.
-_IDENTIFIERS: dict[str, Callable[[], Regularizer]] = {
-    **{cls.__name__: cls for cls in BUILT_IN.values()},
-    **BUILT_IN,
-    "l1_l2": l1_l2,
-}
+_IDENTIFIERS: dict[str, Callable[[], Regularizer]] = {**_NAMES, "l1_l2": l1_l2}
 
 # A config of these alone can be read by Keras.
 _KERAS_ARGUMENTS = {"l1", "l2", "factor", "mode"}
@@ -51,7 +38,7 @@ _registered: dict[str, Any] = {}
 _registered_names: dict[Any, str] = {}
 
 # As Keras writes regkern's classes, once `regkern.keras` has registered them there.
-_REGISTERED_WITH_KERAS = {f"regkern>{cls.__name__}": cls for cls in BUILT_IN.values()}
+_REGISTERED_WITH_KERAS = {f"regkern>{cls.__name__}": cls for cls in FAMILY.values()}
 _scoped: ContextVar[Mapping[str, Any]] = ContextVar("regkern_custom_objects")
 
 
@@ -199,7 +186,7 @@ def serialize(regularizer: Any, use_legacy_format: bool = False) -> Any:
     registered_name = None if built_in else _registered_name(cls)
     if use_legacy_format:
         return {"class_name": registered_name or cls.__name__, "config": config}
-    known_to_keras = cls in KERAS_CLASSES.values() and config.keys() <= _KERAS_ARGUMENTS
+    known_to_keras = cls in KERAS_CLASSES and config.keys() <= _KERAS_ARGUMENTS
     module = "keras.regularizers" if known_to_keras else "regkern.regularizers"
     return {
         "module": module if built_in else None,

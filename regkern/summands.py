@@ -141,7 +141,7 @@ def grad(summands: Summands, x: Any, out: Any, scale: Any, accumulate: bool) -> 
 def prox(summands: Summands, x: Any, step: Any, out: Any) -> Any:
     """Write ``argmin_z step * P(z) + ||z - x||**2 / 2`` to out and return out; of several, one after the other."""
     step = step_size(step)
-    for summand in _proximal(summands):
+    for summand in proximal(summands):
         adapter, p = _scaled(summand, x, "step", step)
         _, x = adapter.run(PROX, summand.term, p, x, out)
     return x
@@ -172,12 +172,7 @@ def distance(
     return adapter.anchored(operation, summand.term, p, x, beside(x, operands), out)
 
 
-def has_prox(summands: Summands) -> bool:
-    """Whether the proximal operator is known in closed form."""
-    return bool(_proximal(summands))
-
-
-def _proximal(summands: Summands) -> list[Summand]:
+def proximal(summands: Summands) -> list[Summand]:
     """Return summands in the order in which their proximal operators are that of the sum; none where that is not known.
 
     Soft thresholds come first, then one of groups, and what shrinks all by a factor last (Yu, On decomposing the
@@ -199,9 +194,10 @@ def _proximal(summands: Summands) -> list[Summand]:
     return [*stages[0], *stages[1], *stages[2]]
 
 
-def is_elementwise(summand: Summand) -> bool:
-    """Whether a summand is a sum over elements, of which many arrays are evaluated by one launch."""
-    return summand.term.view is ELEMENTS
+def of_elements(regularizer: Any) -> Summand | None:
+    """Return the one sum over elements that a penalty is, so that one launch evaluates many arrays; None for others."""
+    summands: Summands = getattr(regularizer, "_summands", ())
+    return summands[0] if len(summands) == 1 and summands[0].term.view is ELEMENTS else None
 
 
 def pieces(summands: Summands) -> str | None:
@@ -290,8 +286,9 @@ def finish(summands: Summands, partial: Any, dtype: Any) -> Any:
             value = np.float64(a + b) * _finished(summand.term.view, float(first), float(second))
         else:
             value = a * first + b * second
+        value = value.astype(result)  # as the values of several terms are added
         total = value if total is None else total + value
-    return total.astype(result)
+    return total
 
 
 def _finished(view: Products, total: float, pairs: float) -> float:

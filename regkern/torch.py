@@ -16,8 +16,10 @@ import torch
 from torch.optim import Optimizer
 
 from regkern import reductions
+from regkern.bound import as_floats
 from regkern.evaluation import Tensors, has_prox
 from regkern.penalty import Penalty
+from regkern.training import completed
 
 __all__ = ["Handle", "attach"]
 
@@ -103,8 +105,9 @@ def _penalty(rules: Mapping[str, Any] | Penalty | None, others: Any) -> Penalty 
     """Return rules as a penalty, which has one for each name where others are given: they may be for the rest."""
     if rules is None:
         return None
-    penalty = rules if isinstance(rules, Penalty) else Penalty(rules)
-    return penalty if others is None else penalty._completed()
+    if others is not None:
+        return completed(rules)
+    return rules if isinstance(rules, Penalty) else Penalty(rules)
 
 
 class _Side:
@@ -191,7 +194,7 @@ class Handle:
             ValueError, TypeError: as for `value`.
         """
         values = self._evaluated()[1]()
-        return {name: reductions.as_float(name, value) for name, value in values.items()} if floats else values
+        return as_floats(values) if floats else values
 
     def remove(self) -> None:
         """Let the optimizer's steps be its own again; the last step's values stay."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from regkern import reductions
 from regkern.names import nearest
 from regkern.penalty import Penalty
-from regkern.rules import RuleError
+from regkern.rules import RuleError, Rules
 
 
 def completed(rules: Any) -> Penalty:
@@ -19,7 +20,10 @@ def completed(rules: Any) -> Penalty:
     Raises:
         TypeError, RuleError: as for `Penalty`.
     """
-    return (rules if isinstance(rules, Penalty) else Penalty(rules))._completed()
+    penalty = copy.copy(rules) if isinstance(rules, Penalty) else Penalty(rules)
+    regularizers = penalty.rules.regularizers
+    penalty.rules = Rules({**regularizers, "*": regularizers.get("*")})
+    return penalty
 
 
 def penalised(penalty: Penalty, tree: Any) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Models, optimizers and steps by hand, for the tests of penalties that are attached to optimizers."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import nn
@@ -54,6 +56,29 @@ def rates_of(model, optimizer):
     }
 
 
+def step_by_hand(model, optimizer):
+    """Do a step as one with the penalties attached; return the penalty of before."""
+    value = add_by_hand(model.named_parameters())
+    optimizer.step()
+    prox_by_hand(list(model.named_parameters()), rates_of(model, optimizer))
+    return float(value)
+
+
+def assert_same_parameters(model, expected):
+    for x, y in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@contextmanager
+def unchanged(model):
+    """Assert that parameters and gradients are at the end as they were."""
+    kept = [(x.detach().clone(), x.grad.clone()) for x in model.parameters()]
+    yield
+    for x, (value, gradient) in zip(model.parameters(), kept, strict=True):
+        assert torch.equal(x, value)
+        assert torch.equal(x.grad, gradient)
+
+
 def train(model, optimizer, loss, steps=4, by_hand=False, clear=True):
     """Return the penalties before each step."""
     handle = None if by_hand else attach(optimizer, model, RULES, PROX)
@@ -62,11 +87,9 @@ def train(model, optimizer, loss, steps=4, by_hand=False, clear=True):
         optimizer.zero_grad(set_to_none=clear)
         loss(model, batch).backward()
         if by_hand:
-            values.append(float(add_by_hand(model.named_parameters())))
-        optimizer.step()
-        if by_hand:
-            prox_by_hand(list(model.named_parameters()), rates_of(model, optimizer))
+            values.append(step_by_hand(model, optimizer))
         else:
+            optimizer.step()
             values.append(float(handle.value()))
     return values
 

@@ -21,6 +21,8 @@ layers = keras.layers
 
 # Keras's own conversion of its variables.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+# Of training, JAX stands for the others.
+training = [pytestmark] if BACKEND == "jax" else [pytestmark, pytest.mark.slow]
 
 
 def tensor(x):
@@ -107,10 +109,14 @@ def make(net, library, **options):
 
 def train(model, **mode):
     """Train three epochs; return the losses and the final weights."""
-    x, y = digits()
     model.compile(
         keras.optimizers.SGD(0.05, momentum=0.9), keras.losses.SparseCategoricalCrossentropy(from_logits=True), **mode
     )
+    return go_on(model)
+
+
+def go_on(model):
+    x, y = digits()
     history = model.fit(x, y, batch_size=64, epochs=3, shuffle=False, verbose=0)
     return history.history["loss"], [np.asarray(w, np.float64) for w in model.get_weights()]
 
@@ -131,7 +137,7 @@ TRAINED = [slow_unless(mode == OFTEN, mode) for mode in MODES]
 
 
 @needs_fit
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("net", [slow_unless(net == "mlp", net) for net in NETS])  # convolutions are below as well
 @pytest.mark.parametrize("mode", TRAINED)
 def test_training_is_the_same(net, mode):
     ours, theirs = (train(make(net, library), **MODES[mode]) for library in (rk, keras.regularizers))
@@ -178,14 +184,13 @@ def test_the_group_lasso_is_trained_saved_and_loaded(mode, tmp_path):
 
 @needs_fit
 def test_training_goes_on_after_accelerate_and_restore():
+    """Of a model that was compiled and trained before, whose optimizer has its momenta."""
     model, expected = (make("mlp", keras.regularizers) for _ in range(2))
     train(model)
     train(expected)
-    assert regkern.keras.accelerate(model) == PLACES["mlp"]
-    assert_same_training(train(model), train(expected), 1e-5)
-    assert regkern.keras.restore(model) == PLACES["mlp"]
-    x, y = digits()
-    np.testing.assert_allclose(*(each.evaluate(x, y, verbose=0) for each in (model, expected)), rtol=1e-5)
+    for change in (regkern.keras.accelerate, regkern.keras.restore):
+        assert change(model) == PLACES["mlp"]
+        assert_same_training(go_on(model), go_on(expected), 1e-5)
 
 
 @pytest.mark.parametrize("net", NETS)
@@ -363,60 +368,6 @@ def test_a_float_that_is_set_after_a_step_was_compiled():
     model.fit(np.zeros((8, 4)), np.zeros((8, 3)), verbose=0)
     with pytest.warns(UserWarning, match=r"^l2: set to 0.5 on a regularizer .* holds with l2=0.25"):
         regularizer.l2 = 0.5
-
-
-@pytest.mark.skipif(LIBRARY != "tf_keras", reason="Keras 3 has no ragged outputs")
-@pytest.mark.parametrize("name", ["L1", "L1L2"])  # its own L2 fails on them
-def test_ragged_activities(name):
-    import tensorflow as tf
-
-    ragged = tf.ragged.constant([[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0]]], ragged_rank=1)
-    losses = []
-    for library in (keras.regularizers, rk):
-        layer = layers.Dense(2, kernel_initializer="ones", activity_regularizer=getattr(library, name)(0.1))
-        layer(ragged)
-        losses.append(float(layer.losses[0]))
-    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
-
-
-@needs_fit
-def test_a_layer_that_penalises_what_its_mask_leaves():
-    """Keras's own activity regularizers see neither masks nor what is no number; a layer can."""
-
-    class Penalised(layers.Layer):
-        def __init__(self, regularizer, **options):
-            super().__init__(**options)
-            self.regularizer, self.supports_masking = regularizer, True
-
-        def call(self, x, mask=None):
-            masks = None if mask is None else [mask, None]
-            self.add_loss(rk.activity_penalty(self.regularizer, [x, integers_like(x)], masks))
-            return x
-
-    ids = np.array([[1, 2, 0, 0], [3, 0, 0, 0], [1, 1, 1, 2]])
-    model = keras.Sequential(
-        [
-            inputs((4,)),
-            layers.Embedding(5, 2, mask_zero=True, embeddings_initializer="ones"),
-            Penalised(rk.L1(0.5)),
-            layers.GlobalAveragePooling1D(),
-        ]
-    )
-    expected = 0.5 * 2 * (ids != 0).sum() / len(ids)
-    model(tensor(ids))
-    assert sum(float(numbers(loss)) for loss in model.losses) == pytest.approx(expected)
-    model.compile(keras.optimizers.SGD(0.0), lambda y, prediction: 0.0 * (prediction - prediction)[:, 0])
-    loss = model.fit(ids, np.zeros((3, 2)), batch_size=3, verbose=0).history["loss"][0]
-    assert float(loss) == pytest.approx(expected)
-
-
-def integers_like(x):
-    """Integers beside an output, as indices are."""
-    if LIBRARY == "tf_keras":
-        import tensorflow as tf
-
-        return tf.cast(x, "int32")
-    return keras.ops.cast(x, "int32")
 
 
 def test_variables_of_one_name_are_refused():

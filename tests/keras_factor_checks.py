@@ -10,7 +10,8 @@ import pytest
 
 import regkern as rk
 import regkern.keras
-from tests.keras_checks import BACKEND, LIBRARY, keras, numbers, pytestmark, variable  # noqa: F401
+from tests.keras_checks import BACKEND, keras, numbers, variable
+from tests.keras_checks import training as pytestmark  # noqa: F401
 from tests.keras_training_checks import BATCH, X, Y, fit, linear
 
 
@@ -89,10 +90,7 @@ class Assign(keras.callbacks.Callback):
         self.batches = batch + 1
 
 
-WRONG = pytest.mark.parametrize("wrong", [-1.0, float("nan")])
-
-
-@WRONG
+@pytest.mark.parametrize("wrong", [-1.0, float("nan")])
 def test_a_factor_that_turns_wrong_is_seen_by_the_proximal_step(wrong):
     factor, model = variable(0.5), linear(keras.optimizers.SGD(0.1))
     assign = Assign(factor, wrong)
@@ -102,8 +100,7 @@ def test_a_factor_that_turns_wrong_is_seen_by_the_proximal_step(wrong):
     assert assign.batches == 2
 
 
-@WRONG
-@pytest.mark.parametrize("eagerly", [True, False])
+@pytest.mark.parametrize(("eagerly", "wrong"), [(True, -1.0), (False, -1.0), (False, float("nan"))])
 def test_a_factor_that_turns_wrong_is_seen_in_the_loss_where_nothing_is_compiled(eagerly, wrong):
     factor, model = variable(0.5), linear(keras.optimizers.SGD(0.0))
     rk.keras.regularize(model, {"*kernel*": rk.L2(factor)})

@@ -12,7 +12,9 @@ import pytest
 import regkern as rk
 import regkern.keras
 from regkern.rules import RuleError
-from tests.keras_checks import BACKEND, LIBRARY, inputs, keras, layers, numbers, pytestmark, tensor, variable  # noqa: F401
+from tests.cases import slow_unless
+from tests.keras_checks import BACKEND, LIBRARY, inputs, keras, layers, numbers, tensor, variable
+from tests.keras_checks import training as pytestmark  # noqa: F401
 
 KERAS3 = LIBRARY == "keras"
 only_keras3 = pytest.mark.skipif(not KERAS3, reason="Keras 3's")
@@ -75,8 +77,16 @@ def schedule():
 CALLBACK = {"*kernel*": rk.L1(FACTOR)}
 
 
-@pytest.mark.parametrize("every", [1, 3])
-@pytest.mark.parametrize("kind", ["constant", "schedule", "eagerly"])
+@pytest.mark.parametrize(
+    ("kind", "every"),
+    [
+        ("constant", 1),
+        ("schedule", 3),
+        slow_unless(False, "constant", 3),
+        slow_unless(False, "schedule", 1),
+        slow_unless(False, "eagerly", 1),
+    ],
+)
 def test_steps_are_those_of_proximal_gradient_descent(kind, every):
     model = linear(keras.optimizers.SGD(schedule() if kind == "schedule" else 0.1), run_eagerly=kind == "eagerly")
     watch = Watch()
@@ -347,12 +357,12 @@ def test_regularize_reaches_every_kind_of_model():
         assert model.losses == []
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # JAX compiles a function for each shape of a variable
 def test_regularize_takes_an_application():
     model = keras.applications.MobileNet(input_shape=(32, 32, 3), alpha=0.25, weights=None, classes=3)
     penalty = rk.Penalty({"@no_decay": None, "*": rk.L2(0.5)})
     assert rk.keras.regularize(model, penalty) == 28
-    if BACKEND != "jax":  # which compiles a function for each shape
+    if BACKEND != "jax":
         assert total(model) == pytest.approx(float(numbers(penalty(model))), rel=1e-4)
 
 

@@ -236,9 +236,9 @@ def test_a_config_without_arguments():
 
 def test_the_base_class():
     assert rk.Regularizer()(np.ones(3)) == 0.0
-    with pytest.raises(NotImplementedError, match=r"does not implement get_config\(\)"):
+    with pytest.raises(NotImplementedError, match=r"^Regularizer does not implement get_config\(\)$"):
         rk.Regularizer().get_config()
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(NotImplementedError, match=r"^WithoutConfig does not"):
         rk.serialize(WithoutConfig())
     assert rk.get(WithoutConfig)(np.array([1.0, 2.0])) == 2.0
     assert "WithoutConfig object" in repr(WithoutConfig())
@@ -287,30 +287,13 @@ def test_choices_that_are_set_later_are_checked():
     assert (regularizer.mode, regularizer.leading_axes) == ("rows", None)
 
 
-def test_ints_beyond_what_python_prints():
-    with pytest.raises(ValueError, match="expected a non-negative float"):
-        rk.L1(10**5000)
-
-
 def test_errors_name_what_is_at_fault():
-    class Unfinished(rk.Regularizer):
-        pass
-
-    with pytest.raises(NotImplementedError, match=r"^Unfinished does not implement get_config\(\)$"):
-        Unfinished().get_config()
-    with pytest.raises(
-        NotImplementedError, match=r"^prox: expected .*; got OrthogonalRegularizer; use its gradient\.$"
-    ):
+    text = r"^prox: expected .*; got OrthogonalRegularizer; use its gradient\.$"
+    with pytest.raises(NotImplementedError, match=text):
         rk.OrthogonalRegularizer().prox(np.ones((2, 2)), 0.1)
-    with pytest.raises(
-        ValueError,
-        match=r"^outputs: expected a batch on axis 0; got .* dimensions; pass a batch of one\.$",
-    ):
+    text = r"^outputs: expected a batch on axis 0; got .* dimensions; pass a batch of one\.$"
+    with pytest.raises(ValueError, match=text):
         rk.activity_penalty(rk.L2(), np.float32(1.0))
-
-
-def test_a_config_of_all_that_keras_knows_is_keras():
-    assert rk.serialize(rk.OrthogonalRegularizer(0.5))["module"] == "keras.regularizers"
 
 
 def test_finish_gives_float32_unless_told():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import regkern as rk
+from tests.cases import slow_unless
 
 RNG = np.random.default_rng(0)
 FAMILY = {
@@ -45,8 +46,9 @@ def log_sum(x, factor, eps):
     return factor * np.log1p(abs(x) / eps)
 
 
-def elementwise(name, x):
-    return {"huber": huber, "mcp": mcp, "scad": scad, "log_sum": log_sum}[name](x, *FAMILY[name].get_config().values())
+def elementwise(name, x, factor=None):
+    first, second = FAMILY[name].get_config().values()
+    return {"huber": huber, "mcp": mcp, "scad": scad, "log_sum": log_sum}[name](x, factor or first, second)
 
 
 def groups(reg, x):
@@ -84,8 +86,15 @@ def test_logarithms_of_kernels_are_within_two_units_in_the_last_place():
         np.testing.assert_array_equal(found[~finite], x[~finite])
 
 
-@pytest.mark.parametrize("name", EVERY)
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+# Kernels of other dtypes load and store otherwise, whatever the formula; and one view of groups stands for the others.
+KINDS = [
+    slow_unless(dtype == "float32" or name in ("mcp", "sparse"), name, dtype)
+    for dtype, name in itertools.product(["float16", "float32", "float64"], EVERY)
+]
+OFTEN = [slow_unless(name not in ("middle", "last", "two axes"), name) for name in EVERY]
+
+
+@pytest.mark.parametrize(("name", "dtype"), KINDS)
 def test_values_and_gradients(name, dtype):
     x, reg = array(dtype), EVERY[name]
     wide = x.astype(np.float64)
@@ -107,9 +116,10 @@ def test_values_and_gradients(name, dtype):
 @pytest.mark.parametrize("step", [0.0, 0.3, 1.0, 2.9, 3.0, 5.0, 20.0])
 def test_proximal_operators_are_global_minimisers(name, step):
     x = np.concatenate([np.linspace(-6, 6, 121), [1e-9, 30.0]])
-    z = np.unique(np.concatenate([np.linspace(-40, 40, 160001), x]))
-    objective = step * elementwise(name, z) + (z - x[:, None]) ** 2 / 2
     found = FAMILY[name].prox(x, step)
+    near = [x, found - 1e-3, found + 1e-3, found * (1 - 1e-4), found * (1 + 1e-4)]
+    z = np.concatenate([np.broadcast_to(np.linspace(-40, 40, 8001), (len(x), 8001)), np.stack(near, 1)], 1)
+    objective = step * elementwise(name, z) + (z - x[:, None]) ** 2 / 2
     value = step * elementwise(name, found) + (found - x) ** 2 / 2
     assert (value <= objective.min(axis=1) + 1e-9).all()
     np.testing.assert_array_equal(np.signbit(found[found != 0]), np.signbit(x[found != 0]))
@@ -174,10 +184,11 @@ def test_libraries(library, name):
         np.testing.assert_allclose(np.asarray(reg.prox(y, step)), reg.prox(x, step), rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", OFTEN)
 def test_differentiation_by_libraries(name):
     torch, jax, tf = (pytest.importorskip(library) for library in ("torch", "jax", "tensorflow"))
     x, reg = array("float32"), EVERY[name]
+    x[1], x[:, 2], x[..., 3] = 0, 0, 0  # whole groups, of whichever axis
     expected = reg.grad(x)
     eager = in_torch(x).requires_grad_()
     reg(eager).backward()
@@ -275,17 +286,17 @@ SUMS = {
 @pytest.mark.parametrize("name", SUMS)
 def test_sums_of_penalties(name):
     total, known = SUMS[name]
-    for dtype in ("float32", "float64"):
+    for dtype in ("float32", "float64") * 10:
         x = array(dtype)
         value, gradient = total.value_and_grad(x)
         np.testing.assert_allclose(value, known(x), rtol=1e-6)
         np.testing.assert_allclose(total(x), known(x), rtol=1e-6)
         np.testing.assert_allclose(gradient, known.grad(x), rtol=1e-5)
         np.testing.assert_allclose(total.prox(x, 0.4), known.prox(x, 0.4), rtol=1e-5, atol=1e-7)
-        np.testing.assert_allclose(total.finish(total.partial(x), dtype), known(x), rtol=1e-6)
+        assert total.finish(total.partial(x), dtype) == total(x)
         out = np.ones_like(x)
         assert total.grad(x, out=out, accumulate=True) is out
-        np.testing.assert_allclose(out, 1 + known.grad(x), rtol=1e-5)
+        np.testing.assert_allclose(out, 1 + known.grad(x), rtol=1e-5, atol=1e-6)
         stepped = known.prox(x, 0.4)
         assert total.prox(x, 0.4, out=x) is x
         np.testing.assert_allclose(x, stepped, rtol=1e-5, atol=1e-7)
@@ -367,9 +378,12 @@ BY_FACTOR = {
 @pytest.mark.parametrize("name", BY_FACTOR)
 def test_factors_that_are_differentiated(name):
     torch, jax = pytest.importorskip("torch"), pytest.importorskip("jax")
-    make, x, step = BY_FACTOR[name], RNG.standard_normal((5, 6)).astype(np.float32), 1e-4
-    wide = x.astype(np.float64)
-    slope = (float(make(0.4 + step)(wide)) - float(make(0.4 - step)(wide))) / (2 * step)
+    make, x = BY_FACTOR[name], RNG.standard_normal((5, 6)).astype(np.float32)
+    if name in ("mcp", "scad"):
+        low, high = (elementwise(name, x.astype(np.float64), factor).sum() for factor in (0.4 - 1e-4, 0.4 + 1e-4))
+        slope = (high - low) / 2e-4
+    else:  # it is linear in the factor
+        slope = float(make(1.0)(x)) - float(make(0.0)(x))
     factor = torch.tensor(0.4, requires_grad=True)
     value = make(factor)(in_torch(x))
     value.backward()

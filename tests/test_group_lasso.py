@@ -1,8 +1,11 @@
 """The group lasso: rows, columns and filters, over dtypes, layouts and libraries."""
 
+import contextlib
 import functools
+import io
 import itertools
 import json
+import os
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from regkern.dtypes import DTYPES
 from regkern.kernels.cpu.groups import PIECE, TILE
 from tests.cases import LAYOUTS, READ_ONLY_LAYOUTS, Layout, make, slow_unless
 from tests.libraries import LIBRARIES, numbers
-from tests.processes import run
+from tests.processes import HEAD, run
 from tests.reference import group_lasso, group_lasso_gradient, group_lasso_prox
 
 MODES = ("rows", "columns")
@@ -89,20 +92,6 @@ def test_groups_become_zero(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_proximal_operator_is_the_argmin(mode):
-    rng, reg, step = np.random.default_rng(0), rk.GroupLasso(0.5, mode), 1.5
-    x = rng.standard_normal((6, 5))
-    nearest = reg.prox(x, step)
-
-    def objective(z):
-        return step * group_lasso(reg, z) + 0.5 * np.square(z - x).sum()
-
-    least = objective(nearest)
-    for scale in np.repeat([1e-4, 1e-2, 1.0], 50):
-        assert objective(nearest + scale * rng.standard_normal(x.shape)) >= least
-
-
-@pytest.mark.parametrize("mode", MODES)
 def test_nan_and_infinity_stay_in_their_groups(mode):
     x = np.ones((3, 20), np.float32)
     x[0, 1], x[1, 2] = np.nan, np.inf
@@ -118,6 +107,14 @@ def test_nan_and_infinity_stay_in_their_groups(mode):
     assert np.isfinite(nearest[2]).all()
 
 
+def printed(code):
+    """Run code as `run` does, but here."""
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        exec(HEAD + code, {})
+    return text.getvalue()
+
+
 def test_the_same_bits_for_any_number_of_threads():
     code = """
 import hashlib
@@ -130,7 +127,11 @@ for shape in ((250, 4000), (1000000,), (3, 333333), (333333, 3), (10, 10, 100, 1
         parts += [r(y), value, gradient, r.prox(y, 0.1)]
 print(hashlib.sha256(b"".join(np.asarray(part).tobytes() for part in parts)).hexdigest())
 """
-    assert len({run(code, NUMBA_NUM_THREADS=str(threads)) for threads in (1, 2)}) == 1
+    assert {run(code, NUMBA_NUM_THREADS=str(threads)) for threads in THREADS} == {printed(code)}
+
+
+# Another number than there are here.
+THREADS = (1,) if (os.cpu_count() or 1) > 1 else (2,)
 
 
 def test_without_numbas_compiler():
@@ -140,7 +141,7 @@ for dtype, mode in ((np.float16, "rows"), (np.float64, "rows"), (np.float64, "co
     for part in (r(y), *r.value_and_grad(y[::-1, ::2]), r.prox(y, 0.1, y.copy()), r.grad(y, y.copy(), accumulate=True)):
         print(part.dtype, *(f"{value:.2e}" for value in np.asarray(part, np.float64).ravel() + 1e-9))
 """
-    assert run(code, NUMBA_DISABLE_JIT="1") == run(code)
+    assert run(code, NUMBA_DISABLE_JIT="1") == printed(code)
 
 
 def test_kernels_ahead_of_time():
@@ -179,27 +180,6 @@ def test_differentiation_in_torch(mode):
     reg.prox(saved.detach(), 1.0, out=saved.detach())
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         square.backward()
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_differentiation_in_graphs(mode):
-    jax, tf = pytest.importorskip("jax"), pytest.importorskip("tensorflow")
-    x = np.random.default_rng(0).standard_normal((5, 8)).astype(np.float32)
-    x[:, 1] = x[2] = 0
-    reg = rk.GroupLasso(0.3, mode)
-    expected = group_lasso_gradient(reg, x)
-    np.testing.assert_allclose(jax.jit(jax.grad(reg))(x), expected, rtol=1e-5)
-    np.testing.assert_allclose(jax.vmap(jax.grad(reg))(x[None])[0], expected, rtol=1e-5)
-    variable = tf.Variable(x)
-    for wrap in (lambda function: function, tf.function):
-
-        @wrap
-        def differentiated():
-            with tf.GradientTape() as tape:
-                penalty = reg(variable)
-            return tape.gradient(penalty, variable)
-
-        np.testing.assert_allclose(differentiated(), expected, rtol=1e-5)
 
 
 def test_in_a_penalty():

@@ -47,7 +47,7 @@ LIBRARIES = {
     "tensorflow": ("keras", "tensorflow"),
     "tf_keras": ("tf_keras", "tf_keras"),
 }
-MODELS, TRAINING, GRAPHS = "checks models saving", "training_checks factor_checks", "graph_checks"
+MODELS, TRAINING, GRAPHS = "checks models activities saving", "training_checks factor_checks", "graph_checks"
 CHECKS = [
     slow_unless(True, "jax", "not slow", f"{MODELS} {TRAINING}"),
     slow_unless(True, "tf_keras", "not slow", f"{MODELS} {GRAPHS}"),

@@ -18,14 +18,15 @@ from tests.attached import (
     PROX,
     RULES,
     add_by_hand,
+    assert_same_parameters,
     assert_same_training,
     batches,
     mean_square,
     penalty_of,
-    prox_by_hand,
-    rates_of,
     small,
+    step_by_hand,
 )
+from tests.cases import slow_unless
 
 
 @pytest.mark.parametrize("name", ["adam", "fused adamw", "sgd", "fused sgd", "groups"])
@@ -43,15 +44,12 @@ def test_scaled_gradients(name):
         if k == 2:
             model[0].weight.grad[0, 0] = float("inf")
         else:
-            value = add_by_hand(expected.named_parameters())
-            other.step()
-            prox_by_hand(list(expected.named_parameters()), rates_of(expected, other))
+            value = step_by_hand(expected, other)
         scaler.step(optimizer)
         scaler.update()
         if k != 2:
-            assert handle.value().item() == pytest.approx(float(value), rel=1e-5)
-        for x, y in zip(model.parameters(), expected.parameters(), strict=True):
-            torch.testing.assert_close(x, y)
+            assert handle.value().item() == pytest.approx(value, rel=1e-5)
+        assert_same_parameters(model, expected)
 
 
 def test_accumulated_and_clipped_gradients():
@@ -67,8 +65,7 @@ def test_accumulated_and_clipped_gradients():
             if by_hand:
                 add_by_hand(net.named_parameters())
             each.step()
-    for x, y in zip(model.parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(x, y)
+    assert_same_parameters(model, expected)
 
 
 def test_autocast():
@@ -120,8 +117,7 @@ def test_an_optimizer_inside_of_a_wrapper():
     add_by_hand(expected.named_parameters())
     wrapper.step()
     other.step()
-    for x, y in zip(model.parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(x, y)
+    assert_same_parameters(model, expected)
     handle.remove()
     attach(wrapper.optimizer, model, RULES)
     with pytest.raises(ValueError, match="expected one without penalties"):
@@ -135,9 +131,13 @@ COMPILED = {
 }
 
 
+# Each optimizer once, and each way to compile.
+KINDS = ["sgd", "adam", "foreach", "fused adamw", "a tensor for a rate"]
+STEPS = [slow_unless(name == "the step" or kind == "adam", name, kind) for name in COMPILED for kind in KINDS]
+
+
 @pytest.mark.filterwarnings("ignore")  # torch's own, of what it does not trace
-@pytest.mark.parametrize("kind", ["sgd", "adam", "foreach", "fused adamw", "a tensor for a rate"])
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize(("name", "kind"), STEPS)
 def test_compiled_steps(name, kind):
     torch._dynamo.reset()
     model, expected = small(), small()
@@ -149,13 +149,10 @@ def test_compiled_steps(name, kind):
         other.zero_grad()
         mean_square(model, batch).backward()
         mean_square(expected, batch).backward()
-        value = add_by_hand(expected.named_parameters())
-        other.step()
-        prox_by_hand(list(expected.named_parameters()), rates_of(expected, other))
+        value = step_by_hand(expected, other)
         step()
-        assert handle.value().item() == pytest.approx(float(value), rel=1e-5)
-        for x, y in zip(model.parameters(), expected.parameters(), strict=True):
-            torch.testing.assert_close(x, y)
+        assert handle.value().item() == pytest.approx(value, rel=1e-5)
+        assert_same_parameters(model, expected)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -176,13 +173,10 @@ def test_a_compiled_training_step():
     for batch in batches(4):
         other.zero_grad()
         mean_square(expected, batch).backward()
-        value = add_by_hand(expected.named_parameters())
-        other.step()
-        prox_by_hand(list(expected.named_parameters()), rates_of(expected, other))
+        value = step_by_hand(expected, other)
         step(batch)
-        assert handle.value().item() == pytest.approx(float(value), rel=1e-5)
-        for x, y in zip(model.parameters(), expected.parameters(), strict=True):
-            torch.testing.assert_close(x, y)
+        assert handle.value().item() == pytest.approx(value, rel=1e-5)
+        assert_same_parameters(model, expected)
 
 
 PROCESSES = """
@@ -193,61 +187,60 @@ from torch.distributed.tensor import DTensor, init_device_mesh
 import regkern as rk
 from regkern.torch import attach
 
-rank, kind = int(sys.argv[1]), sys.argv[3]
+rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
 def small():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4, bias=False), nn.Tanh(), nn.Linear(4, 2))
 def whole(x):
     return x.full_tensor() if isinstance(x, DTensor) else x
-model, expected = small(), small()
-if kind == "ddp":
-    model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-else:
-    mesh = init_device_mesh("cpu", (2,))
-    for layer in model:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
-other = torch.optim.Adam(expected.parameters(), lr=0.1)
-rules, prox = {"*bias": None, "2.weight": rk.GroupLasso(0.1) if kind == "ddp" else rk.OrthogonalRegularizer(0.1),
-               "*": rk.L1L2(0.03, 0.2)}, {"0.*": rk.L1(0.5), "*": None}
-handle = attach(optimizer, model, rules, prox)
-penalty = rk.Penalty(rules)
-for k in range(4):
-    data = torch.randn(2, 8, 6, generator=torch.Generator().manual_seed(k))
-    optimizer.zero_grad(set_to_none=k % 2 == 0)
-    other.zero_grad()
-    model(data[rank]).square().mean().backward()
-    expected(data.flatten(0, 1)).square().mean().backward()
-    value = penalty(expected).detach()
-    penalty(expected).backward()
-    each = {name: x.detach() for name, x in penalty.per_tensor(expected).items()}
-    optimizer.step()
-    other.step()
-    with torch.no_grad():
-        for x in expected[0].parameters():
-            x.copy_(rk.L1(0.5).prox(x, 0.1))
-    torch.testing.assert_close(whole(handle.value()), value)
-    torch.testing.assert_close({name: whole(x) for name, x in handle.per_tensor().items()}, each)
-    for x, y in zip(model.parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(whole(x), y)
-    assert (whole(next(model.parameters())) == 0).any()
+def train(kind):
+    model, expected = small(), small()
+    if kind == "ddp":
+        model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    else:
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in model:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    other = torch.optim.Adam(expected.parameters(), lr=0.1)
+    rules, prox = {"*bias": None, "2.weight": rk.GroupLasso(0.1) if kind == "ddp" else rk.OrthogonalRegularizer(0.1),
+                   "*": rk.L1L2(0.03, 0.2)}, {"0.*": rk.L1(0.5), "*": None}
+    handle = attach(optimizer, model, rules, prox)
+    penalty = rk.Penalty(rules)
+    for k in range(4):
+        data = torch.randn(2, 8, 6, generator=torch.Generator().manual_seed(k))
+        optimizer.zero_grad(set_to_none=k % 2 == 0)
+        other.zero_grad()
+        model(data[rank]).square().mean().backward()
+        expected(data.flatten(0, 1)).square().mean().backward()
+        value = penalty(expected).detach()
+        penalty(expected).backward()
+        each = {name: x.detach() for name, x in penalty.per_tensor(expected).items()}
+        optimizer.step()
+        other.step()
+        with torch.no_grad():
+            for x in expected[0].parameters():
+                x.copy_(rk.L1(0.5).prox(x, 0.1))
+        torch.testing.assert_close(whole(handle.value()), value)
+        torch.testing.assert_close({name: whole(x) for name, x in handle.per_tensor().items()}, each)
+        for x, y in zip(model.parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(whole(x), y)
+        assert (whole(next(model.parameters())) == 0).any()
+
+train("ddp")
+train("fsdp2")
 dist.barrier()
 dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_processes(tmp_path, kind):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+@pytest.mark.slow  # pages have FSDP2 always; after DDP, gradients are as those of one process
+def test_two_processes(tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", PROCESSES]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "store"), kind], env=environment, stderr=subprocess.PIPE, text=True
-        )
-        for rank in (0, 1)
-    ]
+    options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "stderr": subprocess.PIPE, "text": True}
+    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path / "store")], **options) for rank in (0, 1)]
     for process in ranks:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors

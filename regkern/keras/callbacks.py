@@ -32,6 +32,7 @@ class _Callback:
     """A callback of Keras 3 and of tf_keras, of those that are loaded when it is made."""
 
     _of: type
+    _arguments: tuple[Any, ...]  # of the constructor
     model: Any
 
     def __init_subclass__(cls) -> None:
@@ -45,10 +46,7 @@ class _Callback:
         return object.__new__(made)
 
     def __reduce__(self) -> Any:
-        return self._of, self._arguments()
-
-    def _arguments(self) -> tuple[Any, ...]:
-        raise NotImplementedError
+        return self._of, self._arguments
 
 
 class ProximalCallback(_Callback):
@@ -103,7 +101,8 @@ class ProximalCallback(_Callback):
         super().__init__()
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise ValueError(f"every: expected a positive number of batches; got {every!r}; pass 1, for example.")
-        self._given, self._penalty, self._every = rules, completed(rules), every
+        self._arguments = rules, every
+        self._penalty, self._every = completed(rules), every
         self._groups: list[_Group] = []
         self._forget()
 
@@ -184,9 +183,6 @@ class ProximalCallback(_Callback):
         zeros = sum(reductions.zero_and_nonfinite_counts(variable)[0] for variable in self._variables.values())
         self._zeros = zeros / max(1, self._size)
 
-    def _arguments(self) -> tuple[Any, ...]:
-        return self._given, self._every
-
 
 class _Group:
     """What one optimizer trains, bound once.
@@ -259,7 +255,7 @@ class FactorSchedule(_Callback):
             raise TypeError(f"schedule: expected a function of a number of {per}s; got {schedule!r}.")
         if per not in ("epoch", "batch"):
             raise ValueError(f"per: expected 'epoch' or 'batch'; got {per!r}.")
-        self._factor, self._schedule, self._per = factor, schedule, per
+        self._arguments = self._factor, self._schedule, self._per = factor, schedule, per
         self._batches = 0
 
     def on_train_begin(self, logs: Any = None) -> None:
@@ -310,6 +306,3 @@ class FactorSchedule(_Callback):
                 f"schedule: expected a non-negative float from it; got {value!r} for {self._per} {count}; correct it."
             )
         self._factor.assign(number)
-
-    def _arguments(self) -> tuple[Any, ...]:
-        return self._factor, self._schedule, self._per

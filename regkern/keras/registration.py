@@ -3,7 +3,8 @@
 from types import ModuleType
 from typing import Any
 
-from regkern.serialization import BUILT_IN, keras_libraries, registered_objects
+from regkern.regularizers import FAMILY
+from regkern.serialization import keras_libraries, registered_objects
 
 
 def library_of(model: Any) -> ModuleType:
@@ -19,7 +20,7 @@ def library_of(model: Any) -> ModuleType:
 
 def register_with(library: ModuleType) -> None:
     """Make regkern's classes, and what was registered with regkern, known to a library."""
-    for cls in BUILT_IN.values():
+    for cls in FAMILY.values():
         library.saving.register_keras_serializable("regkern")(cls)
     for registered_name, custom in registered_objects().items():
         package, name = registered_name.split(">", 1)

@@ -39,7 +39,7 @@ def accelerate(model: Any) -> int:
     """
     library = library_of(model)
     register_with(library)
-    ours = {getattr(library.regularizers, cls.__name__): cls for cls in KERAS_CLASSES.values()}
+    ours = {getattr(library.regularizers, cls.__name__): cls for cls in KERAS_CLASSES}
     made: dict[int, Regularizer] = {}  # an object that layers share stays one
 
     def replacement(regularizer: Any) -> Regularizer | None:
@@ -57,8 +57,7 @@ def accelerate(model: Any) -> int:
 
 def put_back(model: Any) -> int:
     """Put back the regularizers that `accelerate` replaced, the same objects, and return how many there were."""
-    ours = KERAS_CLASSES.values()
-    return _replace(model, lambda regularizer: _replaced.get(regularizer) if type(regularizer) in ours else None)
+    return _replace(model, lambda each: _replaced.get(each) if type(each) in KERAS_CLASSES else None)
 
 
 def _replace(model: Any, replacement: Callable[[Any], Any]) -> int:
@@ -92,10 +91,10 @@ def _of_variables(layer: Any) -> Iterator[tuple[Any, Callable[[Any], None]]]:
     """Yield the regularizers of a layer's own variables, each with the function that puts another in its place."""
     for variable in [*getattr(layer, "_trainable_variables", ()), *getattr(layer, "_non_trainable_variables", ())]:
         if getattr(variable, "regularizer", None) is not None:
-            yield variable.regularizer, _attribute_setter(variable)
+            yield variable.regularizer, functools.partial(setattr, variable, "regularizer")
     for loss in getattr(layer, "_callable_losses", ()):
         for cell in regularizer_cells(loss):
-            yield cell.cell_contents, _cell_setter(cell)
+            yield cell.cell_contents, functools.partial(setattr, cell, "cell_contents")
 
 
 def regularizer_cells(loss: Any) -> Iterator[Any]:
@@ -106,11 +105,3 @@ def regularizer_cells(loss: Any) -> Iterator[Any]:
     elif inspect.isfunction(loss) and "regularizer" in loss.__code__.co_freevars:
         assert loss.__closure__ is not None
         yield loss.__closure__[loss.__code__.co_freevars.index("regularizer")]
-
-
-def _attribute_setter(variable: Any) -> Callable[[Any], None]:
-    return lambda new: setattr(variable, "regularizer", new)
-
-
-def _cell_setter(cell: Any) -> Callable[[Any], None]:
-    return lambda new: setattr(cell, "cell_contents", new)

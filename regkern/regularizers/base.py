@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 from regkern import reductions, summands
 from regkern.attributes import CachedAttribute
 from regkern.numbers import Number
+from regkern.regularizers.activity import of_side_output
 from regkern.summands import Summand
 from regkern.terms import Parameters, Term
 
@@ -166,7 +167,13 @@ class PenaltyRegularizer(Regularizer):
             >>> L2(0.5)(np.array([1.0, 2.0], np.float16))
             np.float32(2.5)
         """
-        return summands.penalty(self._summands, x)
+        try:
+            return summands.penalty(self._summands, x)
+        except TypeError:
+            nothing = of_side_output(x)
+            if nothing is None:
+                raise
+            return nothing
 
     def partial(self, x: Any, other: Any = None) -> Any:
         """Return what a piece of an array contributes to the penalty: partial sums, which are added.
@@ -305,7 +312,7 @@ class PenaltyRegularizer(Regularizer):
 
         Reference: Parikh and Boyd, Proximal Algorithms, 2014, sections 6.1 and 6.5, https://doi.org/10.1561/2400000003
         """
-        if not summands.has_prox(self._summands):
+        if not summands.proximal(self._summands):
             raise NotImplementedError(
                 "prox: expected a regularizer with a proximal operator in closed form; "
                 f"got {type(self).__name__}; use its gradient."
