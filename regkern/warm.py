@@ -35,7 +35,7 @@ def warmup(
 
     Examples:
         >>> warmup([])  # what all penalties share
-        16
+        17
     """
     regularizers, dtypes = [get(identifier) for identifier in regularizers], list(dtypes)
     for regularizer in regularizers:

@@ -208,6 +208,7 @@ def lose_a_worker(block, marker):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_cluster_that_loses_a_worker(tmp_path):
     array, reg = normal(96, 40), rk.L1L2(0.1, 0.2)
     x = da.from_array(array, chunks=(8, 40))

@@ -74,9 +74,9 @@ def test_public_docstrings_are_complete(name):
 # A mark before a block: it needs packages that the tests may lack, or several processes, and runs in one of its own.
 BLOCK = re.compile(r"(?:<!-- (needs|processes): (.*?) -->\n)?```python\n(.*?)```", re.DOTALL)
 ALONE = {
-    f"{page.stem}, {mark}: {value}": (mark, value, code)
+    f"{page.stem} {i}, {mark}: {value}": (mark, value, code)
     for page in PAGES
-    for mark, value, code in BLOCK.findall(page.read_text())
+    for i, (mark, value, code) in enumerate(BLOCK.findall(page.read_text()))
     if mark
 }
 

@@ -50,6 +50,7 @@ for form, (name, files) in hostile.seeds().items():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="how memory is measured")
 def test_mutations(tmp_path):
     (tmp_path / "read").mkdir()

@@ -89,7 +89,8 @@ def test_ctrl_c_leaves_the_old_picture_or_none(tmp_path, moment, old):
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == ({"x.png": old} if old else {})
 
 
-@pytest.mark.parametrize("moment", [slow_unless(False, "before the move"), "in the middle"])
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["before the move", "in the middle"])
 def test_a_killed_report_leaves_the_old_picture(tmp_path, moment):
     target = tmp_path / "x.png"
     target.write_bytes(b"old")

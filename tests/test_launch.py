@@ -40,7 +40,8 @@ print([str(w.message).partition(":")[0] for w in caught])
     assert run(code, **without) == "['regkern runs on one thread, because Numba has none']\n"
 
 
-@pytest.mark.parametrize("features", ["", slow_unless(False, "+avx2,+fma")])
+@pytest.mark.slow
+@pytest.mark.parametrize("features", ["", "+avx2,+fma"])
 def test_a_cpu_that_numba_is_told_to_compile_for(features):
     """Without F16C, a float16 conversion that LLVM calls by name ends the process."""
     code = """

@@ -23,6 +23,7 @@ print(float(eager), eager.backing_device)
 """
 
 
+@pytest.mark.slow
 def test_other_hosts_have_operations_alone():
     kernels, penalty, eager, device = processes.run(OTHER_HOST, head="").split()
     assert kernels == "False"
@@ -131,5 +132,6 @@ print("done", flush=True)
 """
 
 
+@pytest.mark.slow
 def test_a_program_ends_while_threads_call_back():
     assert processes.run(ENDLESS, head="", patience=120).split() == ["done"]

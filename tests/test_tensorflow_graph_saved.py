@@ -47,6 +47,7 @@ def after_three_steps():
     return losses, module.weight.numpy()
 
 
+@pytest.mark.slow
 def test_a_step_that_ran_is_saved_and_goes_on_elsewhere(tmp_path):
     losses, weight = after_three_steps()
     module = Trained()
