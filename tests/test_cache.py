@@ -69,6 +69,7 @@ Path.write_bytes = overtaken
     assert names(tmp_path) == KERNELS
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="how root is made to obey")
 def test_a_folder_that_is_read_only_later(tmp_path):
     """Warm: nothing is compiled, so nothing warns. Cold: one warning."""
@@ -220,6 +221,7 @@ def test_warmup_takes_regkerns_own(regularizers, dtypes, named):
         rk.warmup(regularizers, dtypes)
 
 
+@pytest.mark.slow
 def test_without_numbas_compiler():
     """`NUMBA_DISABLE_JIT=1`: the kernels' Python runs, and NumPy for the Gram matrix; the results are the same."""
     code = """

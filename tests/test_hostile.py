@@ -257,6 +257,7 @@ def test_names_are_shown_escaped(tmp_path, form):
             assert r"a\x1b]0;title\x07\x1b[2J\r\n\x9b31m\u202e\u2028[bold]b" in result.output
 
 
+@pytest.mark.slow
 def test_findings_are_found(tmp_path, monkeypatch):
     """The judge sees what it is there for."""
     judge = hostile.Judge(tmp_path)

@@ -106,6 +106,7 @@ def test_a_killed_report_leaves_the_old_picture(tmp_path, moment):
         picture.verify()
 
 
+@pytest.mark.slow
 def test_ctrl_c_during_long_cosines(tmp_path):
     """Which would take hours, and of which the compiled part hears no signal."""
     np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.float32, (1 << 23, 4))

@@ -49,7 +49,8 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+# Few rows have narrow tiles of their own, which differ in no other way.
+@pytest.mark.parametrize("shape", [slow_unless(shape in ((1, 5), (50, 33), (33, 50)), shape) for shape in SHAPES])
 @pytest.mark.parametrize(("dtype", "name"), KINDS)
 def test_products(dtype, name, shape):
     reg, x = PRODUCTS[name], RNG.standard_normal(shape).astype(dtype)
