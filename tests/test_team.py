@@ -1,5 +1,6 @@
 """Launches by helpers that need not come: how many threads there are and whose, and what happens without them."""
 
+import os
 import sys
 
 import pytest
@@ -66,6 +67,28 @@ caller, helper = sorted(map(int, os.listdir("/proc/self/task")))
 print(20 * ticks(helper) < ticks(caller))
 """
     assert run(code, NUMBA_NUM_THREADS="2", OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1") == "True\n"
+
+
+@linux
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
+def test_a_thread_leaves_its_core_and_may_come_back():
+    """As a helper does from its caller's core, for a long job."""
+    code = """
+import os
+from numba import njit
+from regkern.kernels.cpu.team import _leave, _sched_getcpu
+@njit
+def leave():
+    core = np.int64(_sched_getcpu())
+    left = _leave(core)
+    return left, core != np.int64(_sched_getcpu())
+cores = os.sched_getaffinity(0)
+print(*leave(), os.sched_getaffinity(0) == cores)
+one = {min(cores)}
+os.sched_setaffinity(0, one)
+print(*leave(), os.sched_getaffinity(0) == one)
+"""
+    assert run(code) == "True True True\nFalse False True\n"
 
 
 @linux
