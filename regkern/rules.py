@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -154,8 +155,8 @@ def parse_rule(text: str) -> tuple[str, Any]:
     identifier, colon, keywords = regularizer.partition(":")
     try:
         defaults = get(identifier.strip())
-        arguments = _keywords(keywords) if colon else {}
-        return glob, type(defaults).from_config({**defaults.get_config(), **arguments})
+        config = defaults.get_config()
+        return glob, type(defaults).from_config(config | (_keywords(keywords, config) if colon else {}))
     except (ValueError, TypeError) as error:
         raise RuleError(f"rule {text!r}: {error}") from error
 
@@ -197,14 +198,21 @@ def _known(identifier: str) -> bool:
         return False
 
 
-def _keywords(text: str) -> dict[str, float | str]:
+def _keywords(text: str, expected: Collection[str]) -> dict[str, float | str]:
     arguments: dict[str, float | str] = {}
     for part in text.split(","):
         keyword, equals, value = (piece.strip() for piece in part.partition("="))
         if not (keyword and equals and value) or keyword in arguments:
             raise ValueError(f"{_EXPECTED}, each keyword once; got {part!r}.")
-        try:
-            arguments[keyword] = float(value)
-        except ValueError:  # a mode; the regularizer judges it
-            arguments[keyword] = value
+        if keyword not in expected:
+            raise ValueError(f"expected keywords among {', '.join(expected)}; got {keyword!r}.")
+        arguments[keyword] = _value(value)
     return arguments
+
+
+def _value(text: str) -> float | str:
+    """Read a number, an integer where it is one, for an axis; or a word, which the regularizer judges."""
+    for number in (int, float):
+        with suppress(ValueError):
+            return number(text)
+    return text

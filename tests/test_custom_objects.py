@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import regkern as rk
+from regkern.regularizers import PenaltyRegularizer
 
 
 class Custom(rk.Regularizer):
@@ -162,3 +163,11 @@ def test_registered_names():
     assert rk.get("Custom>needs_no_config") is needs_no_config
     with pytest.raises(ValueError, match=r"^Cannot register a class that does not have a get_config\(\) method\.$"):
         rk.register_keras_serializable()(type("Bare", (), {}))
+
+
+def test_a_penalty_without_a_formula_says_what_it_lacks():
+    class Mine(PenaltyRegularizer):
+        pass
+
+    with pytest.raises(NotImplementedError, match="^Mine: expected a property `_terms`, its formula; got none.$"):
+        Mine()(np.ones(3))

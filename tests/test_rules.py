@@ -37,7 +37,7 @@ BAD_RULES = {
     "*=l2:": "each keyword once",
     "*=l2:l2": "each keyword once",
     "*=l2:l2=1,l2=2": "each keyword once",
-    "*=l2:l3=1": "unexpected keyword argument 'l3'",
+    "*=l2:l3=1": "expected keywords among l2; got 'l3'",
     "*=l2:l2=-1": "expected a non-negative float",
     "*=l2:l2=nan": "expected a non-negative float",
     "*=l2:l2=much": "expected a non-negative float",
@@ -98,3 +98,9 @@ def test_rules_with_equals_signs_that_do_not_parse():
     for text, said in (("lr=0.1/w=l3", "identifier: 'l3'"), ("x=l2:l2=none", "expected a non-negative float")):
         with pytest.raises(RuleError, match=said):
             parse_rule(text)
+
+
+def test_an_axis_is_an_integer():
+    _, regularizer = parse_rule("*=group_lasso:factor=1,mode=1")
+    assert repr(regularizer) == repr(rk.GroupLasso(1.0, 1))
+    assert type(regularizer.get_config()["factor"]) is float

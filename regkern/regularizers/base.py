@@ -121,7 +121,7 @@ class PenaltyRegularizer(Regularizer):
     @property
     def _terms(self) -> list[tuple[Term, Parameters]]:
         """The terms whose sum the penalty is, each with its parameters."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__}: expected a property `_terms`, its formula; got none.")
 
     @CachedAttribute
     def _summands(self) -> list[Summand]:
