@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from fnmatch import fnmatchcase
+from inspect import signature
 from typing import Any
 
 from regkern.selectors import is_selector, select
@@ -155,8 +156,8 @@ def parse_rule(text: str) -> tuple[str, Any]:
     identifier, colon, keywords = regularizer.partition(":")
     try:
         defaults = get(identifier.strip())
-        config = defaults.get_config()
-        return glob, type(defaults).from_config(config | (_keywords(keywords, config) if colon else {}))
+        arguments = _keywords(keywords, signature(type(defaults)).parameters) if colon else {}
+        return glob, type(defaults).from_config({**defaults.get_config(), **arguments})
     except (ValueError, TypeError) as error:
         raise RuleError(f"rule {text!r}: {error}") from error
 

@@ -169,5 +169,5 @@ def test_a_penalty_without_a_formula_says_what_it_lacks():
     class Mine(PenaltyRegularizer):
         pass
 
-    with pytest.raises(NotImplementedError, match="^Mine: expected a property `_terms`, its formula; got none.$"):
+    with pytest.raises(NotImplementedError, match=r"^Mine: expected a property `_terms`, its formula; got none\.$"):
         Mine()(np.ones(3))
