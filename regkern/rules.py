@@ -156,7 +156,9 @@ def parse_rule(text: str) -> tuple[str, Any]:
     identifier, colon, keywords = regularizer.partition(":")
     try:
         defaults = get(identifier.strip())
-        arguments = _keywords(keywords, signature(type(defaults)).parameters) if colon else {}
+        parameters = signature(type(defaults)).parameters.values()
+        expected = [each.name for each in parameters if each.kind is not each.VAR_KEYWORD]
+        arguments = _keywords(keywords, expected) if colon else {}
         return glob, type(defaults).from_config({**defaults.get_config(), **arguments})
     except (ValueError, TypeError) as error:
         raise RuleError(f"rule {text!r}: {error}") from error
