@@ -114,6 +114,7 @@ class GroupLoops(NamedTuple):
             of its words, which live as long as this does, and its dimensions.
         size: elements that are visited.
         across: whether the innermost loop runs over groups; then they are the layout's last column.
+        layout: the array of these words: three rows, lengths and byte strides of x and of out.
     """
 
     start: int

@@ -58,7 +58,7 @@ MASK = 1024
 # Words of the team, in bytes from its start; what different threads write lies on cache lines of its own.
 # The job's width times 2**32 and the chunks that are left; the chunks that are not done; whether there is a job.
 LEFT, UNFINISHED, BUSY = 0, 64, 128
-# The job, and its caller's floating-point mode, for subnormal numbers are zero in some programs' threads, and core.
+# The job, its work, its core, and its floating-point mode: subnormal numbers are zero in some callers' threads.
 _TASK, _ARGUMENT, _COUNT, _BATCH, _ROUNDING, _CPU, _WORK = range(192, 248, 8)
 _LAST, _CLOCK = 256, 264  # when the last job ended, of the caller alone
 LAUNCH, THREADS, STOP, ALONE = 320, 328, 336, 344  # settings, and launches of Numba's threads to leave out

@@ -56,7 +56,7 @@ _KINDS = {
     PROX: _PROX,
 }
 
-# Rows of (key, address), the last of them empty: the run of an element-wise kernel, or the record of a Gram kernel.
+# Rows of (key, address), the last of them empty: the run of an element-wise kernel, or a record of another.
 _TABLE = np.zeros((1025, 2), np.int64)
 _table = symbol("regkern_xla_kernels", _TABLE.ctypes.data)
 _loading = threading.Lock()  # a fork, in which it might be held for ever, loads none
@@ -279,12 +279,13 @@ def _threads(work, least):
 
 
 @inlined
-def _target(frame, kind, size):
-    """Return where an operation writes, and the bytes between pieces there, of which so many are written in all."""
+def _target(frame, kind, pieces, size):
+    """Return where an operation writes so many pieces, and the bytes from one to the next there."""
     out = _data(_result(frame, 1 if kind == _VALUE_AND_GRADIENT else 0))
-    if kind >= _GRADIENT:
-        _ask_for_large_pages(out, size)
-    return out
+    if kind < _GRADIENT:
+        return out, 0
+    _ask_for_large_pages(out, pieces * size)
+    return out, size
 
 
 @inlined
@@ -309,7 +310,7 @@ def _evaluate_elementwise(frame):
     elif kind == _GRADIENT:
         batch = _elements(_argument(frame, 2))
     n, itemsize = _elements(x) // batch, _itemsize(x)
-    out, step = _target(frame, kind, batch * n * itemsize), n * itemsize if kind >= _GRADIENT else 0
+    out, step = _target(frame, kind, batch, n * itemsize)
     run = _find(_attribute(frame, 0))
     if run == 0:
         return _not_loaded(frame)
@@ -337,8 +338,9 @@ def _evaluate_groups(frame):
     n, count, stride, dims = load_words(words, 4)
     factor = load_double(words + 32) * load_double(_data(_argument(frame, 1)))
     size, width = n * _itemsize(x), _threads(n, elementwise.PARALLEL_FROM)
-    out, step = _target(frame, kind, _elements(x) * _itemsize(x)), size if kind >= _GRADIENT else 0
-    for i in range(_elements(x) // n):
+    batch = _elements(x) // n
+    out, step = _target(frame, kind, batch, size)
+    for i in range(batch):
         g = _read(_argument(frame, 2), i) if kind == _GRADIENT else 1.0
         place, target = _data(x) + i * size, out + i * step
         found, total = groups.lasso(record, place, stride, target, stride, words + 40, dims, count, factor * g, width)

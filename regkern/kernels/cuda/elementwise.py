@@ -42,6 +42,26 @@ UNROLL = 4
 _IN_HALVES = (VALUE_AND_GRADIENT, VALUE_AND_ADD_GRADIENT, ADD_GRADIENT)
 
 
+class Element(NamedTuple):
+    """What is done to elements by a thread, which has four sums of its own.
+
+    Attributes:
+        start: ``() -> sums``.
+        add: ``(sums, carrier, p) -> sums``.
+        update: ``(carrier, old, p) -> carrier``.
+        take: ``(sums, x, at, out, to, p) -> sums``, which adds an element and writes it, as the operation says.
+        take_four: the same of four sums, of elements at four places.
+        add_up: ``(sums, sums, sums, sums) -> (sum0, sum1)``.
+    """
+
+    start: Any
+    add: Any
+    update: Any
+    take: Any
+    take_four: Any
+    add_up: Any
+
+
 def count_blocks(n: int, lanes: int, threads: int = THREADS) -> int:
     """Return how many blocks share n elements, of which a thread takes `lanes` at once; at least 1."""
     return max(1, min(MAX_BLOCKS, -(-n // (threads * lanes * UNROLL))))
@@ -55,16 +75,13 @@ def lanes_of(dtype: DType) -> int:
 @functools.cache
 def flat_kernel(operation: Operation, formula: Formula, dtype: DType, result_type: str | None = None) -> Body:
     """Make the kernel of contiguous arrays: ``(x, out, n, *p, scale, partial, counter, penalty, sums)``."""
-
-    def make_loop(capability: Capability) -> Any:
-        return make_flat_loop(operation, formula, dtype, capability)
-
+    make_loop = functools.partial(make_flat_loop, operation, dtype)
     return _make_kernel("flat", make_loop, operation, formula, dtype, result_type, sizes=1)
 
 
 def _make_kernel(
     layout: str,
-    make_loop: Callable[[Capability], Any],
+    make_loop: Callable[[Element], Any],
     operation: Operation,
     formula: Formula,
     dtype: DType,
@@ -76,7 +93,7 @@ def _make_kernel(
     finish, adds = make_finish(result_type), operation.sums
 
     def make(capability: Capability) -> Any:
-        loop = make_loop(capability)
+        loop = make_loop(make_element(operation, formula, dtype, capability))
 
         def kernel(x, out, sizes, a, b, c, d, scale, partial, counter, penalty, sums):
             p = scaled(a, b, c, d, scale)
@@ -90,13 +107,12 @@ def _make_kernel(
     return make_body(layout, make, operation, formula, dtype, result_type, numbers("int64", sizes))
 
 
-def make_flat_loop(operation: Operation, formula: Formula, dtype: DType, capability: Capability):
+def make_flat_loop(operation: Operation, dtype: DType, element: Element) -> Any:
     """Make ``loop(x, out, (n,), first, step, p) -> (sum0, sum1)``: what one thread does of n contiguous elements.
 
     Elements before and after those that 16-byte loads can take are taken one by one; so are all where x and out are
     aligned differently.
     """
-    element = _make_element(operation, formula, dtype, capability)
     start, take, add_up, itemsize, lanes = element.start, element.take, element.add_up, dtype.itemsize, lanes_of(dtype)
     load, take_vector, take_two = _make_take_vectors(operation, element, dtype)
     writes, halves = operation.writes, operation in _IN_HALVES
@@ -140,7 +156,7 @@ def make_flat_loop(operation: Operation, formula: Formula, dtype: DType, capabil
     return loop
 
 
-def _make_take_vectors(operation: Operation, element: "_Element", dtype: DType):
+def _make_take_vectors(operation: Operation, element: "Element", dtype: DType):
     """Make ``load``, and what adds and writes the elements of 16 bytes, or of two times 16 bytes that were loaded."""
     add_element, update_element, lanes = element.add, element.update, lanes_of(dtype)
     add_lanes = make_by_halves(
@@ -195,8 +211,7 @@ def strided_kernel(
     """
     offsets = make_offsets(dims - 1, dims)
 
-    def make_loop(capability: Capability) -> Any:
-        element = _make_element(operation, formula, dtype, capability)
+    def make_loop(element: Element) -> Any:
         start, take, take_four, add_up = element.start, element.take, element.take_four, element.add_up
 
         @device
@@ -239,8 +254,7 @@ def rows_kernel(
     outer_offsets = make_offsets(dims - 2, dims)
     length_at, x_stride_at, out_stride_at = dims - 1, 2 * dims - 1, 3 * dims - 1
 
-    def make_loop(capability: Capability) -> Any:
-        element = _make_element(operation, formula, dtype, capability)
+    def make_loop(element: Element) -> Any:
         start, take, take_four, add_up = element.start, element.take, element.take_four, element.add_up
 
         @device
@@ -292,27 +306,8 @@ def make_body(
     return Body(name, make, arguments, companions=in_graphs, version=formula.digest)
 
 
-class _Element(NamedTuple):
-    """What is done to elements by a thread, which has four sums of its own.
-
-    Attributes:
-        start: ``() -> sums``.
-        add: ``(sums, carrier, p) -> sums``.
-        update: ``(carrier, old, p) -> carrier``.
-        take: ``(sums, x, at, out, to, p) -> sums``, which adds an element and writes it, as the operation says.
-        take_four: the same of four sums, of elements at four places.
-        add_up: ``(sums, sums, sums, sums) -> (sum0, sum1)``.
-    """
-
-    start: Any
-    add: Any
-    update: Any
-    take: Any
-    take_four: Any
-    add_up: Any
-
-
-def _make_element(operation: Operation, formula: Formula, dtype: DType, capability: Capability) -> _Element:
+def make_element(operation: Operation, formula: Formula, dtype: DType, capability: Capability) -> Element:
+    """Make what a thread does to elements for an operation, formula and dtype."""
     widen_term, start_sum, add_term, total = accumulator_of(dtype, capability)
     functions, widen, narrow = formula.make(scalars), make_widen(dtype), make_narrow(dtype)
     terms = device(functions.terms)
@@ -362,7 +357,7 @@ def _make_element(operation: Operation, formula: Formula, dtype: DType, capabili
         sum1 = (total(state0[1]) + total(state1[1])) + (total(state2[1]) + total(state3[1]))
         return sum0, sum1
 
-    return _Element(start, add, update, take, take_four, add_up)
+    return Element(start, add, update, take, take_four, add_up)
 
 
 def make_by_halves(one: Callable[..., Any], both: Callable[[Any, int], Callable[..., Any]], lanes: int):

@@ -11,7 +11,7 @@ from typing import Any
 from regkern.dtypes import DType
 from regkern.kernels.cuda.arithmetic import Capability, make_narrow_result
 from regkern.kernels.cuda.compile import INT64, cuda, make_pointer, pointer
-from regkern.kernels.cuda.elementwise import make_flat_loop, scaled
+from regkern.kernels.cuda.elementwise import make_element, make_flat_loop, scaled
 from regkern.kernels.cuda.sums import Body, block_sums, write_sums
 from regkern.terms import Formula, Operation
 
@@ -34,7 +34,7 @@ def chunks_kernel(operation: Operation, formula: Formula, dtype: DType) -> Body:
     sums, writes, itemsize, to_pointer = operation.sums, operation.writes, dtype.itemsize, make_pointer(dtype.carrier)
 
     def make(capability: Capability) -> Any:
-        loop = make_flat_loop(operation, formula, dtype, capability)
+        loop = make_flat_loop(operation, dtype, make_element(operation, formula, dtype, capability))
 
         def kernel(chunks, arrays, outs, factors, scale, partial):
             array, start = chunks[2 * cuda.blockIdx.x], chunks[2 * cuda.blockIdx.x + 1]
