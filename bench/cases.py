@@ -56,7 +56,7 @@ class Case:
         kind: which functions of `peers/`: value, value_and_grad, accumulate, prox, gram, gram_columns, gram_and_grad,
             row_lasso, row_lasso_and_grad, row_lasso_prox and the same of columns, torch_row_lasso of a tensor;
             huber, mcp, scad, log_sum and their proximal operators, coefficients_prox MCP's of a design's coefficients;
-            distance to a reference; soft_orthogonal and squared_cosine, with gradients too;
+            distance to a reference; soft_orthogonal, covariance and squared_cosine, with gradients too;
             jax_value_and_grad and jax_gram_and_grad are those of a jitted JAX program, jax_autodiff is differentiated
             there by JAX; torch_backward and torch_gram_backward are a forward and a backward pass in PyTorch,
             tensorflow_tape the same under TensorFlow's gradient tape, tensorflow_graph in a `tf.function`. Of
@@ -297,6 +297,11 @@ SOFT = (
         )
         for shape in ((8192, 256), (256, 8192))
         for kind in ("soft_orthogonal", "soft_orthogonal_and_grad")
+    ),
+    *(
+        Case(kind, shape, ("torch",), targets=(over("torch", 1.0, "no slower than torch"),))
+        for shape in ((256, 2048), (1024, 512))
+        for kind in ("covariance", "covariance_and_grad")
     ),
     *(
         Case(kind, (4096, 1024), ("|cosine|",), targets=(over("|cosine|", 1 / 1.03, "within 1.03x of |cosine|"),))

@@ -94,6 +94,15 @@ def torch_soft_orthogonal(x, larger):
     return 0.01 * (less.square().sum() + (0 if by_rows else rows - columns))
 
 
+def torch_covariance(x):
+    """Return ``0.01 / d * sum(C_ij**2)`` over the covariances of different columns, as VICReg's authors write it."""
+    import torch
+
+    centred = x - x.mean(dim=0)
+    covariances = centred.T @ centred / (len(x) - 1)
+    return 0.01 * (covariances * (1 - torch.eye(len(covariances)))).square().sum() / len(covariances)
+
+
 # The family's arguments: such that weights of deviation 0.05 fall to all of a formula's pieces.
 SIZES = {"huber": (0.01, 0.05), "mcp": (0.02, 3.0), "scad": (0.02, 3.7), "log_sum": (0.01, 0.1)}
 

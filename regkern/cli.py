@@ -40,10 +40,10 @@ Files can be larger than memory: they are read piece by piece. Cosines and ortho
 tensors, and --compare, need a tensor in memory as a whole.
 
 A rule is GLOB=none or GLOB=REGULARIZER[:factor=value,...], where the regularizer is l1, l2, l1_l2 (both factors 0.01
-unless given), huber, mcp, scad, log_sum, group_lasso, sparse_group_lasso, orthogonal_regularizer or soft_orthogonal
-(these two of 2-D tensors alone). A glob that is a tensor's name is that tensor's alone. In a glob's place, @rank>=2 (or
-<, <=, =, >) stands for tensors with so many axes, and @no_decay for biases, by their names, and all tensors with less
-than two axes.
+unless given), huber, mcp, scad, log_sum, group_lasso, sparse_group_lasso, orthogonal_regularizer,
+soft_orthogonal or covariance (these three of 2-D tensors alone). A glob that is a tensor's name is that tensor's alone.
+In a glob's place, @rank>=2 (or <, <=, =, >) stands for tensors with so many axes, and @no_decay for biases, by their
+names, and all tensors with less than two axes.
 
 The state of optimizers and metrics is listed apart, and tied tensors count once. A tensor that cannot be read is
 listed as such.

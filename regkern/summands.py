@@ -292,6 +292,8 @@ def finish(summands: Summands, partial: Any, dtype: Any) -> Any:
 
 
 def _finished(view: Products, total: float, pairs: float) -> float:
+    if view.centred:
+        return 4.0 * total / (1.0 + math.sqrt(1.0 + 8.0 * pairs))  # by half the number of rows, which pairs tell
     if not view.unit:
         return total
     return min(total / pairs, 1.0) if pairs else 0.0  # beyond 1 by rounding alone; NaN stays
@@ -314,11 +316,10 @@ def vector_count(shape: Sequence[int], view: Products) -> int:
 def check_rank(shape: Sequence[int], view: Products) -> None:
     """Raise ValueError, as Keras words it, unless arrays of the shape can be matrices."""
     more = view.flatten or view.batch
+    name = "Covariance" if view.centred else "OrthogonalRegularizer" if view.unit else "SoftOrthogonal"
     if len(shape) < 2 or (len(shape) > 2 and not more):
         raise ValueError(
-            f"Inputs to {'OrthogonalRegularizer' if view.unit else 'SoftOrthogonal'} must have rank "
-            f"{'2 or more' if more else '2'}. "
-            f"Received: inputs.shape={tuple(shape)}"
+            f"Inputs to {name} must have rank {'2 or more' if more else '2'}. Received: inputs.shape={tuple(shape)}"
         )
 
 

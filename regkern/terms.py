@@ -131,12 +131,15 @@ class Products:
         batch: whether the axes before the last two count matrices, whose penalties are added.
         unit: whether rows are divided by their norms. Else all entries of the Gram matrix less the unit matrix count,
             and their sum.
+        centred: whether each row's mean is taken from it, and its products with others are covariances: their sum
+            over all pairs i != j counts, divided by the number of rows. Such rows are no unit rows.
     """
 
     columns: bool = False
     flatten: bool = False
     batch: bool = False
     unit: bool = True
+    centred: bool = False
 
 
 View = Elements | Norms | Products

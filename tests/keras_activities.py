@@ -98,3 +98,16 @@ def test_integers_beside_an_output_in_a_compiled_step():
     model.compile(keras.optimizers.SGD(0.0), lambda y, prediction: 0.0 * (prediction - prediction)[:, 0])
     loss = model.fit(np.ones((4, 3)), np.zeros((4, 2)), verbose=0).history["loss"][0]
     assert float(loss) == pytest.approx(0.5 * 2 * 3.0)
+
+
+@needs_fit
+def test_covariances_of_batches_of_unknown_size():
+    layer = layers.Conv2D(4, 3, activity_regularizer=rk.Covariance(0.7, leading_axes="flatten"))
+    model = keras.Sequential([inputs((8, 8, 3)), layer])
+    model.compile(loss=lambda true, found: 0.0 * found, optimizer=keras.optimizers.SGD(0.0))
+    x = np.random.default_rng(0).standard_normal((6, 8, 8, 3)).astype(np.float32)
+    covariances = np.cov(numbers(model(x)).reshape(-1, 4), rowvar=False)
+    expected = 0.7 / 4 * (np.square(covariances).sum() - np.square(np.diag(covariances)).sum()) / 6
+    history = model.fit(x, np.zeros((6, 6, 6, 4)), batch_size=6, verbose=0).history
+    np.testing.assert_allclose(history["loss"], expected, rtol=1e-4)
+    model.fit(x[:5], np.zeros((5, 6, 6, 4)), batch_size=5, verbose=0)

@@ -224,7 +224,7 @@ def test_many_arrays_in_one_launch(name):
 
 
 @pytest.mark.parametrize(
-    "cls", [rk.SoftOrthogonal, rk.Huber, rk.MCP, rk.SCAD, rk.LogSum, rk.GroupLasso, rk.SparseGroupLasso]
+    "cls", [rk.Covariance, rk.SoftOrthogonal, rk.Huber, rk.MCP, rk.SCAD, rk.LogSum, rk.GroupLasso, rk.SparseGroupLasso]
 )
 def test_configs(cls):
     reg = cls()
@@ -372,6 +372,7 @@ BY_FACTOR = {
     "sparse": lambda factor: rk.SparseGroupLasso(factor, 0.2),
     "squares": lambda factor: rk.OrthogonalRegularizer(factor, power=2),
     "soft": rk.SoftOrthogonal,
+    "covariance": rk.Covariance,
 }
 
 
@@ -392,6 +393,6 @@ def test_factors_that_are_differentiated(name):
     value, gradient = jax.jit(jax.value_and_grad(lambda factor: make(factor)(in_jax(x))))(0.4)
     np.testing.assert_allclose(value, make(0.4)(x), rtol=1e-5)
     np.testing.assert_allclose(gradient, slope, rtol=1e-4)
-    if name not in ("squares", "soft"):
+    if name not in ("squares", "soft", "covariance"):
         stepped = jax.jit(lambda factor: make(factor).prox(in_jax(x), 0.3))(0.4)
         np.testing.assert_allclose(stepped, make(0.4).prox(x, 0.3), rtol=1e-5, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Penalties of products of rows: squared cosines and the distance of the Gram matrix from the unit matrix."""
+"""Penalties of products of rows: squared cosines, the distance of the Gram matrix from the unit matrix, covariances."""
 
 import itertools
 
@@ -16,6 +16,9 @@ PRODUCTS = {
     "soft columns": rk.SoftOrthogonal(0.3, "columns"),
     "soft filters": rk.SoftOrthogonal(0.3, "columns", "flatten"),
     "soft batch": rk.SoftOrthogonal(0.3, leading_axes="batch"),
+    "covariance": rk.Covariance(0.3),
+    "covariance of pixels": rk.Covariance(0.3, "flatten"),
+    "covariance batch": rk.Covariance(0.3, leading_axes="batch"),
 }
 SHAPES = [(1, 1), (1, 5), (5, 1), (2, 3), (7, 4), (4, 7), (50, 33), (33, 50), (130, 300), (300, 130)]
 
@@ -23,8 +26,13 @@ SHAPES = [(1, 1), (1, 5), (5, 1), (2, 3), (7, 4), (4, 7), (50, 33), (33, 50), (1
 def products(reg, x):
     x = x.astype(np.float64)
     if x.ndim > 2 and reg.leading_axes == "batch":
-        return sum(products(rk.SoftOrthogonal(reg.factor, reg.mode), each) for each in x.reshape(-1, *x.shape[-2:]))
+        return sum(products(reg, each) for each in x.reshape(-1, *x.shape[-2:]))
     x = x.reshape(-1, x.shape[-1])
+    if isinstance(reg, rk.Covariance):
+        if min(x.shape) < 2:
+            return 0.0
+        covariances = np.cov(x, rowvar=False)
+        return reg.factor / len(covariances) * np.square(covariances[~np.eye(len(covariances), dtype=bool)]).sum()
     x = x.T if reg.mode == "columns" else x
     if isinstance(reg, rk.SoftOrthogonal):
         return reg.factor * np.square(x @ x.T - np.eye(len(x))).sum()
@@ -78,7 +86,7 @@ def test_products(dtype, name, shape):
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_products_of_blocks(name):
     reg, x = PRODUCTS[name], RNG.standard_normal((90, 40))
-    axis = -1 if reg.mode == "columns" else 0
+    axis = -1 if reg._terms[0][0].view.columns else 0
     blocks = np.array_split(x, 3, axis)
     if reg.leading_axes == "batch":
         with pytest.raises(ValueError, match=r"^leading_axes: "):
@@ -114,3 +122,20 @@ def test_products_at_the_limits():
     for power in (0, 3, 1.5, True, "2"):
         with pytest.raises(ValueError, match=r"^power: expected 1 or 2"):
             rk.OrthogonalRegularizer(power=power)
+
+
+def test_covariance_at_the_limits():
+    for shape in ((1, 5), (5, 1), (0, 3), (3, 0)):
+        reg, x = rk.Covariance(1.0), np.ones(shape)
+        assert reg(x) == 0.0
+        assert not reg.grad(x).any()
+    x = RNG.standard_normal((64, 7)).astype(np.float32)
+    np.testing.assert_allclose(rk.Covariance(1.0)(x + np.float32(4096)), rk.Covariance(1.0)(x), rtol=1e-2)  # its digits
+    wide = x.astype(np.float64)
+    np.testing.assert_allclose(rk.Covariance(1.0)(wide + 1e6), rk.Covariance(1.0)(wide), rtol=1e-8)
+    x[3, 2] = np.nan
+    assert np.isnan(rk.Covariance()(x))
+    with pytest.raises(ValueError, match=r"^Inputs to Covariance must have rank 2\."):
+        rk.Covariance()(np.zeros(3))
+    with pytest.raises(ValueError, match=r"^leading_axes: expected None"):
+        rk.Covariance(leading_axes="rows")

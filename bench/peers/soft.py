@@ -1,14 +1,15 @@
-"""Products of rows as they are, and squared cosines: torch's formulas on the larger and on the smaller Gram matrix."""
+"""Products of rows as they are, covariances, and squared cosines; torch's formulas beside them."""
 
 import functools
 
 import regkern as rk
-from bench.formulas import backward, torch_soft_orthogonal
+from bench.formulas import backward, torch_covariance, torch_soft_orthogonal
 from bench.peers.registry import peer
 from bench.peers.regkern import ORTHOGONAL
 from bench.peers.torch import to_torch
 
 SOFT = rk.SoftOrthogonal(0.01)
+COVARIANCE = rk.Covariance(0.01)
 SQUARED = rk.OrthogonalRegularizer(0.01, "rows", power=2)
 
 
@@ -40,6 +41,26 @@ def torch_larger_and_grad(x):
 @peer("soft_orthogonal_and_grad", "torch, smaller Gram")
 def torch_smaller_and_grad(x):
     return backward(functools.partial(torch_soft_orthogonal, larger=False), [to_torch(x)])
+
+
+@peer("covariance", "regkern")
+def regkern_covariance(x):
+    return functools.partial(COVARIANCE, x)
+
+
+@peer("covariance_and_grad", "regkern")
+def regkern_covariance_and_grad(x):
+    return functools.partial(COVARIANCE.value_and_grad, x)
+
+
+@peer("covariance", "torch")
+def torch_covariances(x):
+    return functools.partial(torch_covariance, to_torch(x))
+
+
+@peer("covariance_and_grad", "torch")
+def torch_covariances_and_grad(x):
+    return backward(torch_covariance, [to_torch(x)])
 
 
 @peer("squared_cosine", "regkern")

@@ -77,6 +77,9 @@ class Expressions(ExpressionsAdapter):
         norms = cupy.sqrt(cupy.square(v).sum(axis=-1, keepdims=True))
         return self.quotient(v, norms), norms * largest
 
+    def centred(self, x: Any) -> tuple[Any, Any]:
+        return x - x.mean(axis=-1, keepdims=True), x.shape[-1]
+
     def off_diagonal(self, x: Any) -> Any:
         return cupy.where(cupy.eye(x.shape[-1], dtype=bool), 0.0, x)
 
@@ -108,7 +111,11 @@ class Expressions(ExpressionsAdapter):
         if view.columns:
             v = self.transpose(v)
         rows, depth = v.shape[-2:]
-        if not view.unit:
+        if view.centred:
+            v, count = self.centred(v)
+            count = rows * max((count - 1) ** 2, 1)
+            gradient = derivative(self.off_diagonal(self.gram(v)), p) @ v * (2.0 / count)
+        elif not view.unit:
             gradient = 2.0 * (derivative(self.less_identity(self.gram(v)), p) @ v)  # each pair counts twice
         elif rows < 2 or depth == 0:
             gradient = cupy.zeros_like(v)

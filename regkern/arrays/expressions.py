@@ -121,6 +121,11 @@ class ExpressionsAdapter(Adapter):
     def off_diagonal(self, x: Any) -> Any:
         """Return square matrices, the last two axes, with zeros on their diagonals."""
 
+    def centred(self, x: Any) -> tuple[Any, Any]:
+        """Return x less the mean of every vector along the last axis, and the length of these."""
+        length = x.shape[-1]
+        return x - self.sum(x, axis=-1, keepdims=True) / length, length
+
     def less_identity(self, x: Any) -> Any:
         """Return square matrices, the last two axes, less the unit matrix."""
         return x - (self.off_diagonal(x * 0 + 1) * -1 + 1)
@@ -254,8 +259,11 @@ class ExpressionsAdapter(Adapter):
         if view.columns:
             v = self.transpose(v)
         rows, depth = v.shape[-2:]
-        if (rows < 2 or depth == 0) and view.unit:
+        if (rows < 2 or depth == 0) and (view.unit or view.centred):
             return self.zero(v), 1
+        if view.centred:
+            v, length = self.centred(v)
+            return self.off_diagonal(self.gram(v)), rows * self.maximum((length - 1) ** 2, 1)
         if not view.unit:
             return self.less_identity(self.gram(v)), 1
         u = self.unit(v)

@@ -124,7 +124,7 @@ class HostAdapter(KernelAdapter):
             raise ValueError(
                 f"other: expected {vectors} as long as x's, {d} elements; got {other_d}; pass parts of one matrix."
             )
-        return gram.sum_between(_fold(term), dtype, d, matrices[0], n, *strides, other_matrix, m, *other_strides)
+        return gram.sum_between(gram.fold(term), dtype, d, matrices[0], n, *strides, other_matrix, m, *other_strides)
 
     def located(self, view: Products, x: Any) -> tuple[DType, list[int], tuple[int, int], tuple[int, int]]:
         """Return x's dtype, the addresses of its matrices, and their lengths and strides: of rows, then of depth."""
@@ -178,17 +178,11 @@ def _norms(
     return weight * total, 0.0, dtype
 
 
-def _fold(term: Term) -> str:
-    """Return what becomes of the products of rows: of those of rows as they are, squares alone are known."""
-    assert isinstance(term.view, Products)
-    return term.formula.name if term.view.unit else gram.RAW
-
-
 def _products(
     adapter: HostAdapter, operation: Operation, term: Term, p: Parameters, x: Any, out: Any
 ) -> tuple[float, float, DType]:
     """Run over pairs of rows and return the mean of their products, or for partial sums their sum, over matrices."""
-    view, fold = term.view, _fold(term)
+    view, fold = term.view, gram.fold(term)
     assert isinstance(view, Products)
     if not adapter.serves(term):
         raise no_view(term)

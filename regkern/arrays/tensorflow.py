@@ -83,6 +83,9 @@ class Operations(ExpressionsAdapter):
         rows = -1 if None in leading or columns in (None, 0) else math.prod(leading)
         return tf.reshape(x, (rows, tf.shape(x)[-1] if columns is None else columns))
 
+    def centred(self, x: Any) -> tuple[Any, Any]:
+        return x - tf.reduce_mean(x, axis=-1, keepdims=True), tf.cast(tf.shape(x)[-1], x.dtype)
+
     def off_diagonal(self, x: Any) -> Any:
         return x * (1 - tf.eye(x.shape[-1], dtype=x.dtype))
 

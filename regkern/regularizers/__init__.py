@@ -18,6 +18,7 @@ from regkern.regularizers.groups import SparseGroupLasso as SparseGroupLasso
 from regkern.regularizers.huber import Huber as Huber
 from regkern.regularizers.log_sum import LogSum as LogSum
 from regkern.regularizers.mcp import MCP as MCP
+from regkern.regularizers.orthogonal import Covariance as Covariance
 from regkern.regularizers.orthogonal import OrthogonalRegularizer as OrthogonalRegularizer
 from regkern.regularizers.orthogonal import SoftOrthogonal as SoftOrthogonal
 from regkern.regularizers.scad import SCAD as SCAD

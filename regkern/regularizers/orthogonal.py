@@ -17,8 +17,8 @@ def _check_power(power: Any) -> None:
         raise ValueError(f"power: expected 1 or 2; got {power!r}.")
 
 
-def _products(mode: str, leading_axes: str | None, *, unit: bool) -> Products:
-    return Products(mode == "columns", leading_axes == "flatten", leading_axes == "batch", unit)
+def _products(mode: str, leading_axes: str | None, *, unit: bool, centred: bool = False) -> Products:
+    return Products(mode == "columns", leading_axes == "flatten", leading_axes == "batch", unit, centred)
 
 
 class OrthogonalRegularizer(PenaltyRegularizer):
@@ -121,3 +121,45 @@ class SoftOrthogonal(PenaltyRegularizer):
     @property
     def _terms(self) -> list[tuple[Term, Parameters]]:
         return [(Term(SQUARE, _products(self.mode, self.leading_axes, unit=False)), (0.0, self.factor, 0.0, 0.0))]
+
+
+class Covariance(PenaltyRegularizer):
+    """``P(x) = factor / d * sum over i != j of C_ij**2``, C the d x d covariance matrix of the columns of x.
+
+    A row of x is one of n observations, such as an example's activations, and ``C = Z^T Z / (n - 1)`` with Z = x less
+    each column's mean: columns are drawn to tell different things. The matrix is never stored. Fewer than two rows or
+    columns give 0. The gradient is ``4 * factor / (d * (n - 1)) * Z (C - diag(C))``. There is no proximal operator in
+    closed form. Of activities, `activity_penalty` and Keras's layers divide it by the batch's size besides; in a loss
+    of one's own it is added as it is.
+
+    Args:
+        factor: the factor, a number or a 0-d array, tensor or variable; None means 0.01.
+        leading_axes: what becomes of the axes before the last two. None takes matrices alone. "flatten" merges them
+            into the rows: of a convolution's activations (batch, h, w, channels) each pixel is an observation. "batch"
+            takes each matrix by itself and sums the penalties.
+
+    Raises:
+        ValueError: the factor is not a non-negative finite real number, or leading_axes is another.
+
+    Examples:
+        >>> import numpy as np
+        >>> float(Covariance(1.0)(np.array([[1.0, 2.0], [3.0, 6.0]])))
+        16.0
+        >>> float(Covariance(1.0)(np.array([[1.0, 5.0], [2.0, 5.0]])))
+        0.0
+
+    Reference: Bardes, Ponce and LeCun, VICReg: variance-invariance-covariance regularization for self-supervised
+    learning, 2022, https://arxiv.org/abs/2105.04906
+    """
+
+    factor: Factor = Factor(0.01)
+    leading_axes: Choice = Choice(summands.check_leading_axes)
+
+    def __init__(self, factor: Number | None = 0.01, leading_axes: str | None = None) -> None:
+        self.factor = factor
+        self.leading_axes = leading_axes
+
+    @property
+    def _terms(self) -> list[tuple[Term, Parameters]]:
+        view = _products("columns", self.leading_axes, unit=False, centred=True)
+        return [(Term(SQUARE, view), (0.0, self.factor, 0.0, 0.0))]

@@ -16,13 +16,12 @@ _MAX_ROWS = 128
 
 def compile_terms(terms: Iterable[Term], dtype: DType) -> int:
     """Compile all kernels of some terms, or load them from the cache; return how many there are."""
-    kinds = {(type(term.view), term.formula, getattr(term.view, "unit", True)) for term in terms}
-    count = _compile_groups(dtype) if any(view is Norms for view, _, _ in kinds) else 0
-    for view, formula, unit in kinds:
-        if view is Elements:
-            count += _compile_elementwise(formula, dtype)
-        elif view is Products:
-            count += _compile_gram(dtype, formula.name if unit else gram.RAW)
+    terms = list(terms)
+    count = _compile_groups(dtype) if any(isinstance(term.view, Norms) for term in terms) else 0
+    for formula in {term.formula for term in terms if isinstance(term.view, Elements)}:
+        count += _compile_elementwise(formula, dtype)
+    for fold in {gram.fold(term) for term in terms if isinstance(term.view, Products)}:
+        count += _compile_gram(dtype, fold)
     return count
 
 

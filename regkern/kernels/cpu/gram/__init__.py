@@ -38,10 +38,11 @@ from regkern.kernels.cpu.gram import gradient, interpreted, panels, workspace
 from regkern.kernels.cpu.gram import value as sums
 from regkern.kernels.cpu.gram.tiles import Tile, tile_for
 from regkern.kernels.cpu.gram.vectors import ABS as ABS
-from regkern.kernels.cpu.gram.vectors import RAW as RAW
-from regkern.kernels.cpu.gram.vectors import SQUARE, Vectors
+from regkern.kernels.cpu.gram.vectors import COVARIANCE, RAW, Vectors
 from regkern.kernels.cpu.memory import converts_float16
 from regkern.kernels.cpu.team import TASK
+from regkern.terms import Products as View
+from regkern.terms import Term
 
 # Multiply-adds from which launches ask how many threads there are.
 PARALLEL_FROM = 1 << 20
@@ -53,11 +54,18 @@ _VALUE = types.float64(*[_INT] * 11)
 _GRADIENT = types.float64(*[_INT] * 9, types.float64, _INT, _INT)
 
 
+def fold(term: Term) -> str:
+    """Return what becomes of the products of rows: of those of rows as they are, squares alone are known."""
+    view = term.view
+    assert isinstance(view, View)
+    return COVARIANCE if view.centred else term.formula.name if view.unit else RAW
+
+
 def value(fold: str, dtype: DType, x: int, n: int, d: int, row_stride: int, depth_stride: int) -> float:
     """Return the mean of folded products over pairs of n rows of d elements, at an address, with strides in bytes.
 
     Of rows as they are, RAW, the sum over all entries of the Gram matrix, by the smaller one: ``||X X^T - I||_F^2`` is
-    ``||X^T X - I||_F^2 + n - d``.
+    ``||X^T X - I||_F^2 + n - d``. Of COVARIANCE, the sum over all pairs i != j divided by n.
     """
     if fold == RAW:
         if n > d > 0:
@@ -65,17 +73,18 @@ def value(fold: str, dtype: DType, x: int, n: int, d: int, row_stride: int, dept
         return sum_within(fold, dtype, x, n, d, row_stride, depth_stride)
     if n < 2 or d < 1:
         return 0.0
-    return _at_most_one(sum_within(fold, dtype, x, n, d, row_stride, depth_stride) / (n * (n - 1) / 2))
+    total = sum_within(fold, dtype, x, n, d, row_stride, depth_stride)
+    return 2.0 * total / n if fold == COVARIANCE else _at_most_one(total / (n * (n - 1) / 2))
 
 
 def sum_within(fold: str, dtype: DType, x: int, n: int, d: int, row_stride: int, depth_stride: int) -> float:
     """Return the sum of folded products over pairs of rows; of rows as they are over all entries of the Gram matrix."""
-    if d < 1:
+    if d < _least_depth(fold):
         return float(n) if fold == RAW else 0.0
     if n < (1 if fold == RAW else 2):
         return 0.0
     total = products(dtype, n, fold).value(n * n * d // 2, d, x, n, row_stride, depth_stride, 0, 0, 0, 0)
-    return 2.0 * total if fold == RAW else total
+    return total * _per_product(fold, d)
 
 
 def sum_between(
@@ -92,11 +101,21 @@ def sum_between(
     y_depth_stride: int,
 ) -> float:
     """Return the sum of folded products of one of the n rows at x and one of the m rows at y; of RAW, twice."""
-    if n < 1 or m < 1 or d < 1:
+    if n < 1 or m < 1 or d < _least_depth(fold):
         return 0.0
     kernel = products(dtype, max(n, m), fold)
     total = kernel.value(n * m * d, d, x, n, row_stride, depth_stride, y, m, y_row_stride, y_depth_stride)
-    return 2.0 * total if fold == RAW else total
+    return total * _per_product(fold, d)
+
+
+def _least_depth(fold: str) -> int:
+    """Return how long rows are that have products: one number has no covariance."""
+    return 2 if fold == COVARIANCE else 1
+
+
+def _per_product(fold: str, d: int) -> float:
+    """Return what a folded product of two rows of d elements counts."""
+    return 2.0 if fold == RAW else 1.0 / (d - 1) ** 2 if fold == COVARIANCE else 1.0
 
 
 def value_and_gradient(
@@ -119,8 +138,11 @@ def value_and_gradient(
     strides, out_strides, extra = (row_stride, depth_stride), (out_row_stride, out_depth_stride), 0
     if fold == RAW and n > d:
         n, d, strides, out_strides, extra = d, n, strides[::-1], out_strides[::-1], n - d
+    per_mean = (n - 1) * _per_product(fold, d) if fold == COVARIANCE and d > 1 else 1.0
     run = products(dtype, n, fold).mean_and_gradient
-    found = run(3 * n * n * d // 2, x, n, d, *strides, out, *out_strides, factor, accumulate)
+    found = run(3 * n * n * d // 2, x, n, d, *strides, out, *out_strides, factor * per_mean, accumulate)
+    if fold == COVARIANCE:
+        return found * per_mean
     return found + extra if fold == RAW else _at_most_one(found)
 
 
@@ -138,7 +160,7 @@ class Products:
         self._words = np.zeros(workspace.RECORD // 8, np.int64)
         self._words[[workspace.ENTRIES // 8, workspace.ENTRY_BYTES // 8]] = tile.vectors * vectors.lanes, vectors.size
         self._words[workspace.RAW // 8] = fold == RAW
-        self._words.view(np.float64)[workspace.SLOPE // 8] = 2.0 if fold == SQUARE else 1.0
+        self._words.view(np.float64)[workspace.SLOPE // 8] = 1.0 if fold == ABS else 2.0
 
     def value(self, work: int, *arguments: Any) -> float:
         """Return `value.sum_pairs` of the arguments; the work is in multiply-adds."""

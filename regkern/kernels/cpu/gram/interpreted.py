@@ -6,7 +6,7 @@ The kernels proper are LLVM's instructions, which Python cannot run. These have 
 import numpy as np
 
 from regkern.dtypes import DType
-from regkern.kernels.cpu.gram.vectors import ABS, RAW
+from regkern.kernels.cpu.gram.vectors import ABS, COVARIANCE, RAW
 from regkern.kernels.cpu.memory import make_narrow, make_view, make_widen
 
 
@@ -41,7 +41,7 @@ def make_value_and_gradient(dtype: DType, fold: str):
             cosines[i] = cosines[i] - 1.0 if fold == RAW else 0.0
             total += folded(cosines).sum() / 2
             v = slope(cosines) @ u
-            along = 0.0 if fold == RAW else (v @ u[i]) * u[i]
+            along = 0.0 if fold in (RAW, COVARIANCE) else (v @ u[i]) * u[i]
             gradient = factor * (2.0 if fold == RAW else scale[i] / pairs) * (v - along)
             view(out + i * out_row_stride, d, out_depth_stride)[:] = narrow(old[i] + gradient)
         return 2.0 * total if fold == RAW else total / pairs
@@ -59,7 +59,9 @@ def _make_read(dtype: DType):
 
 
 def _rows(x, fold):
-    return (x, np.ones(len(x))) if fold == RAW else _unit(x)
+    if fold == COVARIANCE:
+        x = x - x.mean(axis=1, keepdims=True)
+    return (x, np.ones(len(x))) if fold in (RAW, COVARIANCE) else _unit(x)
 
 
 def _unit(x):

@@ -5,7 +5,7 @@ from numba.core import cgutils
 
 from regkern.kernels.cpu.compile import inlined, part
 from regkern.kernels.cpu.gram import workspace as ws
-from regkern.kernels.cpu.gram.vectors import I64, RAW, emitter
+from regkern.kernels.cpu.gram.vectors import COVARIANCE, DOUBLE, I64, RAW, emitter
 from regkern.kernels.cpu.words import load_words
 
 
@@ -131,7 +131,7 @@ def _zero_row(vec, nr):
 
 
 def _normalise(vec, nr):
-    """Scale a panel's first rows to unit length in place: ``(panel, vectors, depth, scales)``.
+    """Scale a panel's first rows to unit length in place, or centre them: ``(panel, vectors, depth, scales)``.
 
     x / |x| is taken in two products, (x * before) * after. `before` is a power of two, other than 1 only for rows so
     large or small that a square, a norm or its inverse would leave the accumulator's range; `after` is the inverse norm
@@ -152,6 +152,15 @@ def _normalise(vec, nr):
             def at(k):
                 return b.add(column, b.mul(k.index, I64(row)))
 
+            if vec.fold == COVARIANCE:
+                (total,) = vec.zeros(b, 1, vec.wide)
+                with steps() as k:
+                    b.store(b.fadd(b.load(total), vec.widest(b, vec.load(b, at(k)))), total)
+                mean = b.fdiv(b.load(total), vec.splat(b, b.sitofp(depth, DOUBLE)))
+                with steps() as k:
+                    centred = b.fsub(vec.widest(b, vec.load(b, at(k))), mean)
+                    vec.store(b, centred if vec.size == 8 else b.fptrunc(centred, vec.type), at(k))
+                return
             (largest,), (squares,) = vec.zeros(b, 1), vec.zeros(b, 1, vec.wide)
             with steps() as k:
                 v = vec.call(b, "fabs", vec.load(b, at(k)))
@@ -182,7 +191,8 @@ def _normalise(vec, nr):
 def project_ir(vec, vectors):
     """Turn a panel of v into the gradient, in place: ``(v, u, depth, scales, factor)``.
 
-    factor * (v - (v . u) u) / |x|, with 1 / |x| in the two parts that `_normalise` left in scales; raw: factor * v.
+    factor * (v - (v . u) u) / |x|, with 1 / |x| in the two parts that `_normalise` left in scales; of rows that are no
+    unit rows, factor * v. (Sums of centred rows are centred.)
     """
     width = vec.size * vec.lanes
 
@@ -199,7 +209,7 @@ def project_ir(vec, vectors):
         with cgutils.for_range(b, depth) as k:
             for j, cell in enumerate(dots):
                 rest = load(k, j, v)
-                if vec.fold != RAW:
+                if vec.unit:
                     rest = b.fsub(rest, b.fmul(b.load(cell), load(k, j, u)))
                     for part in (j + vectors, j):
                         rest = b.fmul(rest, vec.widest(b, vec.load(b, scales, part * width)))

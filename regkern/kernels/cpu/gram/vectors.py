@@ -9,7 +9,7 @@ from numba.extending import intrinsic
 
 from regkern.dtypes import FLOAT64
 
-ABS, SQUARE, RAW = "abs", "square", "raw"
+ABS, SQUARE, RAW, COVARIANCE = "abs", "square", "raw", "covariance"
 I32, I64, DOUBLE = ir.IntType(32), ir.IntType(64), ir.DoubleType()
 
 
@@ -48,11 +48,11 @@ class Vectors:
     """IR for vectors of a register's width, which hold a dtype's elements in the type of the products.
 
     What becomes of a product is the fold: of unit rows its magnitude (ABS) or its square (SQUARE), of rows as they are
-    the square of its distance from the unit matrix's entry (RAW).
+    the square of its distance from the unit matrix's entry (RAW), of rows less their means its square (COVARIANCE).
     """
 
     def __init__(self, dtype, tile, native_half, fold=ABS):
-        self.fold = fold
+        self.fold, self.unit = fold, fold in (ABS, SQUARE)
         self.storage, self.native_half = dtype.name, native_half
         self.scalar = DOUBLE if dtype is FLOAT64 else ir.FloatType()
         self.size = 8 if dtype is FLOAT64 else 4
