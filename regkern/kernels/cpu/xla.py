@@ -220,9 +220,9 @@ def _elements(buffer):
 
 @inlined
 def _itemsize(buffer):
-    """Of the supported dtypes: XLA_FFI_DataType F32 is 11, F64 is 12, F16 and BF16 are 10 and 16."""
+    """Of floats: XLA_FFI_DataType F32 is 11, F64 is 12, F16 and BF16 are 10 and 16; others have 8 bits."""
     dtype = load_int(buffer + 16)
-    return 8 if dtype == 12 else 4 if dtype == 11 else 2
+    return 8 if dtype == 12 else 4 if dtype == 11 else 2 if dtype == 10 or dtype == 16 else 1
 
 
 @inlined
