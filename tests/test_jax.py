@@ -107,6 +107,29 @@ def test_groups_have_numpys_bits(mode):
         np.testing.assert_array_equal(jax.vmap(each)(batch), np.stack([each(piece) for piece in batch]))
 
 
+@pytest.mark.parametrize("dtype", [slow_unless(dtype == "float32", dtype) for dtype in NUMPY_DTYPES])
+@pytest.mark.parametrize("mode", ["rows", "columns"])
+@pytest.mark.parametrize("shape", [(33, 70), (70, 33), (9, 9), (1, 5), (5, 1)])
+def test_soft_orthogonal_has_numpys_bits(shape, mode, dtype):
+    """By the smaller Gram matrix, whichever of the two is meant."""
+    x, regularizer = RNG.standard_normal(shape).astype(NUMPY_DTYPES[dtype]), rk.SoftOrthogonal(0.3, mode)
+    batched = rk.SoftOrthogonal(0.3, mode, "batch")
+    assert calls_a_kernel(regularizer, x)
+    assert calls_a_kernel(jax.value_and_grad(regularizer), x)
+    assert jax.jit(regularizer)(x) == regularizer(x)
+    value, gradient = regularizer.value_and_grad(x)
+    found, slope = jax.jit(regularizer.value_and_grad)(x)
+    assert found == value
+    np.testing.assert_array_equal(slope, gradient)
+    cotangent = jax.jit(jax.grad(lambda x: -2.0 * regularizer(x)))(x)
+    atol = 8 * DTYPES[dtype].epsilon * np.abs(numbers(gradient)).max()
+    np.testing.assert_allclose(numbers(cotangent), -2.0 * numbers(gradient), rtol=0, atol=atol)
+    batch = np.stack([x, x[::-1], x * x])
+    for each in (regularizer, regularizer.grad):
+        np.testing.assert_array_equal(jax.vmap(each)(batch), np.stack([each(piece) for piece in batch]))
+    np.testing.assert_array_equal(jax.jit(batched.grad)(batch), batched.grad(batch))
+
+
 @pytest.mark.parametrize("leading_axes", ["flatten", "batch"])
 def test_orthogonal_of_more_axes(leading_axes):
     x = RNG.standard_normal((3, 4, 5, 6)).astype(np.float32)

@@ -25,6 +25,7 @@ from regkern.dtypes import DType
 from regkern.kernels import forks
 from regkern.kernels.cpu import elementwise, gram, groups, team
 from regkern.kernels.cpu.compile import compile_function, inlined, inner
+from regkern.kernels.cpu.gram import workspace
 from regkern.kernels.cpu.gram.gradient import mean_and_gradient
 from regkern.kernels.cpu.gram.value import sum_pairs
 from regkern.kernels.cpu.words import (
@@ -110,13 +111,17 @@ def groups_call(
 
 def gram_call(operation: Operation, fold: str, dtype: DType, n: int, d: int, *, columns: bool) -> Call:
     """Load the kernel for matrices of n vectors of d elements, and say how it is called."""
+    beyond = 0
+    if fold == gram.RAW and n > d:  # as `gram.value` does: by the smaller Gram matrix
+        n, d, columns, beyond = d, n, not columns, n - d
     products = gram.products(dtype, n, fold)
     gram.width_for((3 if operation.writes else 1) * n * n * d // 2)
     if operation is VALUE:
         key = _load(products.name, products.for_value)
     else:
         key = _load(f"{products.name}-gradient", products.for_gradient)
-    return Call("regkern_gram", {"columns": np.int64(columns), "kernel": key, "kind": np.int64(_KINDS[operation])})
+    words: dict[str, int] = {"beyond": beyond, "columns": columns, "kernel": key, "kind": _KINDS[operation]}
+    return Call("regkern_gram", {name: np.int64(word) for name, word in words.items()})
 
 
 @functools.cache
@@ -353,7 +358,12 @@ def _evaluate_groups(frame):
 def _evaluate_gram(frame):
     if _answers_metadata(frame):
         return 0
-    columns, kind, x = _attribute(frame, 0) != 0, _attribute(frame, 2), _argument(frame, 0)
+    beyond, columns, kind, x = (
+        _attribute(frame, 0),
+        _attribute(frame, 1) != 0,
+        _attribute(frame, 3),
+        _argument(frame, 0),
+    )
     a, b, _, _ = elementwise.load_parameters(_data(_argument(frame, 1)))
     factor = a + b  # of which one is 0
     rank, dims, itemsize = load_word(x + 32), load_word(x + 40), _itemsize(x)
@@ -362,9 +372,10 @@ def _evaluate_gram(frame):
     matrices = _elements(x) // (n * d)
     if columns:
         n, d, row_stride, depth_stride = d, n, depth_stride, row_stride
-    record = _find(_attribute(frame, 1))
+    record = _find(_attribute(frame, 2))
     if record == 0:
         return _not_loaded(frame)
+    raw = load_word(record + workspace.RAW) != 0
     width = _threads((1 if kind == _VALUE else 3) * n * n * d // 2, gram.PARALLEL_FROM)
     first = _result(frame, 0)
     out = _result(frame, 1) if kind == _VALUE_AND_GRADIENT else first
@@ -374,7 +385,7 @@ def _evaluate_gram(frame):
         address = _data(x) + i * size
         if kind == _VALUE:
             found, total = sum_pairs(record, d, address, n, row_stride, depth_stride, 0, 0, 0, 0, width)
-            mean = total / max(1.0, n * (n - 1) / 2)
+            mean = 2.0 * total if raw else total / max(1.0, n * (n - 1) / 2)
         else:
             scale = factor * (_read(_argument(frame, 2), i) if kind == _GRADIENT else 1.0)
             into = _data(out) + i * size
@@ -384,7 +395,7 @@ def _evaluate_gram(frame):
         if not found:
             return _failed(frame)
         if kind != _GRADIENT:
-            _write(first, i, factor * (1.0 if mean > 1.0 else mean))
+            _write(first, i, factor * (mean + beyond if raw else 1.0 if mean > 1.0 else mean))
     return 0
 
 
