@@ -57,6 +57,11 @@ def _keras() -> Library:
     return Library(lambda x: keras.Variable(x, dtype=x.dtype.name), keras.Variable)
 
 
+def _array_api() -> Library:
+    xp = pytest.importorskip("array_api_strict")
+    return Library(xp.asarray, xp.asarray)
+
+
 LIBRARIES: dict[str, Callable[[], Library]] = {
     "numpy": lambda: Library(np.asarray, np.array),
     "torch": _torch,
@@ -65,6 +70,7 @@ LIBRARIES: dict[str, Callable[[], Library]] = {
     "jax": _jax,
     "tensorflow": _tensorflow,
     "keras": _keras,
+    "array API": _array_api,
 }
 
 
@@ -73,4 +79,8 @@ def numbers(x: Any) -> np.ndarray:
     x = x.value if type(x).__module__.startswith("keras") else x
     if hasattr(x, "resolve_neg"):
         return x.detach().resolve_neg().double().numpy()
+    if type(x).__module__.startswith("sparse"):
+        x = x.todense()
+    if type(x).__module__.startswith("array_api"):
+        x = np.from_dlpack(x)
     return np.asarray(x).astype(np.float64)

@@ -97,6 +97,14 @@ def test_code_fits_its_page():
     assert [line for line in lines if len(line[1]) > 115] == []
 
 
+def test_counted_lines():
+    counted = re.findall(
+        r"^\| .* \| `(regkern/.*\.py)` \| (\d+) \|$", PAGES[1].with_name("adding.md").read_text(), re.M
+    )
+    assert [(path, lines) for path, lines in counted if len((ROOT / path).read_text().splitlines()) > int(lines)] == []
+    assert counted
+
+
 def test_the_table_of_steps_is_one():
     region = re.compile(r"<!-- bench-steps:start -->.*<!-- bench-steps:end -->", re.DOTALL)
     readme, speed = (region.findall((ROOT / path).read_text()) for path in ("README.md", "docs/pages/speed.md"))

@@ -11,14 +11,14 @@ from regkern.kernels.cpu import memory
 ALL_BITS = np.arange(1 << 16, dtype=np.uint16)
 
 WIDEN = {
-    "float16 by instruction": (np.float16, memory.make_widen(FLOAT16)),
+    "float16 by instruction": (np.float16, memory.codec(FLOAT16).widen),
     "float16 by bits": (np.float16, memory._widen_float16_by_bits),
-    "bfloat16": (ml_dtypes.bfloat16, memory.make_widen(BFLOAT16)),
+    "bfloat16": (ml_dtypes.bfloat16, memory.codec(BFLOAT16).widen),
 }
 NARROW = {
-    "float16 by instruction": (np.float16, memory.make_narrow(FLOAT16)),
+    "float16 by instruction": (np.float16, memory.codec(FLOAT16).narrow),
     "float16 by bits": (np.float16, memory._narrow_float16_by_bits),
-    "bfloat16": (ml_dtypes.bfloat16, memory.make_narrow(BFLOAT16)),
+    "bfloat16": (ml_dtypes.bfloat16, memory.codec(BFLOAT16).narrow),
 }
 
 

@@ -107,6 +107,36 @@ def test_groups_have_numpys_bits(mode):
         np.testing.assert_array_equal(jax.vmap(each)(batch), np.stack([each(piece) for piece in batch]))
 
 
+@pytest.mark.parametrize("dtype", [slow_unless(dtype == "float32", dtype) for dtype in NUMPY_DTYPES])
+@pytest.mark.parametrize(
+    "make",
+    [functools.partial(rk.SoftOrthogonal, mode=mode) for mode in ("rows", "columns")] + [rk.Covariance],
+    ids=["rows", "columns", "covariance"],
+)
+@pytest.mark.parametrize("shape", [(33, 70), (70, 33), (9, 9), (1, 5), (5, 1)])
+def test_products_of_rows_as_they_are_have_numpys_bits(shape, make, dtype):
+    """By the smaller Gram matrix, whichever of the two is meant; covariances by their own, where there are any."""
+    x, regularizer = RNG.standard_normal(shape).astype(NUMPY_DTYPES[dtype]), make(0.3)
+    batched = make(0.3, leading_axes="batch")
+    if isinstance(regularizer, rk.Covariance) and shape[1] == 1:
+        assert jax.jit(regularizer)(x) == regularizer(x) == 0.0
+        return
+    assert calls_a_kernel(regularizer, x)
+    assert calls_a_kernel(jax.value_and_grad(regularizer), x)
+    assert jax.jit(regularizer)(x) == regularizer(x)
+    value, gradient = regularizer.value_and_grad(x)
+    found, slope = jax.jit(regularizer.value_and_grad)(x)
+    assert found == value
+    np.testing.assert_array_equal(slope, gradient)
+    cotangent = jax.jit(jax.grad(lambda x: -2.0 * regularizer(x)))(x)
+    atol = 8 * DTYPES[dtype].epsilon * np.abs(numbers(gradient)).max()
+    np.testing.assert_allclose(numbers(cotangent), -2.0 * numbers(gradient), rtol=0, atol=atol)
+    batch = np.stack([x, x[::-1], x * x])
+    for each in (regularizer, regularizer.grad):
+        np.testing.assert_array_equal(jax.vmap(each)(batch), np.stack([each(piece) for piece in batch]))
+    np.testing.assert_array_equal(jax.jit(batched.grad)(batch), batched.grad(batch))
+
+
 @pytest.mark.parametrize("leading_axes", ["flatten", "batch"])
 def test_orthogonal_of_more_axes(leading_axes):
     x = RNG.standard_normal((3, 4, 5, 6)).astype(np.float32)
@@ -356,7 +386,7 @@ def test_programs_are_not_shared_by_regularizers_that_were_equal():
 def test_products_on_devices_are_of_float32():
     """A GPU rounds what it multiplies to 11 bits where nothing is said."""
     x = jax.ShapeDtypeStruct((8, 5), "float32")
-    for regularizer in (rk.OrthogonalRegularizer(0.3), rk.SoftOrthogonal(0.3)):
+    for regularizer in (rk.OrthogonalRegularizer(0.3), rk.SoftOrthogonal(0.3), rk.Covariance(0.3)):
         program = jax.export.export(jax.jit(jax.value_and_grad(regularizer)), platforms=["cuda"])(x).mlir_module()
         products = [line for line in program.splitlines() if "stablehlo.dot_general" in line]
         assert len(products) >= 2

@@ -12,9 +12,15 @@ from tests.cases import LAYOUTS, PENALTIES, WITHOUT_PROX, make, slow_unless
 from tests.libraries import LIBRARIES, numbers
 
 USUAL = ("float32", "both", "C order")
-KERNELS = {"numpy", "torch", "torch, recorded", "tensorflow"}  # which run over their memory as over NumPy's
+KERNELS = {
+    "numpy",
+    "torch",
+    "torch, recorded",
+    "tensorflow",
+    "array API",
+}  # which run over their memory as over NumPy's
 EXPRESSIONS = {("tensorflow", "group"), ("tensorflow", "columns")}  # but for these
-STRIDED = {"numpy", "torch", "torch, recorded"}
+STRIDED = {"numpy", "torch", "torch, recorded", "array API"}
 SHAPES = ["0-d", "C order", "transpose of three", "empty", "long rows"]  # for those whose arrays have no strides
 SUMS = {"L1", "L2", "L1L2", "both"}
 
@@ -24,7 +30,8 @@ def cases():
     for library in LIBRARIES:
         # Neither torch has negative strides.
         layouts = [each for each in LAYOUTS if each in SHAPES or (library in STRIDED and "reversed" not in each)]
-        for case in itertools.product(DTYPES, PENALTIES, layouts):
+        dtypes = ["float32", "float64"] if library == "array API" else DTYPES  # the standard's
+        for case in itertools.product(dtypes, PENALTIES, layouts):
             differences = sum(found != usual for found, usual in zip(case, USUAL, strict=True))
             if differences < 2 or (differences == 2 and case[2] == USUAL[2]):
                 yield slow_unless(differences < 2, library, *case)
@@ -72,7 +79,7 @@ def test_values_gradients_and_proximal_operators(library, dtype, name, layout):
 
 
 @pytest.mark.parametrize("name", ["both", "group", "orthogonal"])
-@pytest.mark.parametrize("library", ["numpy", "torch", "torch, by operations", "keras"])
+@pytest.mark.parametrize("library", ["numpy", "torch", "torch, by operations", "keras", "array API"])
 def test_what_is_written_in_place(library, name):
     array, regularizer, x = LIBRARIES[library]().array, PENALTIES[name](0.3), make(LAYOUTS["C order"], "float32")
     gradient, y, out = reference.gradient(regularizer, x), array(x.copy()), array(x.copy())

@@ -1,7 +1,8 @@
 """Array libraries: one adapter each, found by the type of the array.
 
 Only a library that is loaded already can have made the array, so that looking for its adapter imports nothing heavy.
-A new library is a new module here, with an `ADAPTER`, and its line in `_LIBRARIES`.
+A new library is a new module here, with an `ADAPTER`, and its line in `_LIBRARIES`. What has no line may follow a
+standard: CUDA's array interface, or the array API's.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class _Adapters(dict[type, "Adapter"]):
 def no_array(found: type) -> TypeError:
     """Return the error that says that a type is that of no array."""
     return TypeError(
-        f"x: expected an array of {' or '.join(_LIBRARIES)}; got {found.__name__}; "
+        f"x: expected an array of {' or '.join(_LIBRARIES)}, or of the array API standard; "
+        f"got {found.__name__}; "
         "convert it first, for example by numpy.asarray(x, dtype='float32')."
     )
 
@@ -60,6 +62,8 @@ def _modules_for(cls: type) -> Iterator[str]:
             yield module
     if hasattr(cls, "__cuda_array_interface__"):
         yield "regkern.arrays.cuda_interface"
+    elif hasattr(cls, "__array_namespace__"):
+        yield "regkern.arrays.array_api"
 
 
 def import_for(cls: type) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from regkern.arrays.jax_expressions import OPERATIONS, result_type, widest
 from regkern.arrays.layout import group_loops
 from regkern.dtypes import DTYPES, complex_advice
 from regkern.formulas import ABS, SQUARE
-from regkern.kernels.cpu import xla
+from regkern.kernels.cpu import gram, xla
 from regkern.kernels.cpu.xla import VALUE_AND_ONE
 from regkern.terms import (
     EACH_SUM,
@@ -61,12 +61,14 @@ def _kernel(operation: Operation, term: Term, shape: Sequence[int], dtype: str) 
         return None
     if isinstance(term.view, Norms):
         return _groups_call(operation, term.view, tuple(shape), dtype) if term.formula is ABS else None
-    if not (isinstance(term.view, Products) and term.view.unit and term.formula in (ABS, SQUARE)):
+    view = term.view
+    if not isinstance(view, Products) or term.formula not in ((ABS, SQUARE) if view.unit else (SQUARE,)):
         return None
-    n, d = reversed(shape) if term.view.columns else shape
-    return (
-        xla.gram_call(operation, term.formula.name, DTYPES[dtype], n, d, columns=term.view.columns) if n > 1 else None
-    )
+    n, d = reversed(shape) if view.columns else shape
+    fold = gram.fold(term)
+    if n < 2 and fold != gram.RAW:
+        return None
+    return xla.gram_call(operation, fold, DTYPES[dtype], n, d, columns=view.columns)
 
 
 def _groups_call(operation: Operation, view: Norms, shape: tuple[int, ...], dtype: str) -> xla.Call | None:

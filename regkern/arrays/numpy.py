@@ -10,7 +10,7 @@ import numpy as np
 
 from regkern.arrays.host import HostAdapter
 from regkern.arrays.layout import Strides
-from regkern.dtypes import BFLOAT16, DTYPES, FLOAT64, DType, complex_advice
+from regkern.dtypes import DTYPES, FLOAT64, DType, complex_advice
 from regkern.kernels.cpu.watch import first_changed
 
 
@@ -106,7 +106,7 @@ def _header_words(x: np.ndarray[Any, Any], names: Iterable[str]) -> Iterator[tup
 
 
 class _DTypes(dict[Any, DType]):
-    """What NumPy's dtypes mean to regkern; bfloat16 joins when first seen, since it comes from ml_dtypes."""
+    """What NumPy's dtypes mean to regkern; those that come from ml_dtypes join when first seen."""
 
     def __missing__(self, dtype: np.dtype[Any]) -> DType:
         if not dtype.isnative:
@@ -114,15 +114,15 @@ class _DTypes(dict[Any, DType]):
                 f"x: expected a dtype in this machine's byte order; got {dtype.str}; "
                 "convert it by x.astype(x.dtype.newbyteorder('='))."
             )
-        if dtype.name == "bfloat16" and dtype.type.__module__ == "ml_dtypes":
-            return self.setdefault(dtype, BFLOAT16)
+        if dtype.name in DTYPES and dtype.type.__module__ == "ml_dtypes":
+            return self.setdefault(dtype, DTYPES[dtype.name])
         advice = "convert it, for example by x.astype('float32')."
         if dtype.kind == "c":
             advice = complex_advice("numpy.stack([x.real, x.imag], -1)")
         raise TypeError(f"x: expected an array of {', '.join(DTYPES)}; got dtype {dtype}; {advice}")
 
 
-_dtypes = _DTypes({np.dtype(name): dtype for name, dtype in DTYPES.items() if dtype is not BFLOAT16})
+_dtypes = _DTypes({np.dtype(name): dtype for name, dtype in DTYPES.items() if hasattr(np, name)})
 ADAPTER = NumpyAdapter()
 
 

@@ -16,7 +16,7 @@ from regkern.dtypes import FLOAT64, DType
 from regkern.kernels.cpu.compile import compile_function, inlined, make_call
 from regkern.kernels.cpu.elementwise import kernels
 from regkern.kernels.cpu.lanes import stack
-from regkern.kernels.cpu.memory import make_narrow, make_view, make_widen
+from regkern.kernels.cpu.memory import codec, make_view
 from regkern.kernels.cpu.walk import (
     ADDS,
     ANCHORED,
@@ -90,7 +90,7 @@ _functions = functools.cache(_Functions)
 
 
 def _make_load(dtype: DType):
-    widen, view, doubles = make_widen(dtype), make_view(dtype.carrier), make_view("float64")
+    widen, view, doubles = codec(dtype).widen, make_view(dtype.carrier), make_view("float64")
     itemsize = dtype.itemsize
 
     def load(x, reference, weights, differences, weighing, n):
@@ -108,7 +108,7 @@ def _make_load(dtype: DType):
 
 
 def _make_store(dtype: DType):
-    widen, narrow = make_widen(dtype), make_narrow(dtype)
+    widen, narrow = codec(dtype).widen, codec(dtype).narrow
     view, doubles, itemsize = make_view(dtype.carrier), make_view("float64"), dtype.itemsize
 
     def store(new, reference, out, n, verb):

@@ -19,7 +19,7 @@ from regkern.formulas import ABS_SQUARE, SQUARE
 from regkern.kernels.cpu import scalars, team, threads
 from regkern.kernels.cpu.compile import compile_entry, compile_function, inlined, inner
 from regkern.kernels.cpu.lanes import BYTES, LANES, clear, fold, make_add_square, make_prefer_vectors, make_visit, stack
-from regkern.kernels.cpu.memory import make_magnitude, make_narrow, make_view, make_widen
+from regkern.kernels.cpu.memory import codec, make_view
 from regkern.kernels.cpu.walk import (
     ADDS,
     IN_PLACE,
@@ -120,7 +120,7 @@ def _make_run(name: str, operation: Operation, formula: Formula, dtype: DType, i
     if operation.sums:
         return _make_sum_run(name, operation, formula, dtype, in_place, weighted)
     view, itemsize = make_view(dtype.carrier), dtype.itemsize
-    widen, narrow, adds = make_widen(dtype), make_narrow(dtype), operation.adds
+    widen, narrow, adds = codec(dtype).widen, codec(dtype).narrow, operation.adds
     change = inner(name)(_change(operation, formula.make(scalars)))
 
     @inner(name, forceinline=True)
@@ -171,7 +171,7 @@ def _make_sum_run(name: str, operation: Operation, formula: Formula, dtype: DTyp
 def _make_element(name: str, operation: Operation, formula: Formula, dtype: DType, weighted: bool):
     """Make ``element(x, old, *p, sum0, sum1) -> (new, sum0, sum1)``; the old element is one of out."""
     functions, add_square, squares = formula.make(scalars), make_add_square(dtype), formula in (SQUARE, ABS_SQUARE)
-    widen, narrow, magnitude = make_widen(dtype), make_narrow(dtype), make_magnitude(dtype)
+    widen, magnitude, narrow = codec(dtype)
     terms, writes, adds = inner(name)(functions.terms), bool(operation.writes), operation.adds
     change = inner(name)(_change(operation, functions)) if writes else None
 

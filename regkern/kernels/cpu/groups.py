@@ -24,7 +24,7 @@ from regkern.kernels.cpu import team
 from regkern.kernels.cpu.compile import compile_entry, compile_function, inlined, inner, make_call
 from regkern.kernels.cpu.elementwise import CHUNK, count_chunks, count_elements, kernels, width_for
 from regkern.kernels.cpu.lanes import BYTES, clear, fold, make_add_square, stack
-from regkern.kernels.cpu.memory import make_narrow, make_view, make_widen
+from regkern.kernels.cpu.memory import codec, make_view
 from regkern.kernels.cpu.walk import count_rows, load_walk, row_offsets, walk
 from regkern.kernels.cpu.words import (
     allocate,
@@ -265,7 +265,7 @@ def _scale_along(x, x_stride, out, out_stride, layout, dims, first, last, scales
 def _make_across(name: str, dtype: DType) -> tuple[Any, Any]:
     """Make the functions that sum and scale rows first to last, each with one element of some groups."""
     view, strided_view, itemsize = make_view(dtype.carrier), make_view(dtype.carrier, strided=True), dtype.itemsize
-    widen, narrow, add_square = make_widen(dtype), make_narrow(dtype), make_add_square(dtype)
+    widen, narrow, add_square = codec(dtype).widen, codec(dtype).narrow, make_add_square(dtype)
 
     @inner(name, forceinline=True)
     def add_squares(rows, sums):

@@ -4,7 +4,8 @@ Views carry no alignment promise, so that any address is correct; on today's CPU
 """
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import binding, ir
@@ -51,32 +52,23 @@ def make_view(carrier_name: str, *, strided: bool = False):
     return view
 
 
-def make_widen(dtype: DType):
-    """Make ``widen(carrier) -> float64``, exact for every value."""
-    if dtype is BFLOAT16:
-        return _widen_bfloat16
-    if dtype is FLOAT16:
-        return _widen_float16_by_instruction if converts_float16(target_features()) else _widen_float16_by_bits
-    return _widen_float
+class Codec(NamedTuple):
+    """How kernels read and write a dtype's carrier.
+
+    Attributes:
+        widen: ``(carrier) -> float64``, exact for every value.
+        magnitude: the absolute value of that, taken before or after widening, as is cheaper.
+        narrow: ``(float64) -> carrier``, to the nearest value, ties to even, by way of float32 for 16-bit floats.
+    """
+
+    widen: Callable[[Any], Any]
+    magnitude: Callable[[Any], Any]
+    narrow: Callable[[Any], Any]
 
 
-def make_magnitude(dtype: DType):
-    """Make ``magnitude(carrier) -> float64``: the absolute value, taken before or after widening, as is cheaper."""
-    if dtype is BFLOAT16:
-        return _magnitude_bfloat16
-    if dtype is FLOAT16:
-        widen = make_widen(dtype)
-        return inner(dtype.name)(lambda bits: abs(widen(bits)))
-    return _magnitude_float
-
-
-def make_narrow(dtype: DType):
-    """Make ``narrow(float64) -> carrier``, to the nearest value, ties to even, by way of float32 for 16-bit floats."""
-    if dtype is BFLOAT16:
-        return _narrow_bfloat16
-    if dtype is FLOAT16:
-        return _narrow_float16_by_instruction if converts_float16(target_features()) else _narrow_float16_by_bits
-    return _narrow_float
+def codec(dtype: DType) -> Codec:
+    """Return a dtype's codec: Numba's own conversions, but for those that `CODECS` has."""
+    return CODECS[dtype]() if dtype in CODECS else Codec(_widen_float, _magnitude_float, _narrow_float)
 
 
 def converts_float16(features: Mapping[str, bool]) -> bool:
@@ -200,3 +192,17 @@ def _narrow_float16_by_bits(value):
         half = abs(np.float32(value)) + np.float32(0.5)
         return np.uint16(sign | (np.int64(_bits_of_float32(half)) - 0x3F000000))
     return np.uint16(sign | ((magnitude - 0x38000000 + 0xFFF + ((magnitude >> 13) & 1)) >> 13))
+
+
+def _float16() -> Codec:
+    by_instruction = converts_float16(target_features())
+    widen = _widen_float16_by_instruction if by_instruction else _widen_float16_by_bits
+    narrow = _narrow_float16_by_instruction if by_instruction else _narrow_float16_by_bits
+    return Codec(widen, inner("float16")(lambda bits: abs(widen(bits))), narrow)
+
+
+# By what a kernel is compiled for a dtype that Numba does not have.
+CODECS: dict[DType, Callable[[], Codec]] = {
+    FLOAT16: _float16,
+    BFLOAT16: lambda: Codec(_widen_bfloat16, _magnitude_bfloat16, _narrow_bfloat16),
+}

@@ -25,6 +25,7 @@ from regkern.dtypes import DType
 from regkern.kernels import forks
 from regkern.kernels.cpu import elementwise, gram, groups, team
 from regkern.kernels.cpu.compile import compile_function, inlined, inner
+from regkern.kernels.cpu.gram import workspace
 from regkern.kernels.cpu.gram.gradient import mean_and_gradient
 from regkern.kernels.cpu.gram.value import sum_pairs
 from regkern.kernels.cpu.words import (
@@ -110,13 +111,18 @@ def groups_call(
 
 def gram_call(operation: Operation, fold: str, dtype: DType, n: int, d: int, *, columns: bool) -> Call:
     """Load the kernel for matrices of n vectors of d elements, and say how it is called."""
+    beyond = 0
+    if fold == gram.RAW and n > d:  # as `gram.value` does: by the smaller Gram matrix
+        n, d, columns, beyond = d, n, not columns, n - d
+    of_mean = np.array([gram.per_mean(fold, n, d), beyond, gram.most(fold)])
     products = gram.products(dtype, n, fold)
     gram.width_for((3 if operation.writes else 1) * n * n * d // 2)
     if operation is VALUE:
         key = _load(products.name, products.for_value)
     else:
         key = _load(f"{products.name}-gradient", products.for_gradient)
-    return Call("regkern_gram", {"columns": np.int64(columns), "kernel": key, "kind": np.int64(_KINDS[operation])})
+    words = np.concatenate([[columns], of_mean.view(np.int64)])
+    return Call("regkern_gram", {"kernel": key, "kind": np.int64(_KINDS[operation]), "mean": words})
 
 
 @functools.cache
@@ -206,6 +212,11 @@ def _attribute(frame, i):
 
 
 @inlined
+def _words(frame):
+    return load_word(load_word(load_word(frame + 120 + 40) + 16) + 16)  # of an array: its dtype, size and data
+
+
+@inlined
 def _data(buffer):
     return load_word(buffer + 24)
 
@@ -220,9 +231,9 @@ def _elements(buffer):
 
 @inlined
 def _itemsize(buffer):
-    """Of the supported dtypes: XLA_FFI_DataType F32 is 11, F64 is 12, F16 and BF16 are 10 and 16."""
+    """Of floats: XLA_FFI_DataType F32 is 11, F64 is 12, F16 and BF16 are 10 and 16; others have 8 bits."""
     dtype = load_int(buffer + 16)
-    return 8 if dtype == 12 else 4 if dtype == 11 else 2
+    return 8 if dtype == 12 else 4 if dtype == 11 else 2 if dtype == 10 or dtype == 16 else 1
 
 
 @inlined
@@ -334,7 +345,7 @@ def _evaluate_groups(frame):
     kind, x, record = _attribute(frame, 1), _argument(frame, 0), _find(_attribute(frame, 0))
     if record == 0:
         return _not_loaded(frame)
-    words = load_word(load_word(load_word(frame + 120 + 40) + 16) + 16)  # of an array: its dtype, size and data
+    words = _words(frame)
     n, count, stride, dims = load_words(words, 4)
     factor = load_double(words + 32) * load_double(_data(_argument(frame, 1)))
     size, width = n * _itemsize(x), _threads(n, elementwise.PARALLEL_FROM)
@@ -353,18 +364,20 @@ def _evaluate_groups(frame):
 def _evaluate_gram(frame):
     if _answers_metadata(frame):
         return 0
-    columns, kind, x = _attribute(frame, 0) != 0, _attribute(frame, 2), _argument(frame, 0)
+    kind, x, words = _attribute(frame, 1), _argument(frame, 0), _words(frame)
+    per_mean, beyond, most = load_double(words + 8), load_double(words + 16), load_double(words + 24)
     a, b, _, _ = elementwise.load_parameters(_data(_argument(frame, 1)))
     factor = a + b  # of which one is 0
     rank, dims, itemsize = load_word(x + 32), load_word(x + 40), _itemsize(x)
     n, d = load_word(dims + 8 * (rank - 2)), load_word(dims + 8 * (rank - 1))
     size, row_stride, depth_stride = n * d * itemsize, d * itemsize, itemsize
     matrices = _elements(x) // (n * d)
-    if columns:
+    if load_word(words) != 0:  # of columns
         n, d, row_stride, depth_stride = d, n, depth_stride, row_stride
-    record = _find(_attribute(frame, 1))
+    record = _find(_attribute(frame, 0))
     if record == 0:
         return _not_loaded(frame)
+    raw = load_word(record + workspace.RAW) != 0
     width = _threads((1 if kind == _VALUE else 3) * n * n * d // 2, gram.PARALLEL_FROM)
     first = _result(frame, 0)
     out = _result(frame, 1) if kind == _VALUE_AND_GRADIENT else first
@@ -374,9 +387,9 @@ def _evaluate_gram(frame):
         address = _data(x) + i * size
         if kind == _VALUE:
             found, total = sum_pairs(record, d, address, n, row_stride, depth_stride, 0, 0, 0, 0, width)
-            mean = total / max(1.0, n * (n - 1) / 2)
+            mean = 2.0 * total if raw else total / max(1.0, n * (n - 1) / 2)
         else:
-            scale = factor * (_read(_argument(frame, 2), i) if kind == _GRADIENT else 1.0)
+            scale = factor * per_mean * (_read(_argument(frame, 2), i) if kind == _GRADIENT else 1.0)
             into = _data(out) + i * size
             found, mean = mean_and_gradient(
                 record, address, n, d, row_stride, depth_stride, into, row_stride, depth_stride, scale, 0, width
@@ -384,7 +397,8 @@ def _evaluate_gram(frame):
         if not found:
             return _failed(frame)
         if kind != _GRADIENT:
-            _write(first, i, factor * (1.0 if mean > 1.0 else mean))
+            mean = per_mean * mean + beyond
+            _write(first, i, factor * (most if mean > most else mean))
     return 0
 
 

@@ -24,6 +24,7 @@ Tiles by BLAS were measured instead of the micro kernel: with one thread each th
 """
 
 import functools
+import math
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,8 @@ from regkern.kernels.cpu.gram import gradient, interpreted, panels, workspace
 from regkern.kernels.cpu.gram import value as sums
 from regkern.kernels.cpu.gram.tiles import Tile, tile_for
 from regkern.kernels.cpu.gram.vectors import ABS as ABS
-from regkern.kernels.cpu.gram.vectors import COVARIANCE, RAW, Vectors
+from regkern.kernels.cpu.gram.vectors import COVARIANCE, SQUARE, Vectors
+from regkern.kernels.cpu.gram.vectors import RAW as RAW
 from regkern.kernels.cpu.memory import converts_float16
 from regkern.kernels.cpu.team import TASK
 from regkern.terms import Products as View
@@ -71,10 +73,10 @@ def value(fold: str, dtype: DType, x: int, n: int, d: int, row_stride: int, dept
         if n > d > 0:
             return sum_within(fold, dtype, x, d, n, depth_stride, row_stride) + (n - d)
         return sum_within(fold, dtype, x, n, d, row_stride, depth_stride)
-    if n < 2 or d < 1:
+    if n < 2 or d < _least_depth(fold):
         return 0.0
-    total = sum_within(fold, dtype, x, n, d, row_stride, depth_stride)
-    return 2.0 * total / n if fold == COVARIANCE else _at_most_one(total / (n * (n - 1) / 2))
+    found = products(dtype, n, fold).value(n * n * d // 2, d, x, n, row_stride, depth_stride, 0, 0, 0, 0)
+    return _at_most(most(fold), per_mean(fold, n, d) * (found / (n * (n - 1) / 2)))
 
 
 def sum_within(fold: str, dtype: DType, x: int, n: int, d: int, row_stride: int, depth_stride: int) -> float:
@@ -138,16 +140,23 @@ def value_and_gradient(
     strides, out_strides, extra = (row_stride, depth_stride), (out_row_stride, out_depth_stride), 0
     if fold == RAW and n > d:
         n, d, strides, out_strides, extra = d, n, strides[::-1], out_strides[::-1], n - d
-    per_mean = (n - 1) * _per_product(fold, d) if fold == COVARIANCE and d > 1 else 1.0
-    run = products(dtype, n, fold).mean_and_gradient
-    found = run(3 * n * n * d // 2, x, n, d, *strides, out, *out_strides, factor * per_mean, accumulate)
-    if fold == COVARIANCE:
-        return found * per_mean
-    return found + extra if fold == RAW else _at_most_one(found)
+    run, each = products(dtype, n, fold).mean_and_gradient, per_mean(fold, n, d)
+    found = run(3 * n * n * d // 2, x, n, d, *strides, out, *out_strides, factor * each, accumulate)
+    return _at_most(most(fold), each * found + extra)
 
 
-def _at_most_one(mean: float) -> float:
-    return 1.0 if mean > 1.0 else mean  # by rounding alone; NaN stays
+def per_mean(fold: str, n: int, d: int) -> float:
+    """Return what the mean over pairs is multiplied by: of COVARIANCE, for the sum over pairs i != j divided by n."""
+    return (n - 1) * _per_product(fold, d) if fold == COVARIANCE and d > 1 else 1.0
+
+
+def most(fold: str) -> float:
+    """Return what a mean is at most, but for rounding."""
+    return 1.0 if fold in (ABS, SQUARE) else math.inf
+
+
+def _at_most(limit: float, mean: float) -> float:
+    return limit if mean > limit else mean  # NaN stays
 
 
 class Products:

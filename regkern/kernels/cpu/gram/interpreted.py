@@ -7,7 +7,7 @@ import numpy as np
 
 from regkern.dtypes import DType
 from regkern.kernels.cpu.gram.vectors import ABS, COVARIANCE, RAW
-from regkern.kernels.cpu.memory import make_narrow, make_view, make_widen
+from regkern.kernels.cpu.memory import codec, make_view
 
 
 def make_value(dtype: DType, fold: str):
@@ -28,7 +28,7 @@ def make_value(dtype: DType, fold: str):
 def make_value_and_gradient(dtype: DType, fold: str):
     """Make what `gradient.make_value_and_gradient` makes."""
     read, view = _make_read(dtype), make_view(dtype.carrier, strided=True)
-    narrow = np.vectorize(make_narrow(dtype), otypes=[dtype.carrier])
+    narrow = np.vectorize(codec(dtype).narrow, otypes=[dtype.carrier])
     folded, slope = (abs, np.sign) if fold == ABS else (np.square, lambda c: 2.0 * c)
 
     def value_and_gradient(x, n, d, row_stride, depth_stride, out, out_row_stride, out_depth_stride, factor, add):
@@ -50,7 +50,7 @@ def make_value_and_gradient(dtype: DType, fold: str):
 
 
 def _make_read(dtype: DType):
-    view, widen = make_view(dtype.carrier, strided=True), np.vectorize(make_widen(dtype), otypes=[np.float64])
+    view, widen = make_view(dtype.carrier, strided=True), np.vectorize(codec(dtype).widen, otypes=[np.float64])
 
     def read(address, n, d, row_stride, depth_stride):
         return np.stack([widen(view(address + i * row_stride, d, depth_stride)) for i in range(n)])

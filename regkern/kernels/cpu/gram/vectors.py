@@ -58,7 +58,9 @@ class Vectors:
         self.size = 8 if dtype is FLOAT64 else 4
         self.lanes = lanes = tile.bytes // self.size
         self.stored_size = dtype.itemsize
-        self.stored = ir.IntType(16) if dtype.itemsize == 2 else self.scalar
+        self.stored = {"float16": ir.IntType(16), "bfloat16": ir.IntType(16)}.get(dtype.name, self.scalar)
+        if dtype.carrier not in ("uint16", "float32", "float64"):
+            raise NotImplementedError(f"x: expected a dtype whose vectors are known; got {dtype.name}; convert it.")
         self.type = ir.VectorType(self.scalar, lanes)
         self.wide = ir.VectorType(DOUBLE, lanes)
         self.tag = f"{dtype.name}_{tile.name}_{'native' if native_half else 'bits'}" + (
