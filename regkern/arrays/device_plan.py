@@ -139,7 +139,7 @@ class DevicePlan(Plan):
             chunks, *rest = self._addresses(group.chunks, group.arrays, factors, partial)
             total = self._adapter.address(totals) + 16 * i
             launch(place, penalty_of_all(), 1, (chunks, group.chunk_count, *rest, total))
-        arguments = (self._adapter.address(totals), len(sums), 1.0, 0.0, self._adapter.address(result), NULL)
+        arguments = (self._adapter.address(totals), len(sums), 1.0, 0.0, 0.0, self._adapter.address(result), NULL)
         launch(place, last_stage(self.dtype.result), 1, arguments)
         return result
 
