@@ -70,7 +70,9 @@ def on_device(x, cls=cupy.ndarray):
 def read(x):
     """Return what an array in the stand-in's memory holds."""
     memory = x.data.mem.data
-    return np.ndarray(x.shape, x.dtype, memory.reshape(-1).view(np.uint8).data, x.data.ptr - x.data.mem.ptr, x.strides)
+    return np.ndarray(
+        x.shape, x.dtype, memory.reshape(-1, order="A").view(np.uint8).data, x.data.ptr - x.data.mem.ptr, x.strides
+    )
 
 
 class Computed(cupy.ndarray):

@@ -263,11 +263,15 @@ def test_numbers_on_the_device_are_for_cupys_own_operations(computed, place, nam
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_distances_to_a_reference_are_cupys_own_operations(computed, weighted):
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_distances_to_a_reference_have_kernels_where_all_are_in_one_order(
+    computed, place, monkeypatch, order, weighted
+):
+    monkeypatch.setattr(adapter_module.CupyAdapter, "upload", lambda self, x, table: on_device(table.copy()))
     hosts = [np.random.default_rng(i).random((6, 5)).astype(np.float32) for i in range(3)]
     rules, found = rk.Penalty({"*": rk.L1L2(0.3, 0.4)}), []
     for array in (np.copy, on_device):
-        x, reference, weights = map(array, hosts)
+        x, reference, weights = map(array, (hosts[0], hosts[1].copy(order), hosts[2]))
         penalty = rules.anchored(to={"x": reference}, weights={"x": weights} if weighted else None)
         bound, grads = penalty.bind({"x": x}), {"x": array(np.ones_like(hosts[0]))}
         bound.add_grad(grads, scale=2.0)
@@ -277,7 +281,17 @@ def test_distances_to_a_reference_are_cupys_own_operations(computed, weighted):
     for exact, near in zip(*found, strict=True):
         assert isinstance(near, cupy.ndarray)
         assert_near(near, exact, 4 * np.finfo(np.float32).eps)
-    assert computed
+    assert bool(place.driver.streams) == (order == "C") != bool(computed)
+
+
+def test_a_reference_on_another_device_is_refused(monkeypatch, place):
+    x, reference = on_device(np.ones(3)), on_device(np.zeros(3))
+    monkeypatch.setattr(
+        adapter_module.CupyAdapter, "place", lambda self, array: place._replace(device=int(array is reference))
+    )
+    with pytest.raises(ValueError, match="x: to: expected an array on x's device, 0; got one on 1; move one"):
+        rk.Penalty({"*": rk.L2(1.0)}).anchored(to={"x": reference})({"x": x})
+    assert not place.driver.streams
 
 
 @pytest.mark.usefixtures("unowned", "computed")

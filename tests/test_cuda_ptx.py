@@ -125,9 +125,13 @@ def test_the_last_stage(result_type, capability):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kernels_of_many_arrays_move_16_bytes_at_once(dtype):
-    ptx = compiled(chunks_kernel(VALUE_AND_GRADIENT, ABS_SQUARE, DTYPES[dtype]), NEWEST)
-    assert len(LOAD.findall(ptx)) >= UNROLL
-    assert len(STORE.findall(ptx)) >= UNROLL
+    for operands in range(3):  # a reference, and weights
+        kernel = chunks_kernel(VALUE_AND_GRADIENT, ABS_SQUARE, DTYPES[dtype], operands)
+        ptx = compiled(kernel, NEWEST)
+        loop = "\n".join(main_loop(ptx))
+        assert len(LOAD.findall(loop)) == UNROLL * (1 + operands)
+        assert len(STORE.findall(loop)) == UNROLL
+        assert MULTIPROCESSOR // (registers(assembled(kernel, NEWEST)) * THREADS) >= 2 + (operands == 0)
     compiled(penalty_of_all(), NEWEST)
     compiled(penalty_of_each(DTYPES[dtype].result), NEWEST)
 

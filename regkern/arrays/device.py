@@ -70,11 +70,23 @@ class DeviceAdapter(KernelAdapter):
         """Return a copy on x's device of an array of NumPy's with one dimension."""
 
     def reader(self, x: Any) -> tuple[DeviceAdapter, Any] | None:
+        self.check_address("x", x)
+        return (self, x) if self.reads_beside(x, [x]) else None
+
+    def reads_beside(self, x: Any, operands: Sequence[Any]) -> bool:
         view = self.view(x)
-        _check_aligned(view, "x")
-        steps = walk(view.shape, view.strides, view.strides, view.dtype.itemsize)
-        contiguous = steps.start == 0 and steps.dims == 0  # in memory, as in the array
-        return (self, x) if contiguous else None
+        steps = [walk(view.shape, view.strides, self.view(each).strides, view.dtype.itemsize) for each in operands]
+        return not any(each.start or each.dims for each in steps)  # contiguous in memory, in one order
+
+    def check_address(self, argument: str, x: Any) -> None:
+        _check_aligned(self.view(x), argument)
+
+    def check_operand(self, argument: str, x: Any, operand: Any) -> None:
+        super().check_operand(argument, x, operand)
+        device, other = self.place(x).device, self.place(operand).device
+        if other != device:
+            raise ValueError(f"{argument}: expected an array on x's device, {device}; got one on {other}; move one.")
+        self.check_address(argument, operand)
 
     def home(self, x: Any) -> Hashable:
         return self, self.place(x).device, self.view(x).dtype.result

@@ -31,6 +31,7 @@ from regkern.kernels.cuda.compile import (
     address_of,
     cuda,
     device,
+    make_by_halves,
     make_load,
     make_store,
     numbers,
@@ -38,7 +39,6 @@ from regkern.kernels.cuda.compile import (
     to_float64,
     to_uint32,
 )
-from regkern.kernels.cuda.elementwise import make_by_halves
 from regkern.kernels.cuda.norms import block_total, make_matrix
 from regkern.kernels.cuda.sums import THREADS, WARP, Body, warp_sums, write_sums
 from regkern.terms import Formula
