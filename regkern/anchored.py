@@ -14,8 +14,9 @@ from regkern.terms import ADD_GRADIENT, GRADIENT, PROX, VALUE, VALUE_AND_GRADIEN
 class Anchored(Regularizer):
     """``P(x - x0)`` of an element-wise penalty, whose elements may have weights.
 
-    It is for one array. Kernels read x and x0 side by side where both lie in the host's memory; elsewhere, and where a
-    library differentiates by itself, the difference is an expression of that library's.
+    It is for one array. Kernels read x and x0 side by side where both lie in the host's memory, or in one order in a
+    CUDA device's; elsewhere, and where a library differentiates by itself, the difference is an expression of that
+    library's.
 
     Args:
         regularizer: an element-wise one of regkern's own.

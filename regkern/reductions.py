@@ -199,7 +199,7 @@ def reading(x: Any, *, recorded: bool, operands: tuple[Any, ...] = ()) -> Readin
     Args:
         x: an array.
         recorded: respect a gradient that its library is recording.
-        operands: a reference and weights, which kernels read beside it, in the host's memory alone.
+        operands: a reference and weights, which kernels read beside it.
     """
     own = ADAPTERS[type(x)]
     tracked = recorded and own.tracks(x)
@@ -209,9 +209,11 @@ def reading(x: Any, *, recorded: bool, operands: tuple[Any, ...] = ()) -> Readin
     adapter, array = read
     itself = array is x and adapter is own
     beside = [own.reader(each) for each in alike(x, operands)] if operands else []
-    if operands and (adapter.home(array) != "host" or any(each is None or each[0] is not adapter for each in beside)):
+    if any(each is None or each[0] is not adapter for each in beside):
         return None
     found = tuple(each[1] for each in beside if each is not None)
+    if found and not adapter.reads_beside(array, found):
+        return None
     return Reading(own if tracked else None, adapter, array, adapter.home(array), itself, found)
 
 

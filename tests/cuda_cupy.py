@@ -1,9 +1,13 @@
 """CuPy's arrays over memory of the host, and what stands in for cuBLAS there."""
 
 import ctypes
+import types
 
 import cupy
 import numpy as np
+
+from regkern.arrays import cupy as adapter_module
+from regkern.arrays import cupy_expressions
 
 
 class HostMemory(cupy.cuda.BaseMemory):
@@ -41,7 +45,8 @@ class Cublas:
                     (c_at, (m, n), 0),
                 )
             )
-            c[...] = factors[0] * (a.astype(c_type) @ b.astype(c_type)) + factors[1] * c
+            before = factors[1] * c if factors[1] else 0  # as cuBLAS, which does not read what it does not add to
+            c[...] = factors[0] * (a.astype(c_type) @ b.astype(c_type)) + before
 
 
 def matrix(address, dtype, ld, shape, transposed):
@@ -65,4 +70,81 @@ def on_device(x, cls=cupy.ndarray):
 def read(x):
     """Return what an array in the stand-in's memory holds."""
     memory = x.data.mem.data
-    return np.ndarray(x.shape, x.dtype, memory.reshape(-1).view(np.uint8).data, x.data.ptr - x.data.mem.ptr, x.strides)
+    return np.ndarray(
+        x.shape, x.dtype, memory.reshape(-1, order="A").view(np.uint8).data, x.data.ptr - x.data.mem.ptr, x.strides
+    )
+
+
+class Computed(cupy.ndarray):
+    """What NumPy has computed in CuPy's place, and adds to another, or multiplies by a number."""
+
+    def __add__(self, other):
+        return on_device(np.array(read(self) + read(other)), Computed)
+
+    def __mul__(self, number):
+        return on_device(np.array(read(self) * number), Computed)
+
+    __radd__, __rmul__ = __add__, __mul__
+
+
+class HostFunctions:
+    """NumPy in CuPy's place: only names that CuPy has."""
+
+    cuda, ndarray = cupy.cuda, (np.ndarray, cupy.ndarray)
+
+    def __getattr__(self, name):
+        assert hasattr(cupy, name)
+        return getattr(np, name)
+
+
+class OnDevice(np.ndarray):
+    """NumPy's array, with what says where one of CuPy's is."""
+
+    @property
+    def data(self):
+        return types.SimpleNamespace(device_id=0)
+
+
+def compute_by_numpy(monkeypatch):
+    """Let NumPy compute what CuPy's own operations would, of the memory of CuPy's arrays; return what ran so."""
+    engine, ran = type(cupy_expressions.EXPRESSIONS), []
+
+    def by_numpy(method):
+        def call(self, operation, term, p, x, *operands, out=None):
+            ran.append(operation)
+            held = read(x).view(OnDevice)
+            target = None if out is None else read(out)
+            p = tuple(read(each)[()] if isinstance(each, cupy.ndarray) else each for each in p)
+            beside = [tuple(read(each).view(OnDevice) for each in group) for group in operands]
+            value, written = method(self, operation, term, p, held, *beside, target)
+            parts = value if isinstance(value, tuple) else (value,)
+            parts = tuple(None if each is None else on_device(np.array(each, order="C"), Computed) for each in parts)
+            value = parts if isinstance(value, tuple) else parts[0]
+            written = None if written is None else on_device(np.array(written, order="C"), Computed)
+            return value, written if out is None else out
+
+        return call
+
+    run, anchored = by_numpy(engine.run), by_numpy(engine.anchored)
+
+    def run_by_numpy(self, operation, term, p, x, out=None):
+        return run(self, operation, term, p, x, out=out)
+
+    def anchored_by_numpy(self, operation, term, p, x, operands, out=None):
+        return anchored(self, operation, term, p, x, operands, out=out)
+
+    def joined(self, parts):
+        return on_device(np.concatenate(list(map(read, parts))))
+
+    monkeypatch.setattr(engine, "run", run_by_numpy)
+    monkeypatch.setattr(engine, "anchored", anchored_by_numpy)
+    monkeypatch.setattr(adapter_module.CupyAdapter, "joined", joined)
+    monkeypatch.setattr(adapter_module.CupyAdapter, "number", lambda self, number, x: number)
+    monkeypatch.setattr(
+        adapter_module.CupyAdapter, "empty", lambda self, x, *made: on_device(np.empty(*made), Computed)
+    )
+    monkeypatch.setattr(
+        adapter_module.CupyAdapter, "empty_like", lambda self, x: on_device(np.empty_like(read(x)), Computed)
+    )
+    monkeypatch.setattr(cupy_expressions, "cupy", HostFunctions())
+    return ran

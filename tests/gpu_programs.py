@@ -14,12 +14,12 @@ import numpy as np
 
 import regkern as rk
 from regkern.dtypes import DTYPES
-from regkern.formulas import ABS, BOTH_SUMS
+from regkern.formulas import BOTH_SUMS
 from regkern.kernels.cache import store
 from regkern.kernels.cuda import launch
 from regkern.kernels.cuda.compile import parameters
 from regkern.kernels.cuda.driver import Code
-from regkern.terms import ADD_GRADIENT, PROX, VALUE, VALUE_AND_GRADIENT, Products, Term, scaled
+from regkern.terms import ADD_GRADIENT, PROX, VALUE, VALUE_AND_GRADIENT, scaled
 from tests import reference
 from tests.cases import NUMPY_DTYPES, REGULARIZERS
 from tests.cuda_arrays import Arrays, StandIn, values
@@ -29,7 +29,7 @@ from tests.cuda_library import keep_ptx
 REGULARIZER = REGULARIZERS["L1L2"]
 P = (REGULARIZER.l1, REGULARIZER.l2, 0.0, 0.0)
 STEP = 0.7
-ORTHOGONAL, COSINES = rk.OrthogonalRegularizer(0.3), Term(ABS, Products())
+ORTHOGONAL, SOFT = rk.OrthogonalRegularizer(0.3), rk.SoftOrthogonal(0.3)
 SIZE = 20_011  # elements: several blocks, and a part of one
 
 
@@ -140,11 +140,11 @@ def groups(name, capability, x, mode):
     return program
 
 
-def orthogonal(name, capability, x):
-    """Make the program of the mean |cosine| by tiles."""
-    program = Program(name, capability)
-    value, _ = program.arrays.run(VALUE, COSINES, (ORTHOGONAL.factor, 0.0, 0.0, 0.0), program.give(x))
-    program.expect(value, reference.orthogonal(ORTHOGONAL, x))
+def products(name, capability, regularizer, x, expected):
+    """Make the program of a penalty of products of rows, by tiles."""
+    program, ((term, p),) = Program(name, capability), regularizer._terms
+    value, _ = program.arrays.run(VALUE, term, p, program.give(x))
+    program.expect(value, expected)
     return program
 
 
@@ -161,7 +161,11 @@ def programs(capability):
     yield groups("groups, long rows", capability, values((1, 33_001), "float32", 16), "rows")
     yield groups("groups, strided", capability, values((30, 9, 40), "float32", 17)[::-1, 1:, ::2], "columns")
     for seed, dtype in enumerate(DTYPES):
-        yield orthogonal(f"mean |cosine|, {dtype}", capability, values((70, 45), dtype, 8 + seed))
+        x = values((70, 45), dtype, 8 + seed)
+        yield products(f"mean |cosine|, {dtype}", capability, ORTHOGONAL, x, reference.orthogonal(ORTHOGONAL, x))
+        wide = x.astype(np.longdouble)
+        expected = SOFT.factor * np.square(wide @ wide.T - np.eye(len(x))).sum()
+        yield products(f"distance from orthonormal rows, {dtype}", capability, SOFT, x, expected)
 
 
 def write(folder, architectures, ptx=None):

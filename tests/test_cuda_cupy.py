@@ -19,13 +19,13 @@ pytest.importorskip("cupy")
 import cupy
 import cupy_backends.cuda.libs
 
-from regkern.arrays import cuda_interface, cupy_expressions, device_gram, panels
+from regkern.arrays import cuda_interface, device_gram, panels
 from regkern.arrays import cupy as adapter_module
 from regkern.formulas import BOTH_SUMS
 from regkern.terms import GRADIENT, VALUE
 from tests import reference
 from tests.cases import LAYOUTS, NUMPY_DTYPES, REGULARIZERS, make, slow_unless
-from tests.cuda_cupy import Cublas, allocate, on_device, read
+from tests.cuda_cupy import Computed, Cublas, allocate, compute_by_numpy, on_device, read
 from tests.cuda_device import install
 
 REGULARIZER = REGULARIZERS["L1L2"]
@@ -188,76 +188,9 @@ def test_arrays_of_libraries_that_are_not_known_and_do_not_fit(place):
     assert not place.driver.streams
 
 
-class Computed(cupy.ndarray):
-    """What NumPy has computed in CuPy's place, and adds to another."""
-
-    def __add__(self, other):
-        return on_device(np.array(read(self) + read(other)), Computed)
-
-    __radd__ = __add__
-
-
-class HostFunctions:
-    """NumPy in CuPy's place: only names that CuPy has."""
-
-    cuda, ndarray = cupy.cuda, (np.ndarray, cupy.ndarray)
-
-    def __getattr__(self, name):
-        assert hasattr(cupy, name)
-        return getattr(np, name)
-
-
 @pytest.fixture
 def computed(monkeypatch):
-    """Let NumPy compute what CuPy's own operations would, of the memory of CuPy's arrays; return what ran so."""
-    engine, ran = type(cupy_expressions.EXPRESSIONS), []
-
-    def by_numpy(method):
-        def call(self, operation, term, p, x, *operands, out=None):
-            ran.append(operation)
-            held = read(x).view(OnDevice)
-            target = None if out is None else read(out)
-            p = tuple(read(each)[()] if isinstance(each, cupy.ndarray) else each for each in p)
-            beside = [tuple(read(each).view(OnDevice) for each in group) for group in operands]
-            value, written = method(self, operation, term, p, held, *beside, target)
-            parts = value if isinstance(value, tuple) else (value,)
-            parts = tuple(None if each is None else on_device(np.array(each, order="C"), Computed) for each in parts)
-            value = parts if isinstance(value, tuple) else parts[0]
-            written = None if written is None else on_device(np.array(written, order="C"), Computed)
-            return value, written if out is None else out
-
-        return call
-
-    run, anchored = by_numpy(engine.run), by_numpy(engine.anchored)
-
-    def run_by_numpy(self, operation, term, p, x, out=None):
-        return run(self, operation, term, p, x, out=out)
-
-    def anchored_by_numpy(self, operation, term, p, x, operands, out=None):
-        return anchored(self, operation, term, p, x, operands, out=out)
-
-    def joined(self, parts):
-        return on_device(np.concatenate(list(map(read, parts))))
-
-    monkeypatch.setattr(engine, "run", run_by_numpy)
-    monkeypatch.setattr(engine, "anchored", anchored_by_numpy)
-    monkeypatch.setattr(adapter_module.CupyAdapter, "joined", joined)
-    monkeypatch.setattr(
-        adapter_module.CupyAdapter, "empty", lambda self, x, *made: on_device(np.empty(*made), Computed)
-    )
-    monkeypatch.setattr(
-        adapter_module.CupyAdapter, "empty_like", lambda self, x: on_device(np.empty_like(read(x)), Computed)
-    )
-    monkeypatch.setattr(cupy_expressions, "cupy", HostFunctions())
-    return ran
-
-
-class OnDevice(np.ndarray):
-    """NumPy's array, with what says where one of CuPy's is."""
-
-    @property
-    def data(self):
-        return types.SimpleNamespace(device_id=0)
+    return compute_by_numpy(monkeypatch)
 
 
 GROUPS = {
@@ -271,10 +204,8 @@ COSINES = {
     "squares of columns": rk.OrthogonalRegularizer(0.3, "columns", "flatten", power=2),
     "squares of a batch": rk.OrthogonalRegularizer(0.3, leading_axes="batch", power=2),
 }
-WITHOUT_KERNELS = {"soft": rk.SoftOrthogonal(0.3), "soft columns": rk.SoftOrthogonal(0.3, "columns")}
-OTHERS = GROUPS | COSINES | WITHOUT_KERNELS
-
-
+SOFT = {"soft": rk.SoftOrthogonal(0.3), "soft columns": rk.SoftOrthogonal(0.3, "columns")}
+OTHERS = GROUPS | COSINES | SOFT
 OTHERS_CASES = [
     slow_unless(dtype == "float32" or name in ("rows", "squares of columns", "soft"), name, dtype)
     for name in OTHERS
@@ -282,13 +213,17 @@ OTHERS_CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "dtype"), OTHERS_CASES)
-def test_groups_and_cosines_have_kernels_and_other_penalties_are_cupys_own_operations(computed, place, name, dtype):
-    """As on the CPU, whose values and gradients are tested by the definitions."""
-    regularizer, epsilon = OTHERS[name], np.finfo(dtype).eps
-    deep = getattr(regularizer, "leading_axes", None) is not None
+def example(name, dtype):
+    deep = getattr(OTHERS[name], "leading_axes", None) is not None
     host = np.random.default_rng(0).standard_normal((2, 4, 5) if deep else (6, 5)).astype(dtype)
     host[..., 1, :] = 0
+    return OTHERS[name], host
+
+
+@pytest.mark.parametrize(("name", "dtype"), OTHERS_CASES)
+def test_groups_and_products_have_kernels(computed, place, name, dtype):
+    """As on the CPU, whose values and gradients are tested by the definitions."""
+    (regularizer, host), epsilon = example(name, dtype), np.finfo(dtype).eps
     x, before = on_device(host), host.copy()
     value, gradient = regularizer.value_and_grad(x)
     assert isinstance(value, cupy.ndarray)
@@ -305,15 +240,38 @@ def test_groups_and_cosines_have_kernels_and_other_penalties_are_cupys_own_opera
         assert regularizer.prox(x, STEP, out=gradient) is gradient
         assert_near(gradient, regularizer.prox(host, STEP), epsilon)
     np.testing.assert_array_equal(host, before)
-    assert bool(place.driver.streams) == (name not in WITHOUT_KERNELS) != bool(computed)
+    assert place.driver.streams
+    assert not computed
+
+
+@pytest.mark.parametrize(("name", "dtype"), OTHERS_CASES)
+def test_numbers_on_the_device_are_for_cupys_own_operations(computed, place, name, dtype):
+    (regularizer, host), epsilon = example(name, dtype), np.finfo(dtype).eps
+    number = on_device(np.array(2.0, "float64" if dtype == "float64" else "float32"), Computed)
+    x, slope = on_device(host), np.float64(regularizer.grad(host))
+    gradient = regularizer.grad(x, scale=number)
+    assert_near(gradient, 2 * slope, 2 * epsilon)
+    assert regularizer.grad(x, out=gradient, scale=number, accumulate=True) is gradient
+    assert_near(gradient, 4 * slope, 4 * epsilon)
+    if name in GROUPS:
+        assert_near(regularizer.prox(x, number), regularizer.prox(host, 2.0), epsilon)
+    for out, error in [(host.astype("i4"), TypeError), (np.ones(12, dtype), ValueError)]:
+        with pytest.raises(error, match="out"):
+            regularizer.grad(x, out=on_device(out), scale=number)
+    assert computed
+    assert not place.driver.streams
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_distances_to_a_reference_are_cupys_own_operations(computed, weighted):
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_distances_to_a_reference_have_kernels_where_all_are_in_one_order(
+    computed, place, monkeypatch, order, weighted
+):
+    monkeypatch.setattr(adapter_module.CupyAdapter, "upload", lambda self, x, table: on_device(table.copy()))
     hosts = [np.random.default_rng(i).random((6, 5)).astype(np.float32) for i in range(3)]
     rules, found = rk.Penalty({"*": rk.L1L2(0.3, 0.4)}), []
     for array in (np.copy, on_device):
-        x, reference, weights = map(array, hosts)
+        x, reference, weights = map(array, (hosts[0], hosts[1].copy(order), hosts[2]))
         penalty = rules.anchored(to={"x": reference}, weights={"x": weights} if weighted else None)
         bound, grads = penalty.bind({"x": x}), {"x": array(np.ones_like(hosts[0]))}
         bound.add_grad(grads, scale=2.0)
@@ -323,31 +281,21 @@ def test_distances_to_a_reference_are_cupys_own_operations(computed, weighted):
     for exact, near in zip(*found, strict=True):
         assert isinstance(near, cupy.ndarray)
         assert_near(near, exact, 4 * np.finfo(np.float32).eps)
-    assert computed
+    assert bool(place.driver.streams) == (order == "C") != bool(computed)
 
 
-@pytest.mark.parametrize("name", WITHOUT_KERNELS)
-def test_what_cupy_has_operations_for_is_never_an_error(computed, place, name):
-    regularizer = WITHOUT_KERNELS[name]
-    for shape in [(1, 4), (3, 0), (0, 3)]:
-        host = np.ones(shape, np.float32)
-        value, gradient = regularizer.value_and_grad(on_device(host))
-        exact, slope = regularizer.value_and_grad(host)
-        assert_near(value, exact, 1e-7)
-        assert_near(gradient, slope, 1e-7)
-    x = on_device(np.ones((3, 4), np.float32))
-    before = len(computed)
-    for out, error in [(np.ones((3, 4)), TypeError), (np.ones(12, "f4"), ValueError)]:
-        with pytest.raises(error, match="out"):
-            regularizer.grad(x, out=on_device(out))
-    with pytest.raises(TypeError, match="dtype"):
-        regularizer(on_device(np.ones((3, 4), np.int64)))
-    assert len(computed) <= before + 1
+def test_a_reference_on_another_device_is_refused(monkeypatch, place):
+    x, reference = on_device(np.ones(3)), on_device(np.zeros(3))
+    monkeypatch.setattr(
+        adapter_module.CupyAdapter, "place", lambda self, array: place._replace(device=int(array is reference))
+    )
+    with pytest.raises(ValueError, match="x: to: expected an array on x's device, 0; got one on 1; move one"):
+        rk.Penalty({"*": rk.L2(1.0)}).anchored(to={"x": reference})({"x": x})
     assert not place.driver.streams
 
 
 @pytest.mark.usefixtures("unowned", "computed")
-@pytest.mark.parametrize("regularizer", [GROUPS["rows"], COSINES["squares"], WITHOUT_KERNELS["soft"]])
+@pytest.mark.parametrize("regularizer", [GROUPS["rows"], COSINES["squares"], SOFT["soft"]])
 def test_other_penalties_of_libraries_that_are_not_known(regularizer):
     host = np.arange(-6.0, 6.0).reshape(3, 4)
     x, out = Foreign(host), Foreign(np.ones((3, 4)))

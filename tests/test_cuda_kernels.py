@@ -25,7 +25,7 @@ pytest.importorskip("numba_cuda", reason="pip install 'regkern[cuda13]'")
 
 from regkern.kernels.cuda.elementwise import UNROLL, flat_kernel, lanes_of, rows_kernel, strided_kernel
 from regkern.kernels.cuda.gram import count_tiles, fold, fold_beyond, project, tile_sums
-from regkern.kernels.cuda.norms import inverse_norms, unit_rows
+from regkern.kernels.cuda.norms import inverse_norms, ordered_rows
 from regkern.kernels.cuda.sums import THREADS, last_stage
 from tests.cuda_arrays import SCALARS, assert_written
 from tests.cuda_code import compiled
@@ -57,7 +57,7 @@ def run(body, dtype, blocks, x, out, *sizes, p, read_only=(), tickets=True, **op
     assert counter[0] == 0
     if blocks > 1 and not tickets:
         last = last_stage(DTYPES[dtype].result)
-        launch(last, 1, (partial, blocks, *p[:2], result[:1], result[1:]), [partial])
+        launch(last, 1, (partial, blocks, *p[:2], 0.0, result[:1], result[1:]), [partial])
     return result
 
 
@@ -120,9 +120,9 @@ def test_sums_of_several_blocks(dtype, blocks):
 def test_more_blocks_than_threads_of_the_last_stage():
     partial = np.random.default_rng(0).standard_normal(2 * (3 * THREADS + 7))
     result = np.zeros(3)
-    launch(last_stage("float64"), 1, (partial, len(partial) // 2, 0.5, 2.0, result[:1], result[1:]), [partial])
+    launch(last_stage("float64"), 1, (partial, len(partial) // 2, 0.5, 2.0, 3.0, result[:1], result[1:]), [partial])
     sums = partial[::2].sum(), partial[1::2].sum()
-    np.testing.assert_allclose(result, [0.5 * sums[0] + 2.0 * sums[1], *sums], rtol=1e-13)
+    np.testing.assert_allclose(result, [0.5 * sums[0] + 2.0 * sums[1] + 3.0, *sums], rtol=1e-13)
 
 
 ALIGNMENTS = [("float32", (0, 0)), ("float32", (1, 0)), ("float32", (0, 1)), *((dtype, (1, 1)) for dtype in DTYPES)]
@@ -251,7 +251,7 @@ def test_gram_tiles(n, d, dtype):
     launch(
         tile_sums(ABS, DTYPES[dtype], 1), len(partial) // 2, (x, n, 1, 0, 0, d, d, 1, inverse, partial), [x, inverse]
     )
-    arguments = (partial, len(partial) // 2, 2 / (n * (n - 1)), 0.0, result, 0)
+    arguments = (partial, len(partial) // 2, 2 / (n * (n - 1)), 0.0, 0.0, result, 0)
     launch(last_stage("float64"), 1, arguments, [partial])
     np.testing.assert_allclose(result[0], reference.mean_abs_cosine(x), rtol=1e-6)
 
@@ -306,7 +306,7 @@ def test_gram_gradients(dtype, accumulate):
     rows, inverse, read = x, 0, []
     if DTYPES[dtype] is not work:
         rows, inverse = np.full((n, d), np.nan, work.name), np.full(n, np.nan)
-        launch(unit_rows(DTYPES[dtype]), n, (x, d, d, 1, rows, inverse), [x])
+        launch(ordered_rows(DTYPES[dtype]), n, (x, d, d, 1, rows, inverse), [x])
         np.testing.assert_allclose(rows, reference.unit_rows(x).astype(work.name), rtol=1e-6)
         read.append(inverse)
     limited, partial, pairs = np.full(n, np.nan, work.name), np.full(6, np.nan), n * (n - 1) / 2

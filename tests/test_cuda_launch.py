@@ -125,7 +125,7 @@ def test_blocks_of_a_graph_are_added_by_a_launch_of_its_own():
     result, partial = map(arrays.address, arrays.made)
     first, second = arrays.driver.launched
     assert first[3][-4:] == (partial, 0, result, 0)
-    assert second == (0, 7, 1, (partial, 3, 0.5, 2.0, result, 0))
+    assert second == (0, 7, 1, (partial, 3, 0.5, 2.0, 0.0, result, 0))
 
 
 def test_gradients_take_one_launch():

@@ -14,10 +14,10 @@ from numba.cuda.cudadrv import nvrtc
 
 from regkern.kernels.cuda.arithmetic import COMPENSATED, accumulator_of
 from regkern.kernels.cuda.elementwise import UNROLL, flat_kernel, lanes_of, rows_kernel, strided_kernel
-from regkern.kernels.cuda.gram import DEPTH, PER_THREAD, fold, fold_beyond, project, tile_sums
+from regkern.kernels.cuda.gram import DEPTH, PER_THREAD, fold, fold_beyond, project, scale_rows, tile_sums
 from regkern.kernels.cuda.groups import SQUARES, groups_kernel
 from regkern.kernels.cuda.many import chunks_kernel, penalty_of_all, penalty_of_each
-from regkern.kernels.cuda.norms import inverse_norms, unit_rows
+from regkern.kernels.cuda.norms import inverse_norms, ordered_rows
 from regkern.kernels.cuda.sums import THREADS, last_stage
 from tests.cases import slow_unless
 from tests.cuda_code import LOAD, STORE, assembled, compiled, disassembler, main_loop, main_loop_of_machine, registers
@@ -125,9 +125,13 @@ def test_the_last_stage(result_type, capability):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kernels_of_many_arrays_move_16_bytes_at_once(dtype):
-    ptx = compiled(chunks_kernel(VALUE_AND_GRADIENT, ABS_SQUARE, DTYPES[dtype]), NEWEST)
-    assert len(LOAD.findall(ptx)) >= UNROLL
-    assert len(STORE.findall(ptx)) >= UNROLL
+    for operands in range(3):  # a reference, and weights
+        kernel = chunks_kernel(VALUE_AND_GRADIENT, ABS_SQUARE, DTYPES[dtype], operands)
+        ptx = compiled(kernel, NEWEST)
+        loop = "\n".join(main_loop(ptx))
+        assert len(LOAD.findall(loop)) == UNROLL * (1 + operands)
+        assert len(STORE.findall(loop)) == UNROLL
+        assert MULTIPROCESSOR // (registers(assembled(kernel, NEWEST)) * THREADS) >= 2 + (operands == 0)
     compiled(penalty_of_all(), NEWEST)
     compiled(penalty_of_each(DTYPES[dtype].result), NEWEST)
 
@@ -135,7 +139,8 @@ def test_kernels_of_many_arrays_move_16_bytes_at_once(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gram_kernels(dtype):
     each = DTYPES[dtype]
-    for body in (inverse_norms(each, 1), inverse_norms(each, 1, limited=True), unit_rows(each)):
+    ordered = ordered_rows(each), ordered_rows(each, unit=False)
+    for body in (inverse_norms(each, 1), inverse_norms(each, 1, limited=True), *ordered):
         compiled(body, NEWEST)
     for formula in (ABS, SQUARE):
         compiled(fold_beyond(formula, each), NEWEST)
@@ -144,7 +149,11 @@ def test_gram_kernels(dtype):
             assert STORE.search(compiled(fold(formula, each, slopes=True), NEWEST))
         for accumulate in (False, True):
             compiled(project(formula, each, accumulate), NEWEST)
-    loop = main_loop(compiled(tile_sums(ABS, each, 2), NEWEST), re.compile(r"\bfma\.rn\.f"))
-    products = sum("fma.rn." in line for line in loop)
-    assert products == DEPTH * PER_THREAD
-    assert sum(";" in line for line in loop) <= 4 * products  # loads from shared memory and all else included
+    for accumulate in (False, True):
+        compiled(scale_rows(each, accumulate), NEWEST)
+    for unit in (False, True):
+        assert LOAD.search(compiled(fold(SQUARE, each, slopes=dtype == each.result, unit=unit), NEWEST))
+        loop = main_loop(compiled(tile_sums(SQUARE, each, 2, unit=unit), NEWEST), re.compile(r"\bfma\.rn\.f"))
+        products = sum("fma.rn." in line for line in loop)
+        assert products == DEPTH * PER_THREAD
+        assert sum(";" in line for line in loop) <= 4 * products  # loads from shared memory and all else included

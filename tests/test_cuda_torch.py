@@ -1,7 +1,5 @@
 """Torch's tensors on a device, for which the interpreter of PTX stands in: CPU tensors are taken for its own."""
 
-import math
-
 import numpy as np
 import pytest
 
@@ -12,64 +10,21 @@ pytest.importorskip("torch")
 
 import torch
 
-from regkern.arrays import device_gram, panels
-from regkern.arrays import torch as host
-from regkern.arrays.torch import autograd
 from regkern.arrays.torch.cuda import KERNELS
-from regkern.arrays.torch.tensors import is_plain
+from regkern.dtypes import DTYPES
 from regkern.kernels.cuda.launch import Place
 from regkern.kernels.cuda.many import CHUNK
 from tests import reference
 from tests.cases import REGULARIZERS
-from tests.cuda_device import install
+from tests.cuda_torch import assert_near, install, pinned, tensor, wide
 
 REGULARIZER = REGULARIZERS["L1L2"]
 STEP = 0.7
-DTYPES = ["float16", "bfloat16", "float32", "float64"]
 
 
 @pytest.fixture(autouse=True)
 def place(monkeypatch):
-    """Take every plain CPU tensor for one on the device."""
-    place = install(monkeypatch)
-    monkeypatch.setattr(type(KERNELS), "place", lambda self, x: place)
-    monkeypatch.setattr(host.TorchAdapter, "on_host", lambda self, x: None)
-    for module in (host, autograd):
-        monkeypatch.setattr(module, "kernels_of", lambda x: KERNELS if is_plain(x) else None)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", pinned)
-    return place
-
-
-def pinned(x):
-    """Return a copy in memory that the device reads itself, which the host's is not without a device."""
-    pinned.addresses.append(x.data_ptr())
-    return x.clone()
-
-
-pinned.addresses = []
-
-
-def cut(monkeypatch, wave, block, tile, tallest, **constants):
-    """Let panels be small."""
-    for name, value in {"WAVE": wave, "BLOCK": block, "TILE": tile, "TALLEST": tallest}.items():
-        monkeypatch.setattr(panels, name, value)
-    for name, value in constants.items():
-        monkeypatch.setattr(device_gram, name, value)
-
-
-def tensor(dtype, shape=(7, 9), seed=0):
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    values[0] = 0
-    return values.to(getattr(torch, dtype))
-
-
-def wide(x):
-    return x.detach().double().numpy()
-
-
-def assert_near(actual, expected, x):
-    epsilon = torch.finfo(x.dtype).eps if actual.dtype == x.dtype else torch.finfo(torch.float32).eps
-    np.testing.assert_allclose(wide(actual), expected, rtol=4 * epsilon, atol=4 * epsilon)
+    return install(monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -167,122 +122,6 @@ def test_groups_beside_many_tensors(place):
 def test_second_derivatives_of_groups_are_torchs():
     x, regularizer = tensor("float64", (4, 5))[1:].requires_grad_(), rk.GroupLasso(0.3)
     assert torch.autograd.gradgradcheck(regularizer, x)
-
-
-@pytest.fixture(params=["tiles", "panels"])
-def small_panels(request, monkeypatch):
-    """Let small matrices have several panels, of which the last is not full, or tiles."""
-    cut(monkeypatch, 512, 16, 8, 32, PANELS_FROM=2 if request.param == "panels" else 1000, PANELS_FROM_DEPTH=1)
-
-
-@pytest.mark.usefixtures("small_panels")
-@pytest.mark.parametrize(
-    "view", [lambda x: x, lambda x: x.T.contiguous().T, lambda x: x[:, ::2], lambda x: x[:1].expand(35, 6)]
-)
-@pytest.mark.parametrize("dtype", ["float16", "float64"])
-def test_orthogonal_value(dtype, view):
-    regularizer, x = rk.OrthogonalRegularizer(0.3), view(tensor(dtype, (35, 6), seed=3)[1:])
-    assert_near(regularizer(x), reference.orthogonal(regularizer, wide(x)), x)
-
-
-@pytest.mark.usefixtures("small_panels")
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_squares_of_cosines(dtype):
-    regularizer, x = rk.OrthogonalRegularizer(0.3, power=2), tensor(dtype, (35, 3))
-    expected, slope = regularizer.value_and_grad(wide(x))
-    value, gradient = regularizer.value_and_grad(x)
-    for found in (regularizer(x), value):
-        assert_near(found, expected, x)
-    np.testing.assert_allclose(wide(gradient), slope, atol=np.abs(slope).max() * 8 * torch.finfo(x.dtype).eps)
-
-
-@pytest.mark.parametrize(
-    ("rows", "depth", "products"),
-    [(60, 3, 20), (60, 33, 20), (10, 3, 1), (60, 2, 0), (7, 3, 0)],
-    ids=["panels", "long rows", "one panel", "short rows", "few rows"],
-)
-def test_panels_depend_on_both_lengths(monkeypatch, rows, depth, products):
-    cut(monkeypatch, 128, 8, 4, 16, PANELS_FROM=8, PANELS_FROM_DEPTH=3)
-    made, product = [], type(KERNELS).product
-    monkeypatch.setattr(type(KERNELS), "product", lambda *arguments: made.append(1) or product(*arguments))
-    regularizer, x = rk.OrthogonalRegularizer(0.3), tensor("float64", (rows, depth))
-    assert_near(regularizer(x), reference.orthogonal(regularizer, wide(x)), x)
-    assert len(made) == products
-
-
-@pytest.mark.parametrize(("mode", "dtype"), [("rows", "bfloat16"), ("columns", "float64")])
-def test_orthogonal_gradient(mode, dtype, monkeypatch):
-    cut(monkeypatch, 12, 2, 1, 4)
-    regularizer = rk.OrthogonalRegularizer(0.3, mode)
-    x = tensor(dtype, (7, 3) if mode == "rows" else (3, 7))
-    expected = reference.orthogonal_gradient(regularizer, wide(x))
-    value, gradient = regularizer.value_and_grad(x)
-    assert_near(value, reference.orthogonal(regularizer, wide(x)), x)
-    assert_near(gradient, expected, x)
-    out = torch.full_like(x, 0.25)
-    regularizer.grad(x, out=out, scale=2.0, accumulate=True)
-    assert_near(out, 0.25 + 2 * expected, x)
-    x.requires_grad_()
-    loss = 3.0 * regularizer(x)
-    monkeypatch.setattr(torch.Tensor, "item", lambda x: pytest.fail("the host waited for the device"))
-    loss.backward()
-    assert_near(x.grad, 3 * expected, x)
-
-
-@pytest.mark.parametrize("mode", ["rows", "columns"])
-def test_gradients_are_made_where_they_are_written(mode, monkeypatch):
-    """Beside it and the input there are a panel and sums of blocks: neither unit rows nor a whole product."""
-    cut(monkeypatch, 256, 16, 8, 32)
-    sizes, temporary = [], type(KERNELS).temporary
-
-    def counted(self, x, shape, type_name):
-        sizes.append(math.prod(shape))
-        return temporary(self, x, shape, type_name)
-
-    monkeypatch.setattr(type(KERNELS), "temporary", counted)
-    regularizer = rk.OrthogonalRegularizer(0.3, mode)
-    x = tensor("float32", (40, 50) if mode == "rows" else (50, 40)).requires_grad_()
-    value, gradient = regularizer.value_and_grad(x)
-    assert sum(sizes) < 40 * 50 / 3
-    expected = reference.orthogonal_gradient(regularizer, wide(x))
-    assert_near(value, reference.orthogonal(regularizer, wide(x)), x)
-    np.testing.assert_allclose(wide(gradient), expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
-    x = x.detach().clone()
-    assert regularizer.grad(x, out=x) is x  # whose rows are read until the last is written
-    np.testing.assert_allclose(wide(x), expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
-
-
-def test_axes_that_are_merged_by_a_copy(monkeypatch):
-    cut(monkeypatch, 128, 8, 4, 16, PANELS_FROM=8, PANELS_FROM_DEPTH=3)
-    regularizer, x = rk.OrthogonalRegularizer(0.3, leading_axes="flatten"), tensor("float32", (5, 4, 3)).transpose(0, 1)
-    assert_near(regularizer(x), reference.orthogonal(rk.OrthogonalRegularizer(0.3), wide(x.reshape(20, 3))), x)
-
-
-@pytest.mark.usefixtures("small_panels")
-def test_orthogonal_batches_and_degenerate_matrices():
-    batch = tensor("float32", (2, 5, 3), seed=1)
-    regularizer = rk.OrthogonalRegularizer(0.3, leading_axes="batch")
-    each = rk.OrthogonalRegularizer(0.3)
-    value, gradient = regularizer.value_and_grad(batch)
-    assert_near(value, sum(reference.orthogonal(each, wide(x)) for x in batch), batch)
-    assert_near(gradient, np.stack([reference.orthogonal_gradient(each, wide(x)) for x in batch]), batch)
-    flat = rk.OrthogonalRegularizer(0.3, "columns", leading_axes="flatten")
-    assert_near(flat(batch), reference.orthogonal(flat, wide(batch.reshape(-1, 3))), batch)
-    for shape in ((1, 4), (4, 0), (0, 3)):
-        value, gradient = each.value_and_grad(torch.ones(shape))
-        assert value.item() == 0
-        assert not gradient.any()
-
-
-@pytest.mark.parametrize("shape", [(3, 4, 33, 5), (6, 7, 3), (6, 1, 3)])
-def test_a_batch_of_matrices_is_as_many_launches_as_one(place, shape):
-    batch = tensor("float64", shape, seed=2).transpose(0, -3)[..., ::2]  # matrices that do not follow each other
-    regularizer = rk.OrthogonalRegularizer(0.3, leading_axes="batch")
-    value = regularizer(batch)
-    assert len(place.driver.streams) == (3 if shape[-2] > 1 else 1)
-    matrices = batch.reshape(-1, *batch.shape[-2:])
-    each = rk.OrthogonalRegularizer(0.3)
-    assert_near(value, sum(reference.orthogonal(each, wide(x)) for x in matrices), batch)
 
 
 def test_out_that_does_not_fit_is_refused_before_a_launch(place):
@@ -407,25 +246,3 @@ def test_what_does_not_fit_many_tensors_is_refused_before_a_launch(place, named)
     with pytest.raises(RuntimeError, match=r"kernel5.*bind the penalty again"):
         bound.value()
     assert not place.driver.streams
-
-
-def test_short_memory_makes_panels_smaller(monkeypatch):
-    """A device that has none for panels of four rows, and then none at all."""
-    cut(monkeypatch, 20, 2, 1, 4, PANELS_FROM=2, PANELS_FROM_DEPTH=1, SMALLEST_PANEL=2)
-    empty = type(KERNELS).empty
-
-    def short(self, x, shape, type_name):
-        if math.prod(shape) > most and shape != x.shape:
-            raise torch.OutOfMemoryError
-        return empty(self, x, shape, type_name)
-
-    monkeypatch.setattr(type(KERNELS), "empty", short)
-    regularizer, x, most = rk.OrthogonalRegularizer(0.3), tensor("float64", (5, 2)), 14
-    value, gradient = regularizer.value_and_grad(x)
-    assert_near(regularizer(x), reference.orthogonal(regularizer, wide(x)), x)
-    assert_near(value, reference.orthogonal(regularizer, wide(x)), x)
-    assert_near(gradient, reference.orthogonal_gradient(regularizer, wide(x)), x)
-    most, out = 5, torch.ones_like(x)
-    with pytest.raises(MemoryError, match=r"^x: expected memory on the device for panels of 10 elements; got"):
-        regularizer.grad(x, out=out, accumulate=True)
-    assert (out == 1).all()

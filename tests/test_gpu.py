@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("default")  # libraries on machines with
 STEP = 0.7
 REGULARIZER = REGULARIZERS["L1L2"]
 EPSILONS = {name: dtype.epsilon for name, dtype in DTYPES.items()}
-# The rest: CUDA kernels evaluate all but the last, and the libraries' own operations that.
+# The rest, which CUDA kernels evaluate as well.
 FAMILY = {
     "huber": rk.Huber(0.3, 0.5),
     "mcp": rk.MCP(0.4, 3.0),

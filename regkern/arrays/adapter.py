@@ -196,6 +196,14 @@ class KernelAdapter(Adapter):
     def plan(self, members: Sequence[Member]) -> Plan:
         """Look many arrays of x's home up for evaluations in one launch."""
 
+    def reads_beside(self, x: Any, operands: Sequence[Any]) -> bool:
+        """Whether a plan's kernels read others of the adapter's arrays, like x, beside x."""
+        return True
+
+    def check_address(self, argument: str, x: Any) -> None:
+        """Raise ValueError unless kernels can load the elements of an array from where they are."""
+        return None
+
     def watch(self, arrays: Sequence[Any], *, written: bool) -> Callable[[Sequence[Any]], int]:
         """Return a function that is given the same arrays again: the index of the first that lies elsewhere, or -1.
 

@@ -1,4 +1,4 @@
-"""Penalties as CuPy's own operations, for those that no kernel of regkern's evaluates on a device.
+"""Penalties as CuPy's own operations, for factors that are arrays on a device, which no kernel of regkern's takes.
 
 Values are 0-d arrays on the device, and nothing waits for it.
 """

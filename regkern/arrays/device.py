@@ -70,11 +70,23 @@ class DeviceAdapter(KernelAdapter):
         """Return a copy on x's device of an array of NumPy's with one dimension."""
 
     def reader(self, x: Any) -> tuple[DeviceAdapter, Any] | None:
+        self.check_address("x", x)
+        return (self, x) if self.reads_beside(x, [x]) else None
+
+    def reads_beside(self, x: Any, operands: Sequence[Any]) -> bool:
         view = self.view(x)
-        _check_aligned(view, "x")
-        steps = walk(view.shape, view.strides, view.strides, view.dtype.itemsize)
-        contiguous = steps.start == 0 and steps.dims == 0  # in memory, as in the array
-        return (self, x) if contiguous else None
+        steps = [walk(view.shape, view.strides, self.view(each).strides, view.dtype.itemsize) for each in operands]
+        return not any(each.start or each.dims for each in steps)  # contiguous in memory, in one order
+
+    def check_address(self, argument: str, x: Any) -> None:
+        _check_aligned(self.view(x), argument)
+
+    def check_operand(self, argument: str, x: Any, operand: Any) -> None:
+        super().check_operand(argument, x, operand)
+        device, other = self.place(x).device, self.place(operand).device
+        if other != device:
+            raise ValueError(f"{argument}: expected an array on x's device, {device}; got one on {other}; move one.")
+        self.check_address(argument, operand)
 
     def home(self, x: Any) -> Hashable:
         return self, self.place(x).device, self.view(x).dtype.result
@@ -110,7 +122,7 @@ class DeviceAdapter(KernelAdapter):
 
     def serves(self, term: Term) -> bool:
         """Whether there are kernels for a penalty; else the library's own operations serve."""
-        return not isinstance(term.view, Products) or term.view.unit
+        return not isinstance(term.view, Products) or term.view.unit or term.formula is SQUARE
 
     def run(
         self, operation: Operation, term: Term, p: Parameters, x: Any, out: Any = None, *, scale: int = NULL
@@ -142,7 +154,7 @@ class DeviceAdapter(KernelAdapter):
         if operation is SUMS:
             return tuple(mean(self, term.formula, (*each, 0.0, 0.0), matrices) for each in EACH_SUM)
         target = None if out is None else Target(self._matrices(view, out, copy=False), scale, operation.adds)
-        if target is not None and (matrices.pairs == 0 or not matrices.addresses):
+        if target is not None and not matrices.addresses:
             self.launch(ADD_GRADIENT if operation.adds else GRADIENT, NOTHING, p, x, out)
             target = None
         return mean(self, term.formula, p, matrices, target)
@@ -151,7 +163,7 @@ class DeviceAdapter(KernelAdapter):
         flat = self.matrices(view, x, copy=copy)
         memory = self.view(flat)
         _check_aligned(memory, "x")
-        return matrices_of(flat, memory, view.columns)
+        return matrices_of(flat, memory, view)
 
     def launch(
         self, operation: Operation, term: Term, p: Parameters, x: Any, out: Any = None, scale: int = NULL
@@ -185,7 +197,7 @@ class DeviceAdapter(KernelAdapter):
         partial, counter = self._sums_of_blocks(x, place, blocks) if blocks > 1 else (NULL, NULL)
         launch(place, body, blocks, (*addresses, *sizes, *p, scale, partial, counter, *results))
         if partial and not counter:
-            launch(place, last_stage(result_type), 1, (partial, blocks, *p[:2], *results))
+            launch(place, last_stage(result_type), 1, (partial, blocks, *p[:2], 0.0, *results))
         return (result[0], result[1]) if operation is SUMS else result
 
     def _sums_of_blocks(self, x: Any, place: Place, blocks: int) -> tuple[int, int]:

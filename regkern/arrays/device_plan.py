@@ -99,16 +99,15 @@ class DevicePlan(Plan):
     def _grouped(self, penalties: Sequence[Weighted]) -> list[_Group]:
         formulas = [term.formula for term, _ in penalties]
         if self._groups is None or self._groups[0] != formulas:
-            members: dict[tuple[Formula, DType], list[int]] = {}
+            members: dict[tuple[Formula, DType, int], list[int]] = {}
             for i, view in enumerate(self._arrays.views):
-                members.setdefault((formulas[self._penalties[i]], view.dtype), []).append(i)
-            self._groups = (
-                formulas,
-                [
-                    _Group(self._adapter, self._home, formula, dtype, indices, self._arrays.views, self._penalties)
-                    for (formula, dtype), indices in members.items()
-                ],
-            )
+                key = formulas[self._penalties[i]], view.dtype, len(self.operands[i])
+                members.setdefault(key, []).append(i)
+            groups = [
+                _Group(self._adapter, self._home, *key, indices, self._arrays.views, self._penalties, self.operands)
+                for key, indices in members.items()
+            ]
+            self._groups = formulas, groups
         return self._groups[1]
 
     def _run(
@@ -125,9 +124,11 @@ class DevicePlan(Plan):
             targets = self._adapter.address(group.upload_outs(outs)) if operation.writes else NULL
             partial = self._adapter.temporary(self._home, (max(1, 2 * group.chunk_count),), "float64")
             tables = self._addresses(group.chunks, group.arrays)
-            arguments = (*tables, targets, self._adapter.address(factors), scale, self._adapter.address(partial))
+            beside = NULL if group.beside is None else self._adapter.address(group.beside)
+            rest = self._adapter.address(factors), scale, self._adapter.address(partial)
             if group.chunk_count:
-                launch(place, chunks_kernel(operation, group.formula, group.dtype), group.chunk_count, arguments)
+                kernel = chunks_kernel(operation, group.formula, group.dtype, group.operands)
+                launch(place, kernel, group.chunk_count, (*tables, beside, targets, *rest))
             found.append((group, partial))
         return found
 
@@ -139,7 +140,7 @@ class DevicePlan(Plan):
             chunks, *rest = self._addresses(group.chunks, group.arrays, factors, partial)
             total = self._adapter.address(totals) + 16 * i
             launch(place, penalty_of_all(), 1, (chunks, group.chunk_count, *rest, total))
-        arguments = (self._adapter.address(totals), len(sums), 1.0, 0.0, self._adapter.address(result), NULL)
+        arguments = (self._adapter.address(totals), len(sums), 1.0, 0.0, 0.0, self._adapter.address(result), NULL)
         launch(place, last_stage(self.dtype.result), 1, arguments)
         return result
 
@@ -151,7 +152,7 @@ def _upload(adapter: DeviceAdapter, home: Any, table: np.ndarray[Any, Any]) -> A
 
 
 class _Group:
-    """The arrays of a plan with one dtype and one formula, as tables on the device."""
+    """The arrays of a plan with one dtype and one formula, and as much beside each, as tables on the device."""
 
     def __init__(
         self,
@@ -159,12 +160,14 @@ class _Group:
         home: Any,
         formula: Formula,
         dtype: DType,
+        operands: int,
         indices: list[int],
         views: Sequence[View],
         penalties: Sequence[int],
+        beside: Sequence[tuple[Any, ...]],
     ) -> None:
         self._adapter, self._home = adapter, home
-        self.formula, self.dtype, self.indices = formula, dtype, indices
+        self.formula, self.dtype, self.operands, self.indices = formula, dtype, operands, indices
         sizes = [int(np.prod(views[i].shape, dtype=np.int64)) for i in indices]
         counts = np.array([count_chunks(size) for size in sizes], np.int64)
         firsts = np.cumsum(counts) - counts
@@ -176,6 +179,8 @@ class _Group:
         ]
         self.chunks = _upload(adapter, home, np.stack([owners, starts], axis=1).astype(np.int64).ravel())
         self.arrays = _upload(adapter, home, np.array(rows, np.int64).ravel())
+        addresses = [adapter.view(each).address for i in indices for each in beside[i]]
+        self.beside = _upload(adapter, home, np.array(addresses, np.int64)) if operands else None
         self._outs: tuple[list[int], Any] | None = None
 
     def upload_outs(self, outs: Sequence[View]) -> Any:

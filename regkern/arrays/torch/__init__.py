@@ -56,6 +56,9 @@ class TorchAdapter(Adapter):
         super().check_operand(argument, x, operand)
         if operand.device != x.device:
             raise ValueError(f"{argument}: expected x's device {x.device}; got {operand.device}; move one of them.")
+        kernels = None if torch.compiler.is_compiling() else kernels_of(operand)
+        if kernels is not None:
+            kernels.check_address(argument, operand)
 
     def on_host(self, x: Tensor) -> tuple[HostAdapter, Any] | None:
         if torch.compiler.is_compiling() or not is_plain(x):

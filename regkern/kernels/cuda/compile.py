@@ -138,6 +138,14 @@ def device(function: Any) -> Any:
     return cuda.jit(function, device=True)
 
 
+def make_by_halves(one: Callable[..., Any], both: Callable[[Any, int], Callable[..., Any]], lanes: int):
+    """Make a function of so many lanes from that of one, and from ``both(of_half, half)``, which joins those of halves.
+
+    Numba does not unroll a loop over a tuple: it would find each element by branches as the loop runs.
+    """
+    return device(one if lanes == 1 else both(make_by_halves(one, both, lanes // 2), lanes // 2))
+
+
 @intrinsic
 def address_of(typing_context, pointer):
     """Return the address that a pointer holds."""

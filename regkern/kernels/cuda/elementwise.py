@@ -26,12 +26,14 @@ from regkern.kernels.cuda.compile import (
     address_of,
     cuda,
     device,
+    make_by_halves,
     make_load,
     make_store,
     numbers,
     pointer,
     to_float64,
 )
+from regkern.kernels.cuda.sources import Source, make_source
 from regkern.kernels.cuda.sums import MAX_BLOCKS, THREADS, WARP, Body, last_stage, make_finish
 from regkern.terms import ADD_GRADIENT, VALUE_AND_ADD_GRADIENT, VALUE_AND_GRADIENT, Formula, Operation
 
@@ -46,14 +48,16 @@ class Element(NamedTuple):
     """What is done to elements by a thread, which has four sums of its own.
 
     Attributes:
+        source: how they are read.
         start: ``() -> sums``.
-        add: ``(sums, carrier, p) -> sums``.
-        update: ``(carrier, old, p) -> carrier``.
+        add: ``(sums, element, p) -> sums``.
+        update: ``(element, old, p) -> carrier``.
         take: ``(sums, x, at, out, to, p) -> sums``, which adds an element and writes it, as the operation says.
         take_four: the same of four sums, of elements at four places.
         add_up: ``(sums, sums, sums, sums) -> (sum0, sum1)``.
     """
 
+    source: Source
     start: Any
     add: Any
     update: Any
@@ -110,19 +114,20 @@ def _make_kernel(
 def make_flat_loop(operation: Operation, dtype: DType, element: Element) -> Any:
     """Make ``loop(x, out, (n,), first, step, p) -> (sum0, sum1)``: what one thread does of n contiguous elements.
 
-    Elements before and after those that 16-byte loads can take are taken one by one; so are all where x and out are
-    aligned differently.
+    Elements before and after those that 16-byte loads can take are taken one by one; so are all where x, what is read
+    beside it, and out are aligned differently.
     """
     start, take, add_up, itemsize, lanes = element.start, element.take, element.add_up, dtype.itemsize, lanes_of(dtype)
-    load, take_vector, take_two = _make_take_vectors(operation, element, dtype)
-    writes, halves = operation.writes, operation in _IN_HALVES
+    pointer_of, alike, load = element.source.first, element.source.alike, element.source.load
+    take_vector, take_two = _make_take_vectors(operation, element, dtype)
+    writes, halves = operation.writes, operation in _IN_HALVES or element.source.anchored
 
     @device
     def loop(x, out, sizes, first, step, p):
         (n,) = sizes
-        misaligned = address_of(x) % VECTOR_BYTES
+        misaligned = address_of(pointer_of(x)) % VECTOR_BYTES
         head = min(n, (VECTOR_BYTES - misaligned) % VECTOR_BYTES // itemsize)
-        if writes and address_of(out) % VECTOR_BYTES != misaligned:
+        if not alike(x, misaligned) or (writes and address_of(out) % VECTOR_BYTES != misaligned):
             head = n
         vectors = (n - head) // lanes
         tail = head + vectors * lanes
@@ -157,7 +162,7 @@ def make_flat_loop(operation: Operation, dtype: DType, element: Element) -> Any:
 
 
 def _make_take_vectors(operation: Operation, element: "Element", dtype: DType):
-    """Make ``load``, and what adds and writes the elements of 16 bytes, or of two times 16 bytes that were loaded."""
+    """Make what adds and writes the elements of 16 bytes, or of two times 16 bytes that were loaded."""
     add_element, update_element, lanes = element.add, element.update, lanes_of(dtype)
     add_lanes = make_by_halves(
         lambda sums, x, p: add_element(sums, x[0], p),
@@ -170,13 +175,14 @@ def _make_take_vectors(operation: Operation, element: "Element", dtype: DType):
         lanes,
     )
     load, store, sums, writes = make_load(dtype.carrier), make_store(dtype.carrier), operation.sums, operation.writes
+    load_elements = element.source.load
     # Sums and old elements at once take the most registers: old elements that are loaded one by one leave
     # room for three blocks of a multiprocessor on 12.1, where two fitted (tests/test_cuda_ptx.py).
     singly = operation is VALUE_AND_ADD_GRADIENT
 
     @device
     def take_vector(state, x, out, at, p):
-        loaded = load(x, at)
+        loaded = load_elements(x, at)
         if sums:
             state = add_lanes(state, loaded, p)
         if writes:
@@ -197,7 +203,7 @@ def _make_take_vectors(operation: Operation, element: "Element", dtype: DType):
             store(out, at1, update_lanes(x1, old1, p))
         return state0, state1
 
-    return load, take_vector, take_two
+    return take_vector, take_two
 
 
 @functools.cache
@@ -306,14 +312,23 @@ def make_body(
     return Body(name, make, arguments, companions=in_graphs, version=formula.digest)
 
 
-def make_element(operation: Operation, formula: Formula, dtype: DType, capability: Capability) -> Element:
-    """Make what a thread does to elements for an operation, formula and dtype."""
-    widen_term, start_sum, add_term, total = accumulator_of(dtype, capability)
+def make_element(
+    operation: Operation, formula: Formula, dtype: DType, capability: Capability, operands: int = 0
+) -> Element:
+    """Make what a thread does to elements for an operation, formula and dtype, with so many arrays beside x."""
+    source, (widen_term, start_sum, add_term, total) = make_source(dtype, operands), accumulator_of(dtype, capability)
     functions, widen, narrow = formula.make(scalars), make_widen(dtype), make_narrow(dtype)
-    terms = device(functions.terms)
-    written = functions.prox if operation.writes == "prox" else functions.derivative
+    of_term, of_update = source.make_number(widen_term), source.make_number(to_float64)
+    weigh_term, weigh, read, origin = (
+        source.make_weigh(widen_term),
+        source.make_weigh(to_float64),
+        source.read,
+        source.origin,
+    )
+    terms, proximal = device(functions.terms), operation.writes == "prox"
+    written = functions.prox if proximal else functions.derivative
     change = device(written or functions.terms)  # where nothing is written, never called
-    sums, writes, adds = operation.sums, operation.writes, operation.adds
+    sums, writes, adds, moves = operation.sums, operation.writes, operation.adds, proximal and source.anchored
 
     @device
     def start():
@@ -321,26 +336,28 @@ def make_element(operation: Operation, formula: Formula, dtype: DType, capabilit
 
     @device
     def add(state, element, p):
-        term0, term1 = terms(abs(widen_term(widen(element))), p)
-        return add_term(state[0], term0), add_term(state[1], term1)
+        term0, term1 = terms(abs(of_term(element)), p)
+        return add_term(state[0], weigh_term(element, term0)), add_term(state[1], weigh_term(element, term1))
 
     @device
     def update(element, old, p):
-        new = change(to_float64(widen(element)), p)
+        new = change(of_update(element), (weigh(element, p[0]), weigh(element, p[1]), p[2], p[3]))
+        if moves:
+            new += origin(element)
         return narrow(to_float64(widen(old)) + new if adds else new)
 
     @device
     def take(state, x, at, out, to, p):
         if sums:
-            state = add(state, x[at], p)
+            state = add(state, read(x, at), p)
         if writes:
-            out[to] = update(x[at], out[to], p)
+            out[to] = update(read(x, at), out[to], p)
         return state
 
     @device
     def take_four(states, x, at, out, to, p):
         state0, state1, state2, state3 = states
-        x0, x1, x2, x3 = x[at[0]], x[at[1]], x[at[2]], x[at[3]]
+        x0, x1, x2, x3 = read(x, at[0]), read(x, at[1]), read(x, at[2]), read(x, at[3])
         if sums:
             state0, state1 = add(state0, x0, p), add(state1, x1, p)
             state2, state3 = add(state2, x2, p), add(state3, x3, p)
@@ -357,15 +374,7 @@ def make_element(operation: Operation, formula: Formula, dtype: DType, capabilit
         sum1 = (total(state0[1]) + total(state1[1])) + (total(state2[1]) + total(state3[1]))
         return sum0, sum1
 
-    return Element(start, add, update, take, take_four, add_up)
-
-
-def make_by_halves(one: Callable[..., Any], both: Callable[[Any, int], Callable[..., Any]], lanes: int):
-    """Make a function of so many lanes from that of one, and from ``both(of_half, half)``, which joins those of halves.
-
-    Numba does not unroll a loop over a tuple: it would find each element by branches as the loop runs.
-    """
-    return device(one if lanes == 1 else both(make_by_halves(one, both, lanes // 2), lanes // 2))
+    return Element(source, start, add, update, take, take_four, add_up)
 
 
 def make_offsets(axis: int, dims: int):

@@ -1,4 +1,4 @@
-"""Sums over the cosines of pairs of rows on CUDA devices, without the Gram matrix.
+"""Sums over the products of pairs of rows on CUDA devices, their cosines first of all, without the Gram matrix.
 
 There are two ways. `inverse_norms` and `tile_sums` do it alone, for a batch of matrices at once: each block computes a
 tile of a Gram matrix from unit rows in shared memory and keeps only the sums of the formula's terms; memory beyond the
@@ -6,6 +6,9 @@ matrix is 8 bytes for each row, and 16 for each tile. Where the matrices lie is 
 which the strides of x alone are used. `fold` and `fold_beyond` are what is left to do where a library's own product of
 matrices multiplies rows, a panel at a time. The gradient goes this way alone: `fold` leaves slopes in a panel, by which
 the library multiplies rows once more, and `project` makes gradients of the sums of these products.
+
+Of rows as they are, no unit rows, all entries of the Gram matrix less the unit matrix count: those above the diagonal
+twice, and so, here, those on it half. No norms are needed, and the gradient is the sum of products: `scale_rows`.
 
 Products and cosines have the type of a result, and dot products are added in it: float32, float64 for float64, as on
 the CPU. Norms and sums are in float64.
@@ -28,6 +31,7 @@ from regkern.kernels.cuda.compile import (
     address_of,
     cuda,
     device,
+    make_by_halves,
     make_load,
     make_store,
     numbers,
@@ -35,7 +39,6 @@ from regkern.kernels.cuda.compile import (
     to_float64,
     to_uint32,
 )
-from regkern.kernels.cuda.elementwise import make_by_halves
 from regkern.kernels.cuda.norms import block_total, make_matrix
 from regkern.kernels.cuda.sums import THREADS, WARP, Body, warp_sums, write_sums
 from regkern.terms import Formula
@@ -76,19 +79,20 @@ _add_products = make_by_halves(
 
 
 @functools.cache
-def tile_sums(formula: Formula, dtype: DType, dims: int) -> Body:
+def tile_sums(formula: Formula, dtype: DType, dims: int, *, unit: bool = True) -> Body:
     """Make the kernel of ``count_tiles(n) ** 2`` blocks for each matrix.
 
     Its parameters: ``(x, n, layout, d, row_stride, depth_stride, inverse, partial)``, of which lengths and strides
     within a matrix are less than 2**32, and none negative; `partial` takes two float64 for each block, the sums of the
-    formula's terms over the pairs i < j of its tile, for the last stage of sums.
+    formula's terms over the pairs i < j of its tile, for the last stage of sums. Where rows are no unit rows, `inverse`
+    may be null, and the diagonal counts.
     """
     address_of_matrix = make_matrix(dtype, dims)
     slots, shared_type = TILE * DEPTH, CARRIERS[dtype.result]
     widen, narrow, terms = make_widen(dtype), make_narrow_result(dtype.result), _make_terms(formula)
 
     @device
-    def unit(x, inside, at, inverse):
+    def element(x, inside, at, inverse):
         return narrow(to_float64(widen(x[at])) * inverse) if inside else narrow(0.0)
 
     def kernel(whole, n, layout, d, row_stride, depth_stride, inverses, partial):
@@ -104,47 +108,55 @@ def tile_sums(formula: Formula, dtype: DType, dims: int) -> Body:
         row, column = to_uint32(thread // TILE), to_uint32(thread % TILE)
         if tile_row <= tile_column:  # of all threads of a block or of none
             at_left, at_right = to_uint32(tile_row * TILE + column), to_uint32(tile_column * TILE + column)
-            own = inverses[first + at_left] if at_left < n else 0.0
-            other = inverses[first + at_right] if at_right < n else 0.0
+            own = inverses[first + at_left] if unit and at_left < n else 1.0
+            other = inverses[first + at_right] if unit and at_right < n else 1.0
             left_row, right_row = at_left * row_stride, at_right * row_stride
             dots = narrow(0.0), narrow(0.0), narrow(0.0), narrow(0.0)
             start = 0
             while start < d:
                 for part in range(slots // THREADS):
                     slot, k = thread + part * THREADS, to_uint32(start + row + part * _APART)
-                    left[slot] = unit(x, k < d and at_left < n, left_row + k * depth_stride, own)
-                    right[slot] = unit(x, k < d and at_right < n, right_row + k * depth_stride, other)
+                    left[slot] = element(x, k < d and at_left < n, left_row + k * depth_stride, own)
+                    right[slot] = element(x, k < d and at_right < n, right_row + k * depth_stride, other)
                 cuda.syncthreads()
                 dots = _add_products(left, right, 0, row, column, dots)
                 cuda.syncthreads()
                 start += DEPTH
-            # Rows beyond the matrix are zero, so that their cosines add nothing.
+            # Rows beyond the matrix are zero, so that their products add nothing.
             i, j = tile_row * TILE + row, tile_column * TILE + column
             for k in range(PER_THREAD):
+                dot = dots[0] if k == 0 else (dots[1] if k == 1 else (dots[2] if k == 2 else dots[3]))
                 if i + k * _APART < j:
-                    dot = dots[0] if k == 0 else (dots[1] if k == 1 else (dots[2] if k == 2 else dots[3]))
                     term0, term1 = terms(to_float64(dot))
                     sum0, sum1 = sum0 + term0, sum1 + term1
+                elif not unit and i + k * _APART == j and j < n:
+                    term0, term1 = terms(to_float64(dot) - 1.0)
+                    sum0, sum1 = sum0 + 0.5 * term0, sum1 + 0.5 * term1
         write_sums(partial, sum0, sum1)
 
     sizes = (INT64, numbers("int64", 3 * dims), INT64, INT64, INT64)
     arguments = (pointer(dtype.carrier), *sizes, pointer("float64"), pointer("float64"))
-    return Body(f"tile_sums{dims}-{formula.name}-{dtype.name}", lambda _: kernel, arguments, version=formula.digest)
+    name = f"tile_sums{dims}{_kind(unit)}-{formula.name}-{dtype.name}"
+    return Body(name, lambda capability: kernel, arguments, version=formula.digest)
+
+
+def _kind(unit: bool) -> str:
+    return "" if unit else "_plain"
 
 
 def _make_terms(formula: Formula):
-    """Make ``terms(cosine) -> (term0, term1)``."""
+    """Make ``terms(product) -> (term0, term1)``."""
     terms_of_magnitude = device(formula.make(scalars).terms)
 
     @device
-    def terms(cosine):
-        return terms_of_magnitude(abs(cosine), _UNIT)
+    def terms(product):
+        return terms_of_magnitude(abs(product), _UNIT)
 
     return terms
 
 
 @functools.cache
-def fold(formula: Formula, dtype: DType, *, slopes: bool = False) -> Body:
+def fold(formula: Formula, dtype: DType, *, slopes: bool = False, unit: bool = True) -> Body:
     """Make the kernel that sums a panel of products of rows, of which a warp takes a stretch of a row at a time.
 
     Its parameters: ``(products, rows, height, width, row, column, apart, inverse, partial)``. A panel is a batch of
@@ -155,13 +167,16 @@ def fold(formula: Formula, dtype: DType, *, slopes: bool = False) -> Body:
 
     With slopes, the derivative at each of these cosines, times both inverse norms, takes the place of the product, and
     0 that of the other products.
+
+    Where rows are no unit rows, `inverse` may be null, and the diagonal counts.
     """
     load, store, lanes = (
         make_load(dtype.result),
         make_store(dtype.result),
         VECTOR_BYTES // np.dtype(dtype.result).itemsize,
     )
-    element, fold_lanes = _make_fold_lanes(formula, dtype, slopes, lanes)
+    element, fold_lanes = _make_fold_lanes(formula, dtype, slopes, unit, lanes)
+    one = CARRIERS[dtype.result](1)
 
     def kernel(products, rows, height, width, row, column, apart, inverse, partial):
         sum0 = sum1 = 0.0
@@ -174,14 +189,15 @@ def fold(formula: Formula, dtype: DType, *, slopes: bool = False) -> Body:
             r = part // stretches if stretches > 1 else part
             rectangle = r // height if height < rows else 0
             i, first = row + rectangle * apart + r - rectangle * height, column + rectangle * apart
-            own, at, start = inverse[i], r * width, (part - r * stretches) * STRETCH
+            own, at, start = inverse[i] if unit else one, r * width, (part - r * stretches) * STRETCH
             part += step
             if own < 0.0 and not slopes:
                 continue
             end = min(start + STRETCH, width)
             k = start + lane * lanes if aligned else end
             while k < end:
-                loaded, others = load(products, at + k), load(inverse, first + k)
+                loaded = load(products, at + k)
+                others = load(inverse, first + k) if unit else loaded
                 term0, term1, slope = fold_lanes(loaded, first + k, i, own, others)
                 sum0, sum1 = sum0 + to_float64(term0), sum1 + to_float64(term1)
                 if slopes:
@@ -189,7 +205,7 @@ def fold(formula: Formula, dtype: DType, *, slopes: bool = False) -> Body:
                 k += WARP * lanes
             k = end if aligned else start + lane
             while k < end:
-                term0, term1, slope = element(products[at + k], first + k, i, own, inverse[first + k])
+                term0, term1, slope = element(products[at + k], first + k, i, own, inverse[first + k] if unit else one)
                 sum0, sum1 = sum0 + to_float64(term0), sum1 + to_float64(term1)
                 if slopes:
                     products[at + k] = slope[0]
@@ -198,23 +214,34 @@ def fold(formula: Formula, dtype: DType, *, slopes: bool = False) -> Body:
 
     work = pointer(dtype.result)
     arguments = (work, INT64, INT64, INT64, INT64, INT64, INT64, work, pointer("float64"))
-    name = f"fold{'_slopes' * slopes}-{formula.name}-{dtype.name}"
+    name = f"fold{'_slopes' * slopes}{_kind(unit)}-{formula.name}-{dtype.name}"
     return Body(name, lambda capability: kernel, arguments, version=formula.digest)
 
 
-def _make_fold_lanes(formula: Formula, dtype: DType, slopes: bool, lanes: int):
+def _make_fold_lanes(formula: Formula, dtype: DType, slopes: bool, unit: bool, lanes: int):
     """Make what is done to one product, and to so many: ``(product, j, i, own, other) -> (term0, term1, (slope,))``."""
     terms, narrow = _make_terms(formula), make_narrow_result(dtype.result)
     derivative = device(formula.make(scalars).derivative)
 
     @device
-    def element(product, j, i, own, other):
+    def of_unit_rows(product, j, i, own, other):
         zero = narrow(0.0)
         if j <= i or other < zero or (slopes and own < zero):
             return zero, zero, (zero,)
         norms = own * other
         term0, term1 = terms(product * norms)
         return narrow(term0), narrow(term1), (narrow(derivative(product * norms, _UNIT)) * norms,)
+
+    @device
+    def of_rows(product, j, i, own, other):
+        zero = narrow(0.0)
+        if j < i:
+            return zero, zero, (zero,)
+        distance, weight = (product - narrow(1.0), narrow(0.5)) if j == i else (product, narrow(1.0))
+        term0, term1 = terms(distance)
+        return weight * narrow(term0), weight * narrow(term1), (weight * narrow(derivative(distance, _UNIT)),)
+
+    element = of_unit_rows if unit else of_rows
 
     def both(of_half, half):
         def fold(products, j, i, own, others):
@@ -347,3 +374,30 @@ def project(formula: Formula, dtype: DType, accumulate: bool) -> Body:
     arguments = *sizes, pointer("float64"), FLOAT64, work, pointer(dtype.carrier), strides
     name = f"project{'_and_add' * accumulate}-{formula.name}-{dtype.name}"
     return Body(name, lambda capability: kernel, arguments, version=formula.digest)
+
+
+@functools.cache
+def scale_rows(dtype: DType, accumulate: bool) -> Body:
+    """Make the kernel of one block for each row that writes rows times a factor, or adds them.
+
+    Its parameters: ``(rows, strides, d, factor, scale, out, out_strides)``, of which `scale` is a number on the device,
+    or null for 1. The rows, of the result's type, may be those of `out`.
+    """
+    widen, narrow = make_widen(dtype), make_narrow(dtype)
+
+    def kernel(rows, strides, d, factor, scale, out, out_strides):
+        i = cuda.blockIdx.x
+        if address_of(scale) != 0:
+            factor *= to_float64(scale[0])
+        for k in range(cuda.threadIdx.x, d, cuda.blockDim.x):
+            value, at = (
+                factor * to_float64(rows[i * strides[0] + k * strides[1]]),
+                i * out_strides[0] + k * out_strides[1],
+            )
+            if accumulate:
+                value += to_float64(widen(out[at]))
+            out[at] = narrow(value)
+
+    work, strides = pointer(dtype.result), numbers("int64", 2)
+    arguments = work, strides, INT64, FLOAT64, work, pointer(dtype.carrier), strides
+    return Body(f"scale_rows{'_and_add' * accumulate}-{dtype.name}", lambda capability: kernel, arguments)

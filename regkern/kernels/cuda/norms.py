@@ -1,4 +1,4 @@
-"""Inverse norms of the rows of matrices on CUDA devices, and rows that are divided by their norms."""
+"""Inverse norms of the rows of matrices on CUDA devices, and rows in order, divided by their norms or as they are."""
 
 import functools
 import math
@@ -120,22 +120,24 @@ def make_matrix(dtype: DType, dims: int):
 
 
 @functools.cache
-def unit_rows(dtype: DType) -> Body:
-    """Make the kernel of one block for each row: ``(x, d, row_stride, depth_stride, unit, inverse)``.
+def ordered_rows(dtype: DType, *, unit: bool = True) -> Body:
+    """Make the kernel of one block for each row: ``(x, d, row_stride, depth_stride, rows, inverse)``.
 
-    It writes the rows, divided by their norms, one after the other, and the inverse norms, 0 for a zero row.
+    It writes the rows one after the other, in the result's type. As unit rows they are divided by their norms, and the
+    inverse norms are written, 0 for a zero row.
     """
     widen, narrow, inverse_norm = make_widen(dtype), make_narrow_result(dtype.result), _make_inverse_norm(dtype)
 
-    def kernel(x, d, row_stride, depth_stride, unit, inverse):
-        row = cuda.blockIdx.x
-        factor = inverse_norm(x, row, d, row_stride, depth_stride)
-        if cuda.threadIdx.x == 0:
-            inverse[row] = factor
+    def kernel(x, d, row_stride, depth_stride, rows, inverse):
+        row, factor = cuda.blockIdx.x, 1.0
+        if unit:
+            factor = inverse_norm(x, row, d, row_stride, depth_stride)
+            if cuda.threadIdx.x == 0:
+                inverse[row] = factor
         k = cuda.threadIdx.x
         while k < d:
-            unit[row * d + k] = narrow(to_float64(widen(x[row * row_stride + k * depth_stride])) * factor)
+            rows[row * d + k] = narrow(to_float64(widen(x[row * row_stride + k * depth_stride])) * factor)
             k += cuda.blockDim.x
 
     arguments = (pointer(dtype.carrier), INT64, INT64, INT64, pointer(dtype.result), pointer("float64"))
-    return Body(f"unit_rows-{dtype.name}", lambda capability: kernel, arguments)
+    return Body(f"{'unit' if unit else 'plain'}_rows-{dtype.name}", lambda capability: kernel, arguments)

@@ -48,17 +48,20 @@ class Body:
 
 @functools.cache
 def last_stage(result_type: str) -> Body:
-    """Make the kernel of one block that adds the blocks' sums: ``(partial, blocks, a, b, penalty, sums)``."""
+    """Make the kernel of one block that adds the blocks' sums: ``(partial, blocks, a, b, constant, penalty, sums)``.
+
+    The constant is added to the penalty.
+    """
     write = _make_write(result_type)
 
-    def kernel(partial, blocks, a, b, penalty, sums):
+    def kernel(partial, blocks, a, b, constant, penalty, sums):
         sum0, sum1 = _sums_of_blocks(partial, blocks)
         sum0, sum1 = block_sums(sum0, sum1)
         if cuda.threadIdx.x == 0:
-            write(sum0, sum1, a, b, penalty, sums)
+            write(sum0, sum1, a, b, constant, penalty, sums)
 
-    factors, results = (FLOAT64, FLOAT64), (pointer(result_type), pointer(result_type))
-    return Body(f"last_stage-{result_type}", lambda capability: kernel, (pointer("float64"), INT64, *factors, *results))
+    arguments = pointer("float64"), INT64, FLOAT64, FLOAT64, FLOAT64, pointer(result_type), pointer(result_type)
+    return Body(f"last_stage-{result_type}", lambda capability: kernel, arguments)
 
 
 @device
@@ -115,7 +118,7 @@ def make_finish(result_type: str):
             sum0, sum1 = _sums_of_blocks(partial, blocks)
             sum0, sum1 = block_sums(sum0, sum1)  # called here alone: Numba defines its shared memory for each caller
         if first:
-            write(sum0, sum1, a, b, penalty, sums)
+            write(sum0, sum1, a, b, 0.0, penalty, sums)
 
     return finish
 
@@ -137,9 +140,9 @@ def _make_write(result_type: str):
     narrow = make_narrow_result(result_type)
 
     @device
-    def write(sum0, sum1, a, b, penalty, sums):
+    def write(sum0, sum1, a, b, constant, penalty, sums):
         if address_of(penalty) != 0:
-            penalty[0] = narrow(a * sum0 + b * sum1)
+            penalty[0] = narrow(a * sum0 + b * sum1 + constant)
         if address_of(sums) != 0:
             sums[0], sums[1] = narrow(sum0), narrow(sum1)
 
