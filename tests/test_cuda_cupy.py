@@ -294,6 +294,21 @@ def test_a_reference_on_another_device_is_refused(monkeypatch, place):
     assert not place.driver.streams
 
 
+@pytest.mark.parametrize("leading_axes", [None, "flatten", "batch"])
+def test_covariances_are_cupys_own_operations(computed, place, leading_axes):
+    regularizer = rk.Covariance(0.3, leading_axes)
+    host = np.random.default_rng(0).standard_normal((2, 4, 5) if leading_axes else (6, 5)).astype(np.float32)
+    value, gradient = regularizer.value_and_grad(on_device(host))
+    exact, slope = regularizer.value_and_grad(host)
+    assert_near(value, exact, 1e-6)
+    assert_near(regularizer(on_device(host)), exact, 1e-6)
+    assert_near(gradient, slope, 1e-6)
+    assert regularizer.grad(on_device(host), out=gradient, accumulate=True) is gradient
+    assert_near(gradient, 2 * slope, 1e-6)
+    assert computed
+    assert not place.driver.streams
+
+
 @pytest.mark.usefixtures("unowned", "computed")
 @pytest.mark.parametrize("regularizer", [GROUPS["rows"], COSINES["squares"], SOFT["soft"]])
 def test_other_penalties_of_libraries_that_are_not_known(regularizer):

@@ -1,4 +1,4 @@
-"""CuPy's arrays: the CUDA kernels, on CuPy's current stream; CuPy's own operations where a factor is an array."""
+"""CuPy's arrays: the CUDA kernels, on CuPy's current stream; CuPy's own operations where there is no kernel."""
 
 import math
 from collections.abc import Sequence
@@ -14,6 +14,8 @@ from regkern.arrays.layout import Strides, View
 from regkern.arrays.numpy import dtype_of
 from regkern.kernels.cuda.driver import driver
 from regkern.kernels.cuda.launch import Place
+from regkern.kernels.cuda.sums import NULL
+from regkern.terms import Operation, Parameters, Term
 
 require("cupy", cupy.__version__, (13, 6))
 
@@ -28,6 +30,15 @@ class CupyAdapter(DeviceAdapter):
 
     def owns(self, array_type: type) -> bool:
         return issubclass(array_type, cupy.ndarray)
+
+    def run(
+        self, operation: Operation, term: Term, p: Parameters, x: Any, out: Any = None, *, scale: int = NULL
+    ) -> tuple[Any, Any]:
+        if self.serves(term):
+            return super().run(operation, term, p, x, out, scale=scale)
+        if out is not None:
+            self.check_out(x, out)
+        return EXPRESSIONS.run(operation, term, p, x, out)
 
     def masked(self, x: Any, mask: Any) -> Any:
         return cupy.where(mask, x, cupy.zeros((), x.dtype))

@@ -122,7 +122,8 @@ class DeviceAdapter(KernelAdapter):
 
     def serves(self, term: Term) -> bool:
         """Whether there are kernels for a penalty; else the library's own operations serve."""
-        return not isinstance(term.view, Products) or term.view.unit or term.formula is SQUARE
+        view = term.view
+        return not isinstance(view, Products) or view.unit or (term.formula is SQUARE and not view.centred)
 
     def run(
         self, operation: Operation, term: Term, p: Parameters, x: Any, out: Any = None, *, scale: int = NULL
