@@ -120,7 +120,7 @@ def gram_call(operation: Operation, fold: str, dtype: DType, n: int, d: int, *, 
         key = _load(products.name, products.for_value)
     else:
         key = _load(f"{products.name}-gradient", products.for_gradient)
-    words: dict[str, int] = {"beyond": beyond, "columns": columns, "kernel": key, "kind": _KINDS[operation]}
+    words: dict[str, Any] = {"beyond": beyond, "columns": columns, "kernel": key, "kind": _KINDS[operation]}
     return Call("regkern_gram", {name: np.int64(word) for name, word in words.items()})
 
 
