@@ -51,9 +51,11 @@ class Tensors:
         self._distinct: list[Any] = []
         self._plans: list[_Planned] = []
         self._others: list[int] = []
+        self._called: list[_Planned] = []  # those of the others that are known again by where they are
         self.reusable, self.tied = True, False
         self._recorded = recorded
         groups: dict[Any, list[tuple[int, reductions.Reading]]] = {}
+        called: dict[Any, list[tuple[int, reductions.Reading]]] = {}
         for i in self._counted(arrays, count_tied):
             regularizer, operands = self._regularizers[i], ()
             if isinstance(regularizer, Anchored):
@@ -61,11 +63,12 @@ class Tensors:
                     regularizer.check(arrays[i])
                 operands = regularizer.operands
             planned = summands.of_elements(regularizer)
-            reading = reductions.reading(arrays[i], recorded=recorded, operands=operands) if planned else None
-            if reading is None:
+            reading = reductions.reading(arrays[i], recorded=recorded, operands=operands)
+            if reading is None or not planned:
                 self._others.append(i)
-            else:
-                groups.setdefault((reading.recorder, reading.home), []).append((i, reading))
+            if reading is not None:
+                together = groups if planned else called
+                together.setdefault((reading.recorder, reading.home), []).append((i, reading))
             self.reusable = self.reusable and reading is not None and reading.itself
         for (recorder, _), group in groups.items():
             indices = [i for i, _ in group]
@@ -75,6 +78,9 @@ class Tensors:
             else:
                 self._others += indices
         self._others.sort()
+        for group in called.values() if self.reusable else ():
+            members = [(self._names[i], reading.adapter, reading.array, 0, ()) for i, reading in group]
+            self._called.append(_Planned([i for i, _ in group], reductions.plan(members), None))
 
     def _counted(self, arrays: Sequence[Any], count_tied: bool) -> Iterator[int]:
         """Yield which arrays are penalised: those with the same memory once, unless tied ones are counted."""
@@ -107,7 +113,7 @@ class Tensors:
         return (
             self._names == names
             and all(type(arrays[i]) is kind for i, kind in self._unpenalised)
-            and all(plan.fits(_taken(arrays, indices)) for indices, plan, _ in self._plans)
+            and all(plan.fits(_taken(arrays, indices)) for indices, plan, _ in self._plans + self._called)
         )
 
     def regularizer(self, name: str) -> Any:

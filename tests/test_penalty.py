@@ -375,3 +375,21 @@ def test_floats_of_an_attached_penalty():
     handle = regkern.torch.attach(torch.optim.SGD(layer.parameters(), lr=0.1), layer, {"*": rk.L1(0.5)})
     assert json.dumps(handle.per_tensor(floats=True)) == '{"weight": 2.0}'
     assert isinstance(handle.per_tensor()["weight"], torch.Tensor)
+
+
+def test_tensors_that_are_called_are_known_again_where_they_were(monkeypatch):
+    made = []
+    tensors = rk.penalty.Tensors
+    monkeypatch.setattr(rk.penalty, "Tensors", lambda *named, **how: made.append(0) or tensors(*named, **how))
+    named = {name: np.full((3, 4), 2.0) for name in ("a", "b", "group", "callable")}
+    penalty = rk.Penalty({"group": rk.GroupLasso(0.5), "callable": lambda x: x.sum(), "*": rk.L1(0.1)})
+    value = 0.1 * 24 + 0.1 * 24 + 0.5 * 3 * 4 + 24
+    for _ in range(3):
+        assert penalty(named) == pytest.approx(value)
+    named["group"][...] = 0.0  # what is in them is none of it
+    assert penalty(named) == pytest.approx(value - 6)
+    assert len(made) == 1
+    named["callable"] = named["group"]  # two names of one memory count once, by the first
+    assert penalty(named) == pytest.approx(4.8)
+    named["callable"] = np.ones((2, 2))
+    assert penalty(named) == pytest.approx(8.8)

@@ -13,10 +13,12 @@ from regkern.kernels.cpu import team
 from regkern.kernels.cpu.compile import compile_function, inlined, make_call
 from regkern.kernels.cpu.lanes import LANES, stack
 from regkern.kernels.cpu.words import (
+    load_byte,
     load_int,
     load_short,
     load_word,
     load_words,
+    store_byte,
     store_int,
     store_short,
     store_word,
@@ -80,6 +82,11 @@ def _copy(source, source_stride, target, target_stride, n, itemsize):
     elif itemsize == 8:
         for _ in range(n):
             store_word(target, load_word(source))
+            source += source_stride
+            target += target_stride
+    elif itemsize == 1:
+        for _ in range(n):
+            store_byte(target, load_byte(source))
             source += source_stride
             target += target_stride
     else:

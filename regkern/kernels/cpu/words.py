@@ -50,6 +50,7 @@ def _make_memory(numba_type: Any, llvm_type: Any, c_type: Any) -> tuple[Any, Any
 load_word, store_word = _make_memory(types.int64, _WORD, ctypes.c_int64)
 load_int, store_int = _make_memory(types.int32, ir.IntType(32), ctypes.c_int32)
 load_short, store_short = _make_memory(types.int16, ir.IntType(16), ctypes.c_int16)
+load_byte, store_byte = _make_memory(types.int8, ir.IntType(8), ctypes.c_int8)
 load_float, store_float = _make_memory(types.float32, ir.FloatType(), ctypes.c_float)
 load_double, store_double = _make_memory(types.float64, ir.DoubleType(), ctypes.c_double)
 
