@@ -14,7 +14,7 @@ import cupy
 
 from regkern.arrays.expressions import ExpressionsAdapter
 from regkern.arrays.layout import check_alike
-from regkern.arrays.numpy import dtype_of
+from regkern.arrays.numpy import dtypes
 from regkern.terms import ELEMENTS, Operation, Parameters, Products, Term
 
 
@@ -35,7 +35,7 @@ class Expressions(ExpressionsAdapter):
         return found
 
     def widen(self, x: Any) -> Any:
-        return x.astype(dtype_of(x.dtype).result, copy=False)
+        return x.astype(dtypes[x.dtype].result, copy=False)
 
     def narrow(self, value: Any, x: Any) -> Any:
         return value.astype(x.dtype, copy=False)
