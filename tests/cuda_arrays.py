@@ -7,8 +7,7 @@ import ml_dtypes
 import numpy as np
 
 from regkern.arrays.device import DeviceAdapter
-from regkern.arrays.layout import View
-from regkern.arrays.numpy import dtype_of
+from regkern.arrays.numpy import dtypes
 from regkern.dtypes import DTYPES
 from regkern.kernels.cuda.launch import Place
 from tests.cases import NUMPY_DTYPES
@@ -53,8 +52,11 @@ class Arrays(DeviceAdapter):
     def owns(self, array_type):
         return array_type is np.ndarray
 
-    def view(self, x):
-        return View(x.__array_interface__["data"][0], dtype_of(x.dtype), x.shape, x.strides)
+    def memory(self, x):
+        return x.__array_interface__["data"][0], x.size, dtypes[x.dtype], x.flags.forc
+
+    def strides(self, x):
+        return x.strides
 
     def place(self, x):
         return Place(self.driver, self.device, 7)

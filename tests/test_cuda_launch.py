@@ -128,6 +128,20 @@ def test_blocks_of_a_graph_are_added_by_a_launch_of_its_own():
     assert second == (0, 7, 1, (partial, 3, 0.5, 2.0, 0.0, result, 0))
 
 
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_values_are_launched_as_their_sums_are(order):
+    """Which are looked up by the number of elements alone, by another way to the same launch."""
+    x, arrays = np.empty((300, 400), np.float32, order), on_device()
+    arrays.value(BOTH_SUMS, P, x)
+    arrays.run(VALUE, BOTH_SUMS, P, x)
+    first, second = (
+        (device, stream, blocks, *arguments) for device, stream, blocks, arguments in arrays.driver.launched
+    )
+    results = [arrays.address(made) for made in arrays.made if made.shape == ()]
+    assert [first[-2], second[-2]] == results
+    assert (first[:-2], first[-1]) == (second[:-2], second[-1])
+
+
 def test_gradients_take_one_launch():
     x, arrays = np.empty(100_000, np.float32), on_device()
     _, out = arrays.run(GRADIENT, BOTH_SUMS, P, x)
@@ -244,6 +258,30 @@ def test_the_drivers_library_is_called_with_packed_arguments_in_the_devices_cont
         ("launch", 1041, 6, [3, 1, 1, 256, 1, 1, 0], 9, packed),
     ]
     assert library.contexts == [0, 77]
+
+
+def test_a_context_that_is_current_is_not_made_current_again():
+    library = Library()
+    driver = Driver(library)
+    kernel = driver.load(0, Code(b"code", "a_kernel", "q"))
+    library.contexts.append(1040)  # the device's own, as it is where an array library works
+    library.cuCtxPushCurrent_v2 = lambda context: pytest.fail("another call of the driver")
+    assert [driver.is_capturing(0, stream) for stream in (8, 9)] == [False, True]
+    assert driver.stream_id(0, 8) == 24
+    driver.launch(0, 9, kernel, 1, 256, (1,))
+    assert library.calls[-1][:2] == ("launch", 1040)
+    assert library.contexts == [0, 1040]
+
+
+def test_parameters_of_kernels_that_take_turns():
+    """What a launch has left in memory is no part of the next."""
+    library = Library()
+    driver = Driver(library)
+    kernels = [driver.load(0, Code(b"code", f"kernel{i}", kinds)) for i, kinds in enumerate(("qqq", "d"))]
+    for kernel, arguments in [(kernels[0], (1, 2, 3)), (kernels[1], (0.5,)), (kernels[0], (4, 5, 6))]:
+        driver.launch(0, 0, kernel, 1, 256, arguments)
+        packed = b"".join(np.array(each).tobytes() for each in arguments)
+        assert library.calls[-1][2:] == (kernel.function, [1, 1, 1, 256, 1, 1, 0], 0, packed)
 
 
 def test_a_device_that_was_reset_is_told_once_and_used_anew():

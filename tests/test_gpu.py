@@ -247,6 +247,44 @@ def test_panels(arrays, mode, dtype, power):
     np.testing.assert_allclose(np.float64(arrays.get(regularizer(x))), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("arrays", ["cupy", "torch"], indirect=True)
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("shape", [(33, 70), (70, 33), (1500, 1100), (1100, 1500)])
+def test_soft_orthogonal(arrays, shape, dtype):
+    regularizer, host = rk.SoftOrthogonal(0.3), random(shape, dtype)
+    wide, x = host.astype(np.float64), arrays.put(host)
+    error = wide @ wide.T - np.eye(shape[0])
+    value, gradient = regularizer.value_and_grad(x)
+    for found in (regularizer(x), value):
+        np.testing.assert_allclose(np.float64(arrays.get(found)), 0.3 * np.square(error).sum(), rtol=1e-5)
+    slope = 4 * 0.3 * error @ wide
+    tolerance = np.abs(slope).max() * (4 * EPSILONS[dtype] + 1e-6)
+    np.testing.assert_allclose(np.asarray(arrays.get(gradient), np.float64), slope, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("arrays", ["cupy", "torch"], indirect=True)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_distances_to_a_reference(arrays, dtype, weighted):
+    hosts = [{"a": random((300, 257), dtype, seed), "b": random(5, dtype, seed)} for seed in range(3)]
+    x, start, weights = [{name: arrays.put(each) for name, each in host.items()} for host in hosts]
+    penalty = rk.Penalty({"*": REGULARIZER}).anchored(to=start, weights=weights if weighted else None)
+    bound = penalty.bind(x)
+    value, gradients = bound.value_and_grad()
+    expected = 0.0
+    for name, gradient in gradients.items():
+        difference, own = np.float64(hosts[0][name]) - np.float64(hosts[1][name]), 1.0
+        if weighted:
+            own = np.float64(hosts[2][name])
+        terms = REGULARIZER.l1 * np.abs(difference) + REGULARIZER.l2 * difference**2
+        expected += (own * terms).sum()
+        assert_array(arrays.get(gradient), own * reference.gradient(REGULARIZER, difference), dtype)
+    for found in (bound.value(), value):
+        np.testing.assert_allclose(np.float64(arrays.get(found)), expected, rtol=1e-12 if dtype == "float64" else 1e-6)
+    bound.prox_(0.0)
+    assert_array(arrays.get(x["b"]), np.float64(hosts[0]["b"]), dtype, magnitude=4.0)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_torchs_autograd(torch, dtype):
     host = random((64, 33), dtype)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from regkern.arrays import ADAPTERS
-from regkern.arrays.layout import View
+from regkern.arrays.layout import Strides, View
+from regkern.dtypes import DType
 from regkern.terms import VALUE, Operation, Parameters, Products, Term
 
 if TYPE_CHECKING:
@@ -181,12 +182,21 @@ class KernelAdapter(Adapter):
     """What adapters share that run kernels over their arrays' memory, wherever it is."""
 
     @abstractmethod
-    def view(self, x: Any) -> View:
-        """Return where x's elements are.
+    def memory(self, x: Any) -> tuple[int, int, DType, bool]:
+        """Return x's address, its number of elements, its dtype and whether it is contiguous, in C or Fortran order.
 
         Raises:
             TypeError: the dtype is not supported.
         """
+
+    @abstractmethod
+    def strides(self, x: Any) -> Strides:
+        """Return x's strides in bytes."""
+
+    def view(self, x: Any) -> View:
+        """Return where x's elements are, as `memory` does and errors, with the shape and strides."""
+        address, _, dtype, _ = self.memory(x)
+        return View(address, dtype, tuple(x.shape), self.strides(x))
 
     @abstractmethod
     def home(self, x: Any) -> Hashable:

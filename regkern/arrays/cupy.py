@@ -10,10 +10,11 @@ import numpy as np
 from regkern.arrays.adapter import Adapter, require
 from regkern.arrays.cupy_expressions import EXPRESSIONS, check_array, on
 from regkern.arrays.device import DeviceAdapter
-from regkern.arrays.layout import Strides, View
-from regkern.arrays.numpy import dtype_of
+from regkern.arrays.layout import Strides
+from regkern.arrays.numpy import dtypes
+from regkern.dtypes import DType
 from regkern.kernels.cuda.driver import driver
-from regkern.kernels.cuda.launch import Place
+from regkern.kernels.cuda.launch import Place, place_of
 from regkern.kernels.cuda.sums import NULL
 from regkern.terms import Operation, Parameters, Term
 
@@ -46,18 +47,27 @@ class CupyAdapter(DeviceAdapter):
     def expressions(self) -> Adapter:
         return EXPRESSIONS
 
-    def view(self, x: Any) -> View:
-        return View(x.data.ptr, dtype_of(x.dtype), x.shape, x.strides)
+    def memory(self, x: Any) -> tuple[int, int, DType, bool]:
+        # What `x.flags` tells, in a sixth of the time.
+        return x.data.ptr, x.size, dtypes[x.dtype], x._c_contiguous or x._f_contiguous
+
+    def strides(self, x: Any) -> Strides:
+        strides: Strides = x.strides
+        return strides
 
     def place(self, x: Any) -> Place:
         device = x.data.device_id
-        return Place(driver(), device, cupy.cuda.get_current_stream(device).ptr)
+        return place_of(driver(), device, cupy.cuda.get_current_stream(device).ptr)
 
     def empty(self, x: Any, shape: tuple[int, ...], type_name: str) -> Any:
-        return on(x.data.device_id, cupy.empty, shape, _DTYPES.get(type_name, type_name))
+        dtype, device = _DTYPES[type_name], x.data.device_id
+        if device == cupy.cuda.device.get_device_id():  # as `on` asks, which costs more, as `cupy.empty` does
+            return cupy.ndarray(shape, dtype)
+        return on(device, cupy.ndarray, shape, dtype)
 
     def address(self, array: Any) -> int:
-        return int(array.data.ptr)
+        address: int = array.data.ptr
+        return address
 
     def beside(self, value: Any, other: Any) -> Any:
         return on(other.data.device_id, cupy.asarray, value) if isinstance(other, cupy.ndarray) else value
@@ -72,7 +82,7 @@ class CupyAdapter(DeviceAdapter):
     def number(self, number: Any, x: Any) -> Any:
         if not isinstance(number, cupy.ndarray):
             return None
-        return on(x.data.device_id, cupy.asarray, number, dtype_of(x.dtype).result)
+        return on(x.data.device_id, cupy.asarray, number, dtypes[x.dtype].result)
 
     def empty_like(self, x: Any) -> Any:
         return on(x.data.device_id, cupy.empty_like, x)

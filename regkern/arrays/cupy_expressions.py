@@ -12,7 +12,7 @@ import cupy
 
 from regkern.arrays.layout import check_alike
 from regkern.arrays.namespace import NamespaceExpressions
-from regkern.arrays.numpy import dtype_of
+from regkern.arrays.numpy import dtypes
 from regkern.terms import Operation, Parameters, Term
 
 
@@ -37,7 +37,7 @@ class Expressions(NamespaceExpressions):
         return found
 
     def result_type(self, x: Any) -> str:
-        return dtype_of(x.dtype).result
+        return dtypes[x.dtype].result
 
     def widen(self, x: Any) -> Any:
         return x.astype(self.result_type(x), copy=False)

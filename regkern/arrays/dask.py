@@ -16,7 +16,7 @@ from dask.array.utils import meta_from_array
 
 from regkern.arrays import ADAPTERS
 from regkern.arrays.adapter import Adapter, no_partial, require
-from regkern.arrays.numpy import dtype_of
+from regkern.arrays.numpy import dtypes
 from regkern.formulas import ABS
 from regkern.terms import (
     EACH_SUM,
@@ -56,7 +56,7 @@ class DaskAdapter(Adapter):
         return number.astype(_result(x)) if isinstance(number, da.Array) else None
 
     def run(self, operation: Operation, term: Term, p: Parameters, x: Any, out: Any = None) -> tuple[Any, Any]:
-        dtype_of(x.dtype)
+        dtypes[x.dtype]  # a TypeError for those that are not supported
         if out is not None:
             raise TypeError(
                 f"out: expected None, because Dask arrays are not written to; got {type(out).__name__}; "
@@ -139,7 +139,7 @@ def _whole(x: Any) -> Any:
 
 
 def _result(x: Any) -> str:
-    return dtype_of(x.dtype).result
+    return dtypes[x.dtype].result
 
 
 def _scalar_meta(x: Any, dtype: str) -> Any:

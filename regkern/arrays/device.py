@@ -26,9 +26,11 @@ from regkern.kernels.cuda.sums import MAX_BLOCKS, NULL, Body, last_stage
 from regkern.terms import (
     ADD_GRADIENT,
     EACH_SUM,
+    ELEMENTS,
     GRADIENT,
     PARTIAL,
     SUMS,
+    VALUE,
     Formula,
     Norms,
     Operation,
@@ -125,6 +127,22 @@ class DeviceAdapter(KernelAdapter):
         view = term.view
         return not isinstance(view, Products) or view.unit or (term.formula is SQUARE and not view.centred)
 
+    def value(self, term: Term, p: Parameters, x: Any) -> Any:
+        if term.view is not ELEMENTS:
+            return self.run(VALUE, term, p, x)[0]
+        address, size, dtype, contiguous = self.memory(x)
+        if not contiguous or address % dtype.itemsize:
+            return self.launch(VALUE, term, p, x)
+        # The shortest way, which `launch` goes as well: for a small array, the calls in between are the cost.
+        body, blocks = _flat(term.formula, dtype, size)
+        place, result = self.place(x), self.empty(x, (), dtype.result)
+        (a, b, c, d), written = p, self.address(result)
+        partial, counter = self._sums_of_blocks(x, place, blocks) if blocks > 1 else (NULL, NULL)
+        launch(place, body, blocks, (address, address, size, a, b, c, d, NULL, partial, counter, written, NULL))
+        if partial and not counter:
+            launch(place, last_stage(dtype.result), 1, (partial, blocks, a, b, 0.0, written, NULL))
+        return result
+
     def run(
         self, operation: Operation, term: Term, p: Parameters, x: Any, out: Any = None, *, scale: int = NULL
     ) -> tuple[Any, Any]:
@@ -179,7 +197,6 @@ class DeviceAdapter(KernelAdapter):
         source = self.view(x)
         _check_aligned(source, "x")
         target = source if out is None or out is x else self.view(out)
-        both = operation in (SUMS, PARTIAL)
         result_type = "float64" if operation is PARTIAL else source.dtype.result
         kernel, norms = operation if operation.writes else SUMS, term.view if isinstance(term.view, Norms) else None
         start, out_start, body, sizes, blocks, squares = _prepared(
@@ -190,13 +207,15 @@ class DeviceAdapter(KernelAdapter):
             room = self.temporary(x, squares[1:], "float64")
             sizes = *sizes[:-1], self.address(room)
             launch(place, squares[0], blocks, (*addresses, *sizes, *p, scale, NULL, NULL, NULL, NULL))
+        arguments = (*addresses, *sizes, *p, scale)
         if not operation.sums:
-            launch(place, body, blocks, (*addresses, *sizes, *p, scale, NULL, NULL, NULL, NULL))
+            launch(place, body, blocks, (*arguments, NULL, NULL, NULL, NULL))
             return None
+        both = operation in (SUMS, PARTIAL)
         result = self.empty(x, (2,) if both else (), result_type)
         results = (NULL, self.address(result)) if both else (self.address(result), NULL)
         partial, counter = self._sums_of_blocks(x, place, blocks) if blocks > 1 else (NULL, NULL)
-        launch(place, body, blocks, (*addresses, *sizes, *p, scale, partial, counter, *results))
+        launch(place, body, blocks, (*arguments, partial, counter, *results))
         if partial and not counter:
             launch(place, last_stage(result_type), 1, (partial, blocks, *p[:2], 0.0, *results))
         return (result[0], result[1]) if operation is SUMS else result
@@ -251,6 +270,12 @@ class _Prepared(NamedTuple):
     sizes: tuple[int | float, ...]
     blocks: int
     squares: tuple[Body, int] | None = None
+
+
+@lru_cache(maxsize=4096)
+def _flat(formula: Formula, dtype: DType, size: int) -> tuple[Body, int]:
+    """Return the kernel that sums so many elements that follow each other, and its blocks."""
+    return flat_kernel(SUMS, formula, dtype, result_type=dtype.result), count_blocks(size, lanes_of(dtype))
 
 
 @lru_cache(maxsize=4096)  # one look-up for all that does not depend on where the arrays are

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from regkern.arrays.adapter import KernelAdapter, no_view
-from regkern.arrays.layout import Strides, View, check_alike, check_memory, group_loops, locate_matrices, loops
+from regkern.arrays.layout import check_alike, check_memory, group_loops, locate_matrices, loops
 from regkern.arrays.plan import HostPlan, Member, Plan
 from regkern.dtypes import DType
 from regkern.formulas import ABS, SQUARE
@@ -22,24 +22,8 @@ class HostAdapter(KernelAdapter):
     """Evaluates penalties by the CPU kernels. A library says how its arrays are recognised, read and made."""
 
     @abstractmethod
-    def memory(self, x: Any) -> tuple[int, int, DType, bool]:
-        """Return x's address, its number of elements, its dtype and whether it is contiguous, in C or Fortran order.
-
-        Raises:
-            TypeError: the dtype is not supported.
-        """
-
-    @abstractmethod
-    def strides(self, x: Any) -> Strides:
-        """Return x's strides in bytes."""
-
-    @abstractmethod
     def scalar(self, value: float, dtype: DType) -> Any:
         """Return a 0-d scalar of the library, in the dtype's result type."""
-
-    def view(self, x: Any) -> View:
-        address, _, dtype, _ = self.memory(x)
-        return View(address, dtype, tuple(x.shape), self.strides(x))
 
     def home(self, x: Any) -> Hashable:
         return "host"

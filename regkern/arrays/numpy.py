@@ -46,7 +46,7 @@ class NumpyAdapter(HostAdapter):
         return issubclass(array_type, np.ndarray)
 
     def memory(self, x: Any) -> tuple[int, int, DType, bool]:
-        return _header_at(id(x)).data, x.size, _dtypes[x.dtype], x.flags.forc
+        return _header_at(id(x)).data, x.size, dtypes[x.dtype], x.flags.forc
 
     def strides(self, x: Any) -> Strides:
         strides: Strides = x.strides
@@ -122,14 +122,5 @@ class _DTypes(dict[Any, DType]):
         raise TypeError(f"x: expected an array of {', '.join(DTYPES)}; got dtype {dtype}; {advice}")
 
 
-_dtypes = _DTypes({np.dtype(name): dtype for name, dtype in DTYPES.items() if hasattr(np, name)})
+dtypes = _DTypes({np.dtype(name): dtype for name, dtype in DTYPES.items() if hasattr(np, name)})
 ADAPTER = NumpyAdapter()
-
-
-def dtype_of(dtype: np.dtype[Any]) -> DType:
-    """Return what a NumPy dtype means to regkern.
-
-    Raises:
-        TypeError: the dtype is not supported.
-    """
-    return _dtypes[dtype]

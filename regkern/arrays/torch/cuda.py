@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from regkern.arrays.device import DeviceAdapter
-from regkern.arrays.layout import Strides, View
-from regkern.arrays.torch.tensors import Tensors, byte_strides, check_tensor, dtypes, kind
+from regkern.arrays.layout import Strides
+from regkern.arrays.torch.tensors import Tensors, check_tensor, kind
 from regkern.kernels.cuda.driver import driver
-from regkern.kernels.cuda.launch import Place
+from regkern.kernels.cuda.launch import Place, place_of
 from regkern.terms import ADD_GRADIENT, GRADIENT, Parameters, Term
 
 # Whether products of 16-bit floats may be float32, as they are added up.
@@ -25,12 +25,9 @@ class Kernels(Tensors, DeviceAdapter):
     out_of_memory = torch.OutOfMemoryError
     holds_graphs_memory = True  # in a pool of each graph
 
-    def view(self, x: Tensor) -> View:
-        return View(x.data_ptr(), dtypes[x.dtype], tuple(x.shape), byte_strides(x))
-
     def place(self, x: Tensor) -> Place:
         device = x.get_device()
-        return Place(driver(), device, torch._C._cuda_getCurrentRawStream(device))
+        return place_of(driver(), device, torch._C._cuda_getCurrentRawStream(device))
 
     def empty(self, x: Tensor, shape: tuple[int, ...], type_name: str) -> Tensor:
         return torch.empty(shape, dtype=getattr(torch, type_name), device=x.device)

@@ -92,6 +92,13 @@ def _guard(arrays: Sequence[Tensor]) -> Callable[..., bool]:
 class Tensors(KernelAdapter):
     """What kernels for tensors share, in the host's memory and on devices."""
 
+    def memory(self, x: Tensor) -> tuple[int, int, DType, bool]:
+        return x.data_ptr(), x.numel(), dtypes[x.dtype], x.is_contiguous()
+
+    def strides(self, x: Tensor) -> Strides:
+        itemsize = x.itemsize
+        return tuple([stride * itemsize for stride in x.stride()])
+
     def flatten_leading(self, x: Tensor, *, copy: bool) -> Tensor:
         x = x.detach()
         if copy:
@@ -134,20 +141,8 @@ class Tensors(KernelAdapter):
         return find
 
 
-def byte_strides(x: Tensor) -> Strides:
-    """Return a tensor's strides in bytes."""
-    itemsize = x.itemsize
-    return tuple([stride * itemsize for stride in x.stride()])
-
-
 class Kernels(Tensors, HostAdapter):
     """Reads and makes plain tensors in the host's memory, and leaves nothing in autograd's graph."""
-
-    def memory(self, x: Tensor) -> tuple[int, int, DType, bool]:
-        return x.data_ptr(), x.numel(), dtypes[x.dtype], x.is_contiguous()
-
-    def strides(self, x: Tensor) -> Strides:
-        return byte_strides(x)
 
     def scalar(self, value: float, dtype: DType) -> Tensor:
         try:
