@@ -10,7 +10,7 @@ import numpy as np
 
 from regkern.arrays import ADAPTERS
 from regkern.arrays.layout import View
-from regkern.terms import VALUE, Operation, Parameters, Products, Term
+from regkern.terms import ELEMENTS, VALUE, Operation, Parameters, Products, Term
 
 if TYPE_CHECKING:
     from regkern.arrays.host import HostAdapter
@@ -195,6 +195,10 @@ class KernelAdapter(Adapter):
     @abstractmethod
     def plan(self, members: Sequence[Member]) -> Plan:
         """Look many arrays of x's home up for evaluations in one launch."""
+
+    def plans(self, term: Term, x: Any) -> bool:
+        """Whether a plan can evaluate a penalty of an array."""
+        return term.view is ELEMENTS
 
     def watch(self, arrays: Sequence[Any], *, written: bool) -> Callable[[Sequence[Any]], int]:
         """Return a function that is given the same arrays again: the index of the first that lies elsewhere, or -1.
