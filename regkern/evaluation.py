@@ -62,8 +62,9 @@ class Tensors:
                 with _naming(self._names[i]):
                     regularizer.check(arrays[i])
                 operands = regularizer.operands
-            planned = summands.of_elements(regularizer)
+            summand = summands.only(regularizer)
             reading = reductions.reading(arrays[i], recorded=recorded, operands=operands)
+            planned = summand and reading and reading.adapter.plans(summand.term, reading.array)
             if reading is None or not planned:
                 self._others.append(i)
             if reading is not None:

@@ -195,9 +195,15 @@ def proximal(summands: Summands) -> list[Summand]:
 
 
 def of_elements(regularizer: Any) -> Summand | None:
-    """Return the one sum over elements that a penalty is, so that one launch evaluates many arrays; None for others."""
+    """Return the one sum over elements that a penalty is; None for others."""
+    summand = only(regularizer)
+    return summand if summand and summand.term.view is ELEMENTS else None
+
+
+def only(regularizer: Any) -> Summand | None:
+    """Return the one sum that a penalty is, so that one launch may evaluate many arrays; None for others."""
     summands: Summands = getattr(regularizer, "_summands", ())
-    return summands[0] if len(summands) == 1 and summands[0].term.view is ELEMENTS else None
+    return summands[0] if len(summands) == 1 else None
 
 
 def pieces(summands: Summands) -> str | None:

@@ -13,7 +13,7 @@ import pytest
 import regkern as rk
 from regkern.dtypes import DTYPES
 from regkern.kernels.cpu.groups import PIECE, TILE
-from tests.cases import LAYOUTS, READ_ONLY_LAYOUTS, Layout, make, slow_unless
+from tests.cases import LAYOUTS, NUMPY_DTYPES, READ_ONLY_LAYOUTS, Layout, make, slow_unless
 from tests.libraries import LIBRARIES, numbers
 from tests.processes import HEAD, run
 from tests.reference import group_lasso, group_lasso_gradient, group_lasso_prox
@@ -145,8 +145,8 @@ for dtype, mode in ((np.float16, "rows"), (np.float64, "rows"), (np.float64, "co
 
 
 def test_kernels_ahead_of_time():
-    # Along and across groups, squares and scales; what launches them; and the runs over stretches of groups.
-    assert rk.warmup(["group_lasso"], ["float32"]) == rk.warmup([]) + 4 + 2 + 9
+    # Along and across groups, squares and scales; what launches them, alone and in tables; runs over stretches of them.
+    assert rk.warmup(["group_lasso"], ["float32"]) == rk.warmup([]) + 4 + 3 + 9
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -194,6 +194,69 @@ def test_in_a_penalty():
     for name, x in kernels.items():
         np.testing.assert_allclose(gradients[name], 2 * group_lasso_gradient(reg, x))
         np.testing.assert_allclose(weights[name], group_lasso_prox(reg, x, 0.5), atol=1e-15)
+
+
+TABLED = [(64, 64), (1, 7), (7, 1), (300, 40), (2000, 9), (9, 2000), (3, 5000), (3, 4, 5), (300,), (100, 3, 3, 16)]
+ORDERS = {
+    "C": lambda x: x,
+    "Fortran": np.asfortranarray,
+    "reversed": lambda x: x[::-1],
+    "every second": lambda x: np.repeat(x, 2, -1)[..., ::2],
+}
+
+
+@pytest.mark.parametrize("order", [slow_unless(each in ("C", "every second"), each) for each in ORDERS])
+@pytest.mark.parametrize("mode", ["rows", "columns"])
+@pytest.mark.parametrize("dtype", [slow_unless(each == "float32", each) for each in NUMPY_DTYPES])
+def test_one_launch_with_other_arrays_gives_the_bits_of_a_call(dtype, mode, order, monkeypatch):
+    reg, rng = rk.GroupLasso(0.3, mode, weights="sqrt_size"), np.random.default_rng(0)
+    normal = [rng.standard_normal(shape).astype(NUMPY_DTYPES[dtype]) for shape in TABLED]
+    arrays = {f"group/{i}": ORDERS[order](x) for i, x in enumerate(normal)}
+    others = {f"other/{i}": x[:3].astype("float32") for i, x in enumerate(normal)}
+    penalty = rk.Penalty({"group*": reg, "*": rk.L1L2(0.1, 0.2)})
+    gradients = {name: np.ones_like(x) for name, x in {**arrays, **others}.items()}
+    added = {name: np.ones_like(x) for name, x in gradients.items() if name in arrays}
+    bound = penalty.bind({**arrays, **others})
+    with monkeypatch.context() as alone:
+        for method in ("__call__", "value_and_grad", "grad"):
+            alone.setattr(rk.GroupLasso, method, None)  # none is evaluated by itself
+        values, (_, slopes) = bound.per_tensor(), bound.value_and_grad()
+        bound.add_grad(gradients, scale=-0.5)
+    for name, x in arrays.items():
+        assert values[name] == reg(x)
+        np.testing.assert_array_equal(slopes[name], reg.grad(x))
+        np.testing.assert_array_equal(gradients[name], reg.grad(x, out=added[name], scale=-0.5, accumulate=True))
+    expected = {name: reg.prox(x, 0.7) for name, x in arrays.items()}
+    bound.prox_(0.7)
+    for name, x in arrays.items():
+        np.testing.assert_array_equal(x, expected[name])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_one_launch_is_recorded_by_autograd(mode):
+    torch = pytest.importorskip("torch")
+    x = np.random.default_rng(0).standard_normal((20, 9, 11)).astype(np.float32)
+    leaves = {f"{i}": torch.from_numpy(each).requires_grad_() for i, each in enumerate(x)}
+    reg = rk.GroupLasso(0.3, mode)
+    value = rk.Penalty({"*": reg})(leaves)
+    (3.0 * value).backward()
+    np.testing.assert_allclose(value.item(), sum(reg(each) for each in x), rtol=1e-6)
+    for leaf, each in zip(leaves.values(), x, strict=True):
+        np.testing.assert_allclose(leaf.grad, reg.grad(each, scale=3.0), rtol=1e-6)
+
+
+def test_what_has_a_launch_of_its_own():
+    """Groups of several axes, those that are cut into pieces, and repeated elements; and what is refused, by name."""
+    x = np.random.default_rng(0).standard_normal((4, 5, 6))
+    long, repeated = np.ones((3, 70_000), np.float32), np.broadcast_to(np.ones(5), (7, 5))
+    penalty = rk.Penalty({"axes": rk.GroupLasso(0.3, (0, 2)), "*": rk.GroupLasso(0.3)})
+    total = rk.GroupLasso(0.3, (0, 2))(x) + rk.GroupLasso(0.3)(long) + rk.GroupLasso(0.3)(repeated)
+    named = {"axes": x, "long": long, "repeated": repeated}
+    for _ in range(2):
+        np.testing.assert_allclose(penalty(named), total, rtol=1e-12)
+    with pytest.raises(ValueError, match=r"^scalar: x: expected an array of one dimension or more"):
+        penalty({**named, "scalar": np.ones(())})
+    assert penalty({"empty": np.ones((0, 3)), "axes": x[:0]}) == 0.0
 
 
 def test_configs():

@@ -11,7 +11,7 @@ import numpy as np
 from regkern.arrays import ADAPTERS
 from regkern.arrays.layout import Strides, View
 from regkern.dtypes import DType
-from regkern.terms import VALUE, Operation, Parameters, Products, Term
+from regkern.terms import ELEMENTS, VALUE, Operation, Parameters, Products, Term
 
 if TYPE_CHECKING:
     from regkern.arrays.host import HostAdapter
@@ -213,6 +213,10 @@ class KernelAdapter(Adapter):
     def check_address(self, argument: str, x: Any) -> None:
         """Raise ValueError unless kernels can load the elements of an array from where they are."""
         return None
+
+    def plans(self, term: Term, x: Any) -> bool:
+        """Whether a plan can evaluate a penalty of an array."""
+        return term.view is ELEMENTS
 
     def watch(self, arrays: Sequence[Any], *, written: bool) -> Callable[[Sequence[Any]], int]:
         """Return a function that is given the same arrays again: the index of the first that lies elsewhere, or -1.

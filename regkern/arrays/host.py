@@ -31,6 +31,17 @@ class HostAdapter(KernelAdapter):
     def plan(self, members: Sequence[Member]) -> Plan:
         return HostPlan(members)
 
+    def plans(self, term: Term, x: Any) -> bool:
+        view = term.view
+        if not isinstance(view, Norms):
+            return view is ELEMENTS
+        if term.formula is not ABS or len(view.axes) != 1 or not -x.ndim <= view.axes[0] < x.ndim or 0 in x.shape:
+            return False
+        strides = self.strides(x)
+        (found,) = group_loops(x.shape, strides, strides, view.axes)
+        n = found.groups[0]
+        return found.root == 1.0 and groups.in_table(n, found.size // n, found.across)
+
     def on_host(self, x: Any) -> tuple[HostAdapter, Any] | None:
         return self, x
 

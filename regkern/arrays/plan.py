@@ -1,4 +1,4 @@
-"""Many arrays whose element-wise penalties are computed together: in the host's memory by one launch."""
+"""Many arrays whose penalties are computed together: in the host's memory by one launch."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
 
 import numpy as np
 
-from regkern.arrays.layout import Strides, View, loops, merged
+from regkern.arrays.layout import Strides, View, group_loops, loops, merged
 from regkern.dtypes import FLOAT32, FLOAT64
-from regkern.kernels.cpu import anchored
+from regkern.kernels.cpu import anchored, groups
 from regkern.kernels.cpu.elementwise import kernels
 from regkern.kernels.cpu.many import Entry, Table
 from regkern.terms import (
@@ -21,6 +21,7 @@ from regkern.terms import (
     VALUE_AND_ADD_GRADIENT,
     VALUE_AND_GRADIENT,
     Formula,
+    Norms,
     Operation,
     Parameters,
     Term,
@@ -30,7 +31,7 @@ from regkern.terms import scaled as scaled_parameters
 if TYPE_CHECKING:
     from regkern.arrays.adapter import KernelAdapter
 
-# A penalty of elements with its parameters.
+# A penalty of elements, or of groups, with its parameters.
 Weighted = tuple[Term, Parameters]
 
 
@@ -275,26 +276,34 @@ class HostPlan(Plan):
     def _run(
         self, operation: Operation, penalties: Sequence[Weighted], outs: Sequence[View] | None = None
     ) -> tuple[float, Any]:
-        formulas = [term.formula for term, _ in penalties]
-        key = formulas, None if outs is None else [out.strides for out in outs]
+        terms = [term for term, _ in penalties]
+        key = terms, None if outs is None else [out.strides for out in outs]
         known, table = self._tables.get(operation, (None, None))
         if table is None or known != key:
-            table = self._table(operation, formulas, outs)
+            table = self._table(operation, terms, outs)
             self._tables[operation] = key, table
         parameters = np.array([p for _, p in penalties])
         return table.run(parameters, None if outs is None else np.array([out.address for out in outs]))
 
-    def _table(self, operation: Operation, formulas: Sequence[Formula], outs: Sequence[View] | None) -> Table:
+    def _table(self, operation: Operation, terms: Sequence[Term], outs: Sequence[View] | None) -> Table:
         entries = []
         for i, view in enumerate(self._arrays.views):
-            out = view if outs is None else outs[i]
-            formula, kept = formulas[self._penalties[i]], None
+            out, in_place = view if outs is None else outs[i], bool(operation.writes) and outs is None
+            term, kept = terms[self._penalties[i]], None
+            formula = term.formula
+            if isinstance(term.view, Norms):
+                (found,) = group_loops(view.shape, view.strides, out.strides, term.view.axes)
+                weight = term.view.weight(view.shape)
+                run, chunks = groups.describe(operation, view.dtype, in_place, found.across, found, weight)
+                place = int(run.ctypes.data), view.address + found.start, found.out_start, chunks
+                kept = run, found.layout
+                entries.append(Entry(*place, 1, view.dtype.itemsize, self._penalties[i], kept, found.size))
+                continue
             if self.operands[i]:
                 offset, out_offset, repeats, layout, kept = self._anchored(i, operation, formula, out.strides)
                 run = int(kept[0].ctypes.data)
             else:
                 offset, out_offset, repeats, layout, _ = loops(view.shape, view.strides, out.strides)
-                in_place = bool(operation.writes) and outs is None
                 run = kernels(operation, formula, view.dtype, in_place).run
             start, itemsize = view.address + offset, view.dtype.itemsize
             entries.append(Entry(run, start, out_offset, layout, repeats, itemsize, self._penalties[i], kept))

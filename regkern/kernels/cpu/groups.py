@@ -25,7 +25,7 @@ from regkern.kernels.cpu.compile import compile_entry, compile_function, inlined
 from regkern.kernels.cpu.elementwise import CHUNK, count_chunks, count_elements, kernels, width_for
 from regkern.kernels.cpu.lanes import BYTES, clear, fold, make_add_square, stack
 from regkern.kernels.cpu.memory import codec, make_view
-from regkern.kernels.cpu.walk import count_rows, load_walk, row_offsets, walk
+from regkern.kernels.cpu.walk import GROUPS, WALK, count_rows, load_walk, row_offsets, walk
 from regkern.kernels.cpu.words import (
     allocate,
     free,
@@ -42,6 +42,8 @@ from regkern.terms import ADD_GRADIENT, GRADIENT, NONE, SUMS, Operation
 TILE = 1 << 10
 # Elements of a piece, about: half of the L2 cache in float64.
 PIECE = 1 << 16
+# Bytes of the sums of a strip, of groups of one element at most.
+_SUMS = 8 * max(TILE, CHUNK)
 
 # What is written, by operation.
 NOTHING, DERIVATIVE, ADDED_DERIVATIVE, PROXIMAL = range(4)
@@ -126,7 +128,7 @@ def prepared(operation: Operation, dtype: DType, in_place: bool, across: bool) -
 
 def load(dtype: DType) -> int:
     """Compile all kernels for a dtype, or load them from the cache, and return how many there are."""
-    return len([_kernel(), _task(), *_functions(dtype, False), *_functions(dtype, True)])
+    return len([_kernel(), _task(), _load_walk(), *_functions(dtype, False), *_functions(dtype, True)])
 
 
 @functools.cache
@@ -202,6 +204,59 @@ def _run(job, worker, first, last):
 
 
 _doubles = make_view("float64")
+
+
+def in_table(n: int, size: int, across: bool) -> bool:
+    """Whether n groups of so many elements are whole in strips, of which each can be a chunk of a table's."""
+    strip, steps = _strip(n, size, across)
+    return steps == 1 or strip * size <= PIECE
+
+
+def _strip(n: int, size: int, across: bool) -> tuple[int, int]:
+    """Return how many groups are in a strip, and a group's steps, as `lasso` has them."""
+    return min(n, max(TILE if across else 1, CHUNK // size)), size if across else -(-size // CHUNK)
+
+
+def describe(operation: Operation, dtype: DType, in_place: bool, across: bool, loops: Any, weight: float) -> Any:
+    """Return what stands for the run of groups in a table: int64; and the layout that has a chunk for each strip."""
+    n, x_stride, out_stride, layout, dims = loops.groups
+    strip, steps = _strip(n, loops.size // n, across)
+    record = prepared(operation, dtype, in_place, across)[1]
+    words = (0, 0, GROUPS, _load_walk(), record, x_stride, out_stride, layout, dims, n, steps, strip)
+    chunks = np.array([[(n - 1) // strip * CHUNK + 1], [1], [1]], np.int64)
+    return np.array([*words, np.float64(weight).view(np.int64)], np.int64), chunks
+
+
+def _walk_strip(run, x, out, chunks, _, first, count, p0, p1, p2, p3, lanes):
+    record, x_stride, out_stride, layout, dims, n, steps, strip = load_words(run + 32, 8)
+    squares, squares_run, scale, scale_run, _, kind, _ = load_words(record, 7)
+    start, sums = first // CHUNK * strip, stack(_SUMS)
+    count = min(n - start, strip)
+    for g in range(count):
+        store_double(sums + 8 * g, 0.0)
+    source, target = x + start * x_stride, out + start * out_stride
+    _call_squares(squares, (source, x_stride, layout, dims, 0, steps, sums, count, squares_run))
+    store_double(lanes, norms(sums, 1, count, count, p0 * load_double(run + 96), kind))
+    if kind != NOTHING:
+        add = np.int64(kind == ADDED_DERIVATIVE)
+        places = source, x_stride, target, out_stride
+        _call_scale(scale, (*places, layout, dims, 0, steps, sums, count, scale_run, add))
+    return 0
+
+
+@functools.cache
+def _load_walk() -> int:
+    load_walk()
+    return compile_function(_walk_strip, WALK, "groups-walk")
+
+
+@inlined
+def add_strips(run, sums, count):
+    """Add what strips have, in the order of `lasso`, and weigh it."""
+    total = 0.0
+    for i in range(count):
+        total += load_double(sums + 16 * i)
+    store_double(sums, load_double(run + 96) * total)
 
 
 @inlined

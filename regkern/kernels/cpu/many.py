@@ -1,7 +1,8 @@
 """Many arrays in one launch: a table of arrays, whose chunks all threads share.
 
 The chunks and their sums are those of `elementwise`, so an array has the same sums here as alone. Arrays of every
-dtype, formula and layout stand in one table, because their runs are called by address.
+dtype, formula and layout stand in one table, because their runs are called by address. So do groups,
+of which a strip stands for a chunk.
 """
 
 import functools
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import types
 
-from regkern.kernels.cpu import team
+from regkern.kernels.cpu import groups, team
 from regkern.kernels.cpu.compile import compile_entry, compile_function
 from regkern.kernels.cpu.elementwise import (
     chunk_sums,
@@ -21,6 +22,7 @@ from regkern.kernels.cpu.elementwise import (
     load_parameters,
     width_for,
 )
+from regkern.kernels.cpu.walk import GROUPS
 from regkern.kernels.cpu.words import allocate, free, load_double, load_word, load_words, store_word, store_words
 
 # Parts that threads take: of equal cost, and many more than threads, so that none waits long for the last.
@@ -37,10 +39,11 @@ class Entry(NamedTuple):
         x: the address of its first element to be visited.
         out_offset: bytes from the address of what is written to the first element to be visited there.
         layout: int64 of three rows: lengths, byte strides of x, byte strides of out.
-        repeats: how often every element counts.
+        repeats: how often every element counts; of groups once.
         itemsize: bytes per element.
         parameters: which row of the parameters is its own.
         kept: what the run's description refers to, to be kept alive.
+        size: how many elements there are, where the layout, as that of groups, is one of chunks alone.
     """
 
     run: int
@@ -51,6 +54,7 @@ class Entry(NamedTuple):
     itemsize: int
     parameters: int
     kept: Any = None
+    size: int | None = None
 
 
 # The columns of the table: those of `elementwise`'s words of an array, then which chunk is its first, and the rest.
@@ -73,7 +77,7 @@ class Table:
         rows[:-1, _DIMS] = dims
         number_chunks()(rows.ctypes.data, len(entries))
         chunks = np.diff(rows[:, _FIRST])
-        sizes = np.array([layout[0].prod() for layout in layouts])
+        sizes = np.array([entry.layout[0].prod() if entry.size is None else entry.size for entry in entries])
         cost = sizes * np.array([entry.itemsize for entry in entries]) / np.maximum(chunks, 1) + CHUNK_COST
         self._array_of = np.repeat(np.arange(len(entries)), chunks)
         self._parts = _equal_parts(np.repeat(cost, chunks))
@@ -161,8 +165,11 @@ def kernel() -> Any:
         total = 0.0
         for i in range(len(sums)):
             first, chunks = rows[i, _FIRST], rows[i + 1, _FIRST] - rows[i, _FIRST]
-            combine(partial + 16 * first, chunks)
             own, repeats = rows[i, _PARAMETERS], rows[i, _REPEATS]
+            if load_word(rows[i, _RUN] + 16) == GROUPS:
+                groups.add_strips(rows[i, _RUN], partial + 16 * first, chunks)
+            else:
+                combine(partial + 16 * first, chunks)
             for k in range(2):
                 sums[i, k] = repeats * load_double(partial + 16 * first + 8 * k) if chunks > 0 else 0.0
             total += parameters[own, 0] * sums[i, 0] + parameters[own, 1] * sums[i, 1]

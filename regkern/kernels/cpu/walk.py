@@ -32,9 +32,9 @@ RUN = _INT(_INT, _INT, _INT, *PARAMETERS, _INT, _INT)
 WALK = _INT(*[_INT] * 7, *PARAMETERS, _INT)
 call_run, _call_walk = make_call(RUN), make_call(WALK)
 
-# What a run does with out: nothing, write, write where x is, read and write. The last has more operands than x, and
-# brings the address of what walks over all.
-READS, WRITES, IN_PLACE, ADDS, ANCHORED = range(5)
+# What a run does with out: nothing, write, write where x is, read and write. The last two bring the address of what
+# walks: over more operands than x, and over a strip of groups for each chunk.
+READS, WRITES, IN_PLACE, ADDS, ANCHORED, GROUPS = range(6)
 # Elements that are copied at once, a multiple of LANES.
 PACK = 1 << 10
 # Elements of rows that are visited where they lie: shorter ones take longer than a copy (measured on Ice Lake).
@@ -120,7 +120,7 @@ def pack(array, out, layout, dims, first, n, packed, itemsize, back):
 def _walk(run, x, out, layout, dims, first, n, p0, p1, p2, p3, lanes):
     p = (p0, p1, p2, p3)
     function, itemsize, kind = load_words(run, 3)
-    if kind == ANCHORED:
+    if kind >= ANCHORED:
         return _call_walk(load_word(run + 24), (run, x, out, layout, dims, first, n, *p, lanes))
     last = layout + 8 * (dims - 1)
     length, x_stride, out_stride = load_word(last), load_word(last + 8 * dims), load_word(last + 16 * dims)
