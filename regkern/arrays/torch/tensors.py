@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 from regkern.arrays.adapter import KernelAdapter, require
 from regkern.arrays.host import HostAdapter
-from regkern.arrays.layout import Strides
+from regkern.arrays.layout import Strides, View
 from regkern.arrays.pages import ask_for_large_pages
 from regkern.dtypes import DTYPES, DType, complex_advice
 from regkern.terms import GRADIENT, Parameters, Term, scaled
@@ -98,6 +98,9 @@ class Tensors(KernelAdapter):
     def strides(self, x: Tensor) -> Strides:
         itemsize = x.itemsize
         return tuple([stride * itemsize for stride in x.stride()])
+
+    def view(self, x: Tensor) -> View:
+        return View(x.data_ptr(), dtypes[x.dtype], tuple(x.shape), self.strides(x))
 
     def flatten_leading(self, x: Tensor, *, copy: bool) -> Tensor:
         x = x.detach()
