@@ -71,7 +71,10 @@ def _tax(found: dict[str, float]) -> str:
 
 
 def _over(found: dict[str, float], tax: float) -> str:
-    return tables.ratio(found["median"] / tax) if tax > 0 else "free"
+    """Return the ratio to regkern's tax; where noise hides one of the two, none."""
+    if tax <= 0:
+        return "free"
+    return tables.ratio(found["median"] / tax) if found["median"] > 0 else ""
 
 
 def lines(results: dict[str, Any], names: Iterable[str], penalty: str, *, asked: bool = True) -> Iterator[list[str]]:
