@@ -319,12 +319,8 @@ def make_element(
     source, (widen_term, start_sum, add_term, total) = make_source(dtype, operands), accumulator_of(dtype, capability)
     functions, widen, narrow = formula.make(scalars), make_widen(dtype), make_narrow(dtype)
     of_term, of_update = source.make_number(widen_term), source.make_number(to_float64)
-    weigh_term, weigh, read, origin = (
-        source.make_weigh(widen_term),
-        source.make_weigh(to_float64),
-        source.read,
-        source.origin,
-    )
+    weigh_term, weigh = source.make_weigh(widen_term), source.make_weigh(to_float64)
+    read, origin = source.read, source.origin
     terms, proximal = device(functions.terms), operation.writes == "prox"
     written = functions.prox if proximal else functions.derivative
     change = device(written or functions.terms)  # where nothing is written, never called
