@@ -122,9 +122,9 @@ class ExpressionsAdapter(Adapter):
         """Return square matrices, the last two axes, with zeros on their diagonals."""
 
     def centred(self, x: Any) -> tuple[Any, Any]:
-        """Return x less the mean of every vector along the last axis, and the length of these."""
+        """Return x less the mean of every vector along the last axis, and squared products over squared covariances."""
         length = x.shape[-1]
-        return x - self.sum(x, axis=-1, keepdims=True) / length, length
+        return x - self.sum(x, axis=-1, keepdims=True) / length, max((length - 1) ** 2, 1)
 
     def less_identity(self, x: Any) -> Any:
         """Return square matrices, the last two axes, less the unit matrix."""
@@ -246,6 +246,12 @@ class ExpressionsAdapter(Adapter):
         axes = view.summed(len(v.shape))
         return self.norms(v, axes) if axes else self.magnitude(v)
 
+    def _rows(self, view: Products, v: Any) -> Any:
+        """Return the rows that are compared, along the last axis."""
+        if view.flatten and len(v.shape) > 2:
+            v = self.flatten_leading(v)
+        return self.transpose(v) if view.columns else v
+
     def _viewed(self, term: Term, x: Any) -> tuple[Any, float]:
         """Return the numbers that a view takes from x, and what their sums are divided by."""
         view, v = term.view, self.widen(x)
@@ -254,16 +260,13 @@ class ExpressionsAdapter(Adapter):
         if isinstance(view, Norms):
             return self._norms(view, v), 1.0 / view.weight(x.shape)
         assert isinstance(view, Products)
-        if view.flatten and len(x.shape) > 2:
-            v = self.flatten_leading(v)
-        if view.columns:
-            v = self.transpose(v)
+        v = self._rows(view, v)
         rows, depth = v.shape[-2:]
         if (rows < 2 or depth == 0) and (view.unit or view.centred):
             return self.zero(v), 1
         if view.centred:
-            v, length = self.centred(v)
-            return self.off_diagonal(self.gram(v)), rows * self.maximum((length - 1) ** 2, 1)
+            v, divisor = self.centred(v)
+            return self.off_diagonal(self.gram(v)), rows * divisor
         if not view.unit:
             return self.less_identity(self.gram(v)), 1
         u = self.unit(v)

@@ -89,22 +89,18 @@ class NamespaceExpressions(ExpressionsAdapter):
 
     def _products_gradient(self, term: Term, p: Parameters, x: Any) -> Any:
         """Return the gradient of products of rows: by rows, and where they are unit rows, by what these are made of."""
-        view, v = term.view, self.widen(x)
+        view = term.view
         assert isinstance(view, Products)
+        v = self._rows(view, self.widen(x))
         derivative: Callable[..., Any] = self.functions(term).derivative  # type: ignore[assignment]
-        if view.flatten and len(x.shape) > 2:
-            v = self.flatten_leading(v)
-        if view.columns:
-            v = self.transpose(v)
         rows, depth = v.shape[-2:]
-        if view.centred:
-            v, length = self.centred(v)
-            count = rows * max((length - 1) ** 2, 1)
-            gradient = derivative(self.off_diagonal(self.gram(v)), p) @ v * (2.0 / count)
+        if (rows < 2 or depth == 0) and (view.unit or view.centred):
+            gradient = self.xp.zeros_like(v)
+        elif view.centred:
+            v, divisor = self.centred(v)
+            gradient = derivative(self.off_diagonal(self.gram(v)), p) @ v * (2.0 / (rows * divisor))
         elif not view.unit:
             gradient = 2.0 * (derivative(self.less_identity(self.gram(v)), p) @ v)  # each pair counts twice
-        elif rows < 2 or depth == 0:
-            gradient = self.xp.zeros_like(v)
         else:
             u, norms = self._unit(v)
             slopes = derivative(self.off_diagonal(self.gram(u)), p)

@@ -289,25 +289,29 @@ class HostPlan(Plan):
         entries = []
         for i, view in enumerate(self._arrays.views):
             out, in_place = view if outs is None else outs[i], bool(operation.writes) and outs is None
-            term, kept = terms[self._penalties[i]], None
-            formula = term.formula
+            term, kept, size = terms[self._penalties[i]], None, None
             if isinstance(term.view, Norms):
-                (found,) = group_loops(view.shape, view.strides, out.strides, term.view.axes)
-                weight = term.view.weight(view.shape)
-                run, chunks = groups.describe(operation, view.dtype, in_place, found.across, found, weight)
-                place = int(run.ctypes.data), view.address + found.start, found.out_start, chunks
-                kept = run, found.layout
-                entries.append(Entry(*place, 1, view.dtype.itemsize, self._penalties[i], kept, found.size))
-                continue
-            if self.operands[i]:
-                offset, out_offset, repeats, layout, kept = self._anchored(i, operation, formula, out.strides)
+                offset, out_offset, repeats, layout, kept, size = self._grouped(
+                    i, operation, term, out.strides, in_place
+                )
+                run = int(kept[0].ctypes.data)
+            elif self.operands[i]:
+                offset, out_offset, repeats, layout, kept = self._anchored(i, operation, term.formula, out.strides)
                 run = int(kept[0].ctypes.data)
             else:
                 offset, out_offset, repeats, layout, _ = loops(view.shape, view.strides, out.strides)
-                run = kernels(operation, formula, view.dtype, in_place).run
+                run = kernels(operation, term.formula, view.dtype, in_place).run
             start, itemsize = view.address + offset, view.dtype.itemsize
-            entries.append(Entry(run, start, out_offset, layout, repeats, itemsize, self._penalties[i], kept))
+            entries.append(Entry(run, start, out_offset, layout, repeats, itemsize, self._penalties[i], kept, size))
         return Table(entries)
+
+    def _grouped(self, i: int, operation: Operation, term: Term, out: Strides, in_place: bool) -> tuple[Any, ...]:
+        """Return how the groups of array i are walked, as `_anchored` does, and how many elements they have."""
+        view, norms = self._arrays.views[i], term.view
+        assert isinstance(norms, Norms)
+        (found,) = group_loops(view.shape, view.strides, out, norms.axes)
+        run, chunks = groups.describe(operation, view.dtype, in_place, found.across, found, norms.weight(view.shape))
+        return found.start, found.out_start, 1, chunks, (run, found.layout), found.size
 
     def _anchored(self, i: int, operation: Operation, formula: Formula, out: Strides) -> tuple[Any, ...]:
         """Return how array i is walked together with its operands, as `loops` does, and what describes that."""

@@ -84,7 +84,8 @@ class Operations(ExpressionsAdapter):
         return tf.reshape(x, (rows, tf.shape(x)[-1] if columns is None else columns))
 
     def centred(self, x: Any) -> tuple[Any, Any]:
-        return x - tf.reduce_mean(x, axis=-1, keepdims=True), tf.cast(tf.shape(x)[-1], x.dtype)
+        length = tf.cast(tf.shape(x)[-1], x.dtype)  # of a batch, which a graph may not know
+        return x - tf.reduce_mean(x, axis=-1, keepdims=True), tf.maximum((length - 1) ** 2, 1)
 
     def off_diagonal(self, x: Any) -> Any:
         return x * (1 - tf.eye(x.shape[-1], dtype=x.dtype))

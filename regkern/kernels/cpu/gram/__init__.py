@@ -75,8 +75,8 @@ def value(fold: str, dtype: DType, x: int, n: int, d: int, row_stride: int, dept
         return sum_within(fold, dtype, x, n, d, row_stride, depth_stride)
     if n < 2 or d < _least_depth(fold):
         return 0.0
-    found = products(dtype, n, fold).value(n * n * d // 2, d, x, n, row_stride, depth_stride, 0, 0, 0, 0)
-    return _at_most(most(fold), per_mean(fold, n, d) * (found / (n * (n - 1) / 2)))
+    total = _total(fold, dtype, x, n, d, row_stride, depth_stride)
+    return _at_most(most(fold), per_mean(fold, n, d) * (total / (n * (n - 1) / 2)))
 
 
 def sum_within(fold: str, dtype: DType, x: int, n: int, d: int, row_stride: int, depth_stride: int) -> float:
@@ -85,8 +85,11 @@ def sum_within(fold: str, dtype: DType, x: int, n: int, d: int, row_stride: int,
         return float(n) if fold == RAW else 0.0
     if n < (1 if fold == RAW else 2):
         return 0.0
-    total = products(dtype, n, fold).value(n * n * d // 2, d, x, n, row_stride, depth_stride, 0, 0, 0, 0)
-    return total * _per_product(fold, d)
+    return _total(fold, dtype, x, n, d, row_stride, depth_stride) * _per_product(fold, d)
+
+
+def _total(fold: str, dtype: DType, x: int, n: int, d: int, row_stride: int, depth_stride: int) -> float:
+    return products(dtype, n, fold).value(n * n * d // 2, d, x, n, row_stride, depth_stride, 0, 0, 0, 0)
 
 
 def sum_between(
