@@ -19,11 +19,12 @@ class Scalar(Protocol):
 
 
 Number = float | Scalar
+_REAL = (int, float, np.integer, np.floating)  # no union, which torch.compile does not trace before torch 2.9
 
 
 def real(value: Any) -> float:
     """Return an int, float or NumPy real scalar as a float; NaN for bools and all else, infinity beyond the range."""
-    if not isinstance(value, int | float | np.integer | np.floating) or isinstance(value, bool):
+    if not isinstance(value, _REAL) or isinstance(value, bool):
         return math.nan
     try:
         return float(value)

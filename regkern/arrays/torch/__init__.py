@@ -21,7 +21,7 @@ from regkern.arrays.torch.autograd import Evaluated, Penalties
 from regkern.arrays.torch.compiled import COMPILED
 from regkern.arrays.torch.expressions import EXPRESSIONS
 from regkern.arrays.torch.kernels import kernels_of
-from regkern.arrays.torch.tensors import KERNELS, Tensors, dtypes, is_plain, results
+from regkern.arrays.torch.tensors import KERNELS, Tensors, is_plain, result_of
 from regkern.terms import SUMS, VALUE, Operation, Parameters, Term
 
 
@@ -83,7 +83,7 @@ class TorchAdapter(Adapter):
     def number(self, number: Any, x: Tensor) -> Any:
         if not isinstance(number, Tensor):
             return None
-        return number.to(device=x.device, dtype=results[dtypes[x.dtype]])
+        return number.to(device=x.device, dtype=result_of(x))
 
     def expressions(self) -> Adapter:
         return COMPILED if torch.compiler.is_compiling() else EXPRESSIONS

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from regkern.arrays.torch.expressions import EXPRESSIONS
 from regkern.arrays.torch.kernels import kernels_of
-from regkern.arrays.torch.tensors import dtypes, results
+from regkern.arrays.torch.tensors import result_of
 from regkern.terms import VALUE, VALUE_AND_GRADIENT, Operation, Parameters, Products, Term
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Penalties(torch.autograd.Function):
             None,
             None,
             *(
-                _by_expressions(functools.partial(_value, term, p, x, operands), x, upstream.to(_result(x)))
+                _by_expressions(functools.partial(_value, term, p, x, operands), x, upstream.to(result_of(x)))
                 for x, (term, p), operands in each
             ),
         )
@@ -80,10 +80,6 @@ def _value(term: Term, p: Parameters, x: Tensor, operands: tuple[Tensor, ...]) -
     if operands:
         return EXPRESSIONS.anchored(VALUE, term, p, x, operands)[0]
     return EXPRESSIONS.value(term, p, x)
-
-
-def _result(x: Tensor) -> torch.dtype:
-    return results[dtypes[x.dtype]]
 
 
 def _can_use(kernels: Any, *tensors: Tensor) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from regkern.arrays.torch.expressions import Expressions
-from regkern.arrays.torch.tensors import KERNELS, check_layout, dtype_error, dtypes, results
+from regkern.arrays.torch.tensors import KERNELS, check_layout, result_of
 from regkern.terms import GRADIENT, Parameters, Term, read_term
 
 
@@ -18,14 +18,14 @@ class Compiled(Expressions):
     def sums(self, term: Term, p: Parameters, x: Tensor) -> tuple[Tensor, Tensor]:
         if not _on_host(x):
             return super().sums(term, p, x)
-        sums = torch.ops.regkern.sums(x, term.text, _stacked(p)).to(results[dtypes[x.dtype]])
+        sums = torch.ops.regkern.sums(x, term.text, _stacked(p)).to(result_of(x))
         return sums[0], sums[1]
 
     def value(self, term: Term, p: Parameters, x: Tensor) -> Tensor:
         if not _on_host(x):
             return super().value(term, p, x)
         sums = torch.ops.regkern.sums(x, term.text, _stacked(p))
-        return (p[0] * sums[0] + p[1] * sums[1]).to(results[dtypes[x.dtype]])
+        return (p[0] * sums[0] + p[1] * sums[1]).to(result_of(x))
 
     def value_and_grad(self, term: Term, p: Parameters, x: Tensor) -> tuple[Tensor, Tensor]:
         x = x.detach()
@@ -34,7 +34,7 @@ class Compiled(Expressions):
         return self.value(term, p, x), torch.ops.regkern.gradient(x, term.text, _stacked(p))
 
     def prox(self, term: Term, p: Parameters, x: Tensor) -> Tensor:
-        dtype = results[dtypes[x.dtype]]
+        dtype = result_of(x)
         p0, p1, p2, p3 = (_traced(each).to(dtype) for each in p)
         return super().prox(term, (p0, p1, p2, p3), x)
 
@@ -42,8 +42,7 @@ class Compiled(Expressions):
 def _on_host(x: Tensor) -> bool:
     """Whether the kernels can serve a tensor of this kind."""
     check_layout(x)
-    if x.dtype not in dtypes:
-        raise dtype_error(x.dtype)
+    result_of(x)
     return x.device.type == "cpu"
 
 

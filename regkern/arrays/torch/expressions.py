@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from regkern.arrays.expressions import ExpressionsAdapter
-from regkern.arrays.torch.tensors import check_layout, check_tensor, dtypes, results
+from regkern.arrays.torch.tensors import check_layout, check_tensor, result_of
 
 
 class Expressions(ExpressionsAdapter):
@@ -23,7 +23,7 @@ class Expressions(ExpressionsAdapter):
 
     def widen(self, x: Tensor) -> Tensor:
         check_layout(x)
-        return x.to(results[dtypes[x.dtype]])
+        return x.to(result_of(x))
 
     def narrow(self, value: Tensor, x: Tensor) -> Tensor:
         return value.to(x.dtype)
@@ -54,6 +54,7 @@ class Expressions(ExpressionsAdapter):
         return torch.linalg.vector_norm(x, dim=axes, keepdim=True)
 
     def differentiate(self, function: Callable[[Any], Any], x: Tensor) -> tuple[Tensor, Tensor]:
+        check_layout(x)  # which what `torch.func` makes of it does not show in each version
         gradient, value = torch.func.grad_and_value(function)(x.detach())
         return value, gradient
 

@@ -22,6 +22,10 @@ from regkern.terms import GRADIENT, Parameters, Term, scaled
 _CPU = torch.device("cpu")
 
 require("torch", torch.__version__, (2, 5))
+if torch.__version__ < (2, 9):  # whose compiler does not trace all that is used here
+    from torch._dynamo import trace_rules
+
+    trace_rules.add("regkern")  # so that a compiled function calls it, between two graphs
 
 
 class _DTypes(dict[torch.dtype, DType]):
@@ -39,6 +43,18 @@ def dtype_error(dtype: torch.dtype) -> TypeError:
 
 dtypes = _DTypes({getattr(torch, name): dtype for name, dtype in DTYPES.items()})
 results = {dtype: getattr(torch, dtype.result) for dtype in DTYPES.values()}
+_RESULTS = {getattr(torch, name): results[dtype] for name, dtype in DTYPES.items()}
+
+
+def result_of(x: Tensor) -> torch.dtype:
+    """Return the dtype of x's penalty, by a look that torch.compile traces from its lowest version on.
+
+    Raises:
+        TypeError: x's dtype is not supported.
+    """
+    if x.dtype not in _RESULTS:
+        raise dtype_error(x.dtype)
+    return _RESULTS[x.dtype]
 
 
 @functools.cache
