@@ -1,7 +1,7 @@
 """The case tables that the tests share: penalties, dtypes, sizes, layouts. `tests/libraries.py` has the libraries.
 
-What differs from the usual in one thing alone is tested always; what differs in several at once is slow: its kernels
-are made of parts that others have.
+What differs from the usual in one thing alone is tested always; what differs in several at once is slow, or one of a
+few cases that cover all pairs: its kernels are made of parts that others have.
 """
 
 import itertools
@@ -54,6 +54,24 @@ _OFTEN = {"both", "group", "orthogonal"}
 def slow_unless(often: bool, *values: object) -> object:
     """Make a case of values, which runs with `-m slow` unless it is often to be tested."""
     return pytest.param(*values, marks=() if often else pytest.mark.slow)
+
+
+def covering(*axes: Iterable[object]) -> list[tuple[object, ...]]:
+    """Return cases in which any two values of different axes meet: as many as the two longest axes have pairs, or so.
+
+    Each is one of those that have most of the pairs which are missing yet (Cohen et al., The AETG system, 1997).
+    """
+    values = [list(axis) for axis in axes]
+    pairs = {
+        case: set(itertools.combinations(enumerate(case), 2))
+        for case in itertools.product(*map(range, map(len, values)))
+    }
+    missing, cases = set().union(*pairs.values()), []
+    while missing:
+        best = max(pairs, key=lambda case: len(pairs[case] & missing))
+        missing -= pairs[best]
+        cases.append(tuple(axis[i] for axis, i in zip(values, best, strict=True)))
+    return cases
 
 
 def penalties(*without: str, often: Iterable[str] = _OFTEN) -> pytest.MarkDecorator:

@@ -15,7 +15,7 @@ import torch
 from regkern.arrays.torch.cuda import KERNELS
 from regkern.dtypes import DTYPES
 from regkern.kernels.cuda.many import CHUNK
-from tests.cases import slow_unless
+from tests.cases import covering
 from tests.cuda_torch import assert_near, install, tensor, wide
 from tests.test_anchored import OTHERS, RULES, close, gradient, prox, value
 
@@ -43,16 +43,9 @@ def wides(*arrays):
 
 # One chunk and a part of one; all aligned alike, or one otherwise, so that elements are loaded one by one.
 OFFSETS = {"alike": (1, 1, 1), "x0 otherwise": (1, 2, 1), "weights otherwise": (0, 0, 3)}
-CASES = [
-    slow_unless((dtype == "float32") + (name == "L1L2") + (offsets == "alike") >= 2, dtype, name, offsets, weighted)
-    for dtype in DTYPES
-    for name in RULES
-    for offsets in OFFSETS
-    for weighted in (False, True)
-]
 
 
-@pytest.mark.parametrize(("dtype", "name", "offsets", "weighted"), CASES)
+@pytest.mark.parametrize(("dtype", "name", "offsets", "weighted"), covering(DTYPES, RULES, OFFSETS, (False, True)))
 def test_every_operation(place, dtype, name, offsets, weighted):
     x, x0, w = operands(dtype, CHUNK + 517, OFFSETS[offsets], weighted)
     regularizer, hosts, before = RULES[name], wides(x, x0, w), copy.deepcopy((x, x0))

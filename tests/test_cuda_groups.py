@@ -22,7 +22,7 @@ from regkern.terms import (
     scaled,
 )
 from tests import reference
-from tests.cases import LAYOUTS, NUMPY_DTYPES, READ_ONLY_LAYOUTS, make, slow_unless
+from tests.cases import LAYOUTS, NUMPY_DTYPES, READ_ONLY_LAYOUTS, covering, make
 from tests.test_family import FAMILY
 
 pytest.importorskip("numba_cuda", reason="pip install 'regkern[cuda13]'")
@@ -129,13 +129,8 @@ SIZES = (0, 1, 31, 32, 33, 255, 256, 257, 1025)
 COUNTS = (0, 1, 2, 70)
 
 
-LENGTHS = [slow_unless(count == 70 or size == 257, count, size) for count in COUNTS for size in SIZES]
-
-
-@pytest.mark.parametrize(("count", "size"), LENGTHS)
-@pytest.mark.parametrize("view", [ROWS, COLUMNS], ids=["rows", "columns"])
-def test_groups_of_every_size(device, view, count, size):
-    dtype = list(DTYPES)[(SIZES.index(size) + COUNTS.index(count)) % 4]
+@pytest.mark.parametrize(("count", "size", "view", "dtype"), covering(COUNTS, SIZES, (ROWS, COLUMNS), DTYPES), ids=str)
+def test_groups_of_every_size(device, view, count, size, dtype):
     x = values((count, size) if view is ROWS else (size, count), dtype)
     moved = check(device, view, x, dtype)
     device.run(PROX, Term(ABS, view), scaled((0.3, 0.0, 0.0, 0.0), STEP), x, x)  # in place
@@ -143,10 +138,11 @@ def test_groups_of_every_size(device, view, count, size):
 
 
 ALL_LAYOUTS = LAYOUTS | READ_ONLY_LAYOUTS
-OFTEN = {"columns", "both reversed", "inner of four", "broadcast columns", "reversed, every third"}
+TAKEN = {"columns", "both reversed", "inner of four", "broadcast columns", "reversed, every third"}
 PLACES = [
-    slow_unless(name in OFTEN, name, axes)
+    (name, axes)
     for name, layout in ALL_LAYOUTS.items()
+    if name in TAKEN
     for axes in [(0,), (-1,), (1,), (0, -1), (2, 1), (0, 1, 2)]
     if 0 < np.prod(layout.shape) <= 50_000 and len({axis % max(1, len(layout.shape)) for axis in axes}) == len(axes)
     if all(-len(layout.shape) <= axis < len(layout.shape) for axis in axes)

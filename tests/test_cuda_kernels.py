@@ -19,7 +19,7 @@ from regkern.terms import (
     scaled,
 )
 from tests import reference
-from tests.cases import LAYOUTS, NUMPY_DTYPES, READ_ONLY_LAYOUTS, REGULARIZERS, make, slow_unless
+from tests.cases import LAYOUTS, NUMPY_DTYPES, READ_ONLY_LAYOUTS, REGULARIZERS, covering, make
 
 pytest.importorskip("numba_cuda", reason="pip install 'regkern[cuda13]'")
 
@@ -353,21 +353,10 @@ class Kept:
         self.formula = term.formula
 
 
-FAMILY_CASES = [
-    slow_unless(
-        (dtype == "float32" or (operation is VALUE_AND_GRADIENT and name == "scad"))
-        and (capability == CAPABILITY or operation.sums),  # without sums, the code is the same
-        *(name, dtype, operation, capability),
-    )
-    for name in FAMILY
-    for dtype in DTYPES
-    for operation in KERNELS
-    for capability in (CAPABILITY, WITHOUT_FAST_FLOAT64)
-]
-
-
 @pytest.mark.parametrize(
-    ("name", "dtype", "operation", "capability"), FAMILY_CASES, ids=lambda each: getattr(each, "name", str(each))
+    ("name", "dtype", "operation", "capability"),
+    covering(FAMILY, DTYPES, KERNELS, (CAPABILITY, WITHOUT_FAST_FLOAT64)),
+    ids=lambda each: getattr(each, "name", str(each)),
 )
 def test_the_family(name, dtype, operation, capability):
     """Values by their definitions; gradients and proximal operators as on the CPU, where they are tested by theirs."""

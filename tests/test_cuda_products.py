@@ -16,7 +16,7 @@ from regkern.arrays import device_gram, panels
 from regkern.arrays.torch.cuda import KERNELS
 from regkern.dtypes import DTYPES
 from tests import reference
-from tests.cases import slow_unless
+from tests.cases import covering
 from tests.cuda_torch import assert_near, install, tensor, wide
 
 
@@ -201,17 +201,8 @@ VIEWS = {
 }
 
 
-# The mode alone says by how much the penalty is larger than that of the smaller Gram matrix.
-SOFT_CASES = [
-    slow_unless(mode == "rows" or shape == (35, 6), dtype, mode, shape)
-    for dtype in DTYPES
-    for mode in ("rows", "columns")
-    for shape in SHAPES
-]
-
-
 @pytest.mark.usefixtures("small_panels")
-@pytest.mark.parametrize(("dtype", "mode", "shape"), SOFT_CASES)
+@pytest.mark.parametrize(("dtype", "mode", "shape"), covering(DTYPES, ("rows", "columns"), SHAPES))
 def test_soft_orthogonal(dtype, mode, shape):
     regularizer, view = rk.SoftOrthogonal(0.3, mode), list(VIEWS.values())[sum(shape) % 3]
     x = view(tensor(dtype, shape))

@@ -19,7 +19,7 @@ from regkern.kernels.cuda.groups import SQUARES, groups_kernel
 from regkern.kernels.cuda.many import chunks_kernel, penalty_of_all, penalty_of_each
 from regkern.kernels.cuda.norms import inverse_norms, ordered_rows
 from regkern.kernels.cuda.sums import THREADS, last_stage
-from tests.cases import slow_unless
+from tests.cases import covering
 from tests.cuda_code import LOAD, STORE, assembled, compiled, disassembler, main_loop, main_loop_of_machine, registers
 
 NEWEST = max(nvrtc.get_supported_ccs())
@@ -49,17 +49,10 @@ def elements_of(operation, dtype, loads):
     return loads * lanes_of(DTYPES[dtype]) // (2 if operation in (ADD_GRADIENT, VALUE_AND_ADD_GRADIENT) else 1)
 
 
-# Without sums, loops are the same for all but the newest; the assembler's are not.
-LOOPS = [
-    slow_unless(operation in INSTRUCTIONS or capability in ((9, 0), NEWEST), operation, dtype, capability)
-    for operation in ADDS_AND_COMPARES
-    for dtype in DTYPES
-    for capability in CAPABILITIES
-]
-
-
 @pytest.mark.parametrize(
-    ("operation", "dtype", "capability"), LOOPS, ids=lambda each: getattr(each, "name", str(each).replace(", ", "."))
+    ("operation", "dtype", "capability"),
+    covering(ADDS_AND_COMPARES, DTYPES, CAPABILITIES),
+    ids=lambda each: getattr(each, "name", str(each).replace(", ", ".")),
 )
 def test_main_loops_are_unrolled(operation, dtype, capability):
     kernel = flat_kernel(operation, ABS_SQUARE, DTYPES[dtype])
@@ -85,9 +78,11 @@ def test_main_loops_are_unrolled(operation, dtype, capability):
         assert len(loop) <= INSTRUCTIONS[operation][compensated] * elements
 
 
-@pytest.mark.parametrize("dims", [1, 3])
-@pytest.mark.parametrize("dtype", DTYPES)
-@EVERY_OPERATION
+@pytest.mark.parametrize(
+    ("operation", "dtype", "dims"),
+    covering(ADDS_AND_COMPARES, DTYPES, (1, 3)),
+    ids=lambda each: getattr(each, "name", each),
+)
 def test_strided_kernels(operation, dtype, dims):
     capability = CAPABILITIES[dims == 1]
     compiled(strided_kernel(operation, ABS_SQUARE, DTYPES[dtype], dims), capability)

@@ -9,7 +9,7 @@ import regkern as rk
 from regkern.dtypes import DTYPES
 from regkern.kernels.cpu import xla
 from tests import processes, reference
-from tests.cases import LAYOUTS, NUMPY_DTYPES, REGULARIZERS, make, slow_unless
+from tests.cases import LAYOUTS, NUMPY_DTYPES, REGULARIZERS, covering, make, slow_unless
 
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
@@ -107,17 +107,23 @@ def test_groups_have_numpys_bits(mode):
         np.testing.assert_array_equal(jax.vmap(each)(batch), np.stack([each(piece) for piece in batch]))
 
 
-@pytest.mark.parametrize("dtype", [slow_unless(dtype == "float32", dtype) for dtype in NUMPY_DTYPES])
+AS_THEY_ARE = {
+    "rows": rk.SoftOrthogonal,
+    "columns": functools.partial(rk.SoftOrthogonal, mode="columns"),
+    "covariance": rk.Covariance,
+}
+
+
+AS_THEY_ARE_CASES = covering(NUMPY_DTYPES, AS_THEY_ARE, [(33, 70), (70, 33), (1, 5), (5, 1)])
+
+
 @pytest.mark.parametrize(
-    "make",
-    [functools.partial(rk.SoftOrthogonal, mode=mode) for mode in ("rows", "columns")] + [rk.Covariance],
-    ids=["rows", "columns", "covariance"],
+    ("dtype", "name", "shape"), [slow_unless(each[0] == "float32", *each) for each in AS_THEY_ARE_CASES]
 )
-@pytest.mark.parametrize("shape", [(33, 70), (70, 33), (9, 9), (1, 5), (5, 1)])
-def test_products_of_rows_as_they_are_have_numpys_bits(shape, make, dtype):
+def test_products_of_rows_as_they_are_have_numpys_bits(dtype, name, shape):
     """By the smaller Gram matrix, whichever of the two is meant; covariances by their own, where there are any."""
-    x, regularizer = RNG.standard_normal(shape).astype(NUMPY_DTYPES[dtype]), make(0.3)
-    batched = make(0.3, leading_axes="batch")
+    make, x = AS_THEY_ARE[name], RNG.standard_normal(shape).astype(NUMPY_DTYPES[dtype])
+    regularizer, batched = make(0.3), make(0.3, leading_axes="batch")
     if isinstance(regularizer, rk.Covariance) and shape[1] == 1:
         assert jax.jit(regularizer)(x) == regularizer(x) == 0.0
         return
