@@ -182,6 +182,7 @@ def test_the_group_lasso_is_trained_saved_and_loaded(mode, tmp_path):
     np.testing.assert_allclose(numbers(again.losses[0]), numbers(model.losses[0]), rtol=1e-6)
 
 
+@pytest.mark.slow
 @needs_fit
 def test_training_goes_on_after_accelerate_and_restore():
     """Of a model that was compiled and trained before, whose optimizer has its momenta."""

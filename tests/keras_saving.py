@@ -70,6 +70,7 @@ for wanted in (library, "regkern"):
 
 @pytest.mark.filterwarnings("ignore:The `keras.regularizers.serialize..` API should only be used:UserWarning")
 @pytest.mark.skipif(BACKEND not in ("jax", "tensorflow"), reason="the same on every backend")
+@pytest.mark.slow
 def test_loading_in_a_fresh_process(tmp_path):
     """With Keras's own regularizers where regkern is not, and with regkern's once it is imported."""
     path = tmp_path / "model.keras"

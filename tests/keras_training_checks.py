@@ -224,7 +224,7 @@ def test_digits():
     assert found["prox"][1] >= found["none"][1] - 0.02
 
 
-DIGITS_FACTOR, DIGITS_EPOCHS = 0.2, 40
+DIGITS_FACTOR, DIGITS_EPOCHS = 0.15, 80
 
 
 def test_what_is_wrong_is_said_before_training():

@@ -159,6 +159,7 @@ def test_elided(text, length, expected):
     assert elided(text, length) == expected
 
 
+@pytest.mark.slow
 def test_bfloat16_of_torch_in_a_fresh_process(tmp_path):
     torch = pytest.importorskip("torch")
     torch.save({"w": torch.ones(4, 3, dtype=torch.bfloat16)}, tmp_path / "x.pt")

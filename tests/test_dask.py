@@ -47,7 +47,7 @@ def result_of(lazy, dtype):
 
 def by_chunks(function):
     """Run a test for every way to cut an array of float32, and for every dtype of one way."""
-    others = [slow_unless(each == "float64", each, "both") for each in NUMPY_DTYPES if each != "float32"]
+    others = [slow_unless(False, each, "both") for each in NUMPY_DTYPES if each != "float32"]
     cases = [("float32", each) for each in CHUNKS] + others
     return pytest.mark.parametrize(("dtype", "chunks"), cases)(function)
 

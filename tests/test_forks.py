@@ -77,7 +77,8 @@ stop.set()
     assert printed.splitlines()[-1] == "{0}"  # TBB says first that it cannot join its threads
 
 
-@pytest.mark.parametrize("moment", [slow_unless(moment == 0.5, moment) for moment in (0.05, 0.5, 1.0)])
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", [0.05, 0.5, 1.0])
 def test_forks_while_another_thread_imports_and_compiles(tmp_path, moment):
     """Locks of Python's, Numba's and LLVM's would stay locked in the child."""
     code = (

@@ -13,7 +13,7 @@ from regkern.dtypes import DTYPES
 from regkern.kernels.cpu import gram
 from regkern.kernels.cpu.gram.tiles import tile_for
 from tests import reference
-from tests.cases import NUMPY_DTYPES, slow_unless
+from tests.cases import NUMPY_DTYPES
 
 # Around the register tiles of every CPU (4 to 48 rows), groups of panels and blocks of depth (128).
 ROWS = [0, 1, 2, 3, 7, 8, 9, 23, 24, 25, 47, 48, 49, 95, 97, 193]
@@ -105,12 +105,10 @@ def test_unaligned_input(dtype):
 # What LLVM says of CPUs with other registers than this one's.
 CPUS = {"AVX2": {"fma": True, "f16c": True}, "NEON": {"neon": True}, "SSE2 and others": {}}
 # The tiles differ by the size of floats, conversions of 16-bit ones by the CPU.
-TILES = [
-    ("SSE2 and others", "float16"),
-    *(slow_unless(False, *each) for each in itertools.product(CPUS, ("bfloat16", "float64"))),
-]
+TILES = [("SSE2 and others", "float16"), *itertools.product(CPUS, ("bfloat16", "float64"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cpu", "dtype"), TILES)
 def test_the_tiles_of_other_cpus(dtype, cpu):
     """Their registers are emulated here: the results count, not the speed."""

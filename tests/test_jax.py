@@ -365,6 +365,7 @@ def test_a_kernel_that_is_not_loaded_is_an_error_of_xla():
     np.testing.assert_allclose(function(x), L1L2(X), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_programs_stay_in_jaxs_compilation_cache(tmp_path):
     code = """
 import sys, os

@@ -50,13 +50,11 @@ LIBRARIES = {
 MODELS, TRAINING, GRAPHS = "checks models activities saving", "training_checks factor_checks", "graph_checks"
 CHECKS = [
     slow_unless(True, "jax", "not slow", f"{MODELS} {TRAINING}"),
-    slow_unless(False, "tf_keras", "not slow", f"{MODELS} {GRAPHS}"),
     slow_unless(False, "numpy", "not slow", MODELS),
     slow_unless(False, "torch", "", f"{MODELS} {TRAINING}"),
     slow_unless(False, "tensorflow", "", f"{MODELS} {TRAINING} {GRAPHS}"),
     slow_unless(False, "jax", "slow", f"{MODELS} {TRAINING}"),
-    slow_unless(False, "tf_keras", "slow", f"{MODELS} {GRAPHS}"),
-    slow_unless(False, "tf_keras", "", TRAINING),
+    slow_unless(False, "tf_keras", "", f"{MODELS} {TRAINING} {GRAPHS}"),
 ]
 
 

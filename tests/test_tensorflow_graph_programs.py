@@ -111,7 +111,8 @@ print("mesh", flush=True)
 """
 
 
-@pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", [1, 4])
 def test_mirrored_replicas_threads_that_call_back_and_meshes(threads):
     """On two devices; many calls at once, from `tf.data` and from the graph, in pools of one thread too."""
     code = HEAD.format(threads=threads) + REPLICAS + THREADS + MESH
