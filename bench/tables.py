@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 SPEED = ROOT / "docs/pages/speed.md"
 CPU, GPU = "bench", "bench-gpu"  # names of markers
 NOT_YET = "Not yet measured."
-OTHERS = ("programs-", "steps-", "family-")  # results that have tables of their own
+OTHERS = ("programs-", "steps-")  # results that have tables of their own
 Results = dict[str, Any]
 
 # The page's rows and columns. A cell is empty where a peer was not asked for.
@@ -305,10 +305,6 @@ def remove_frame(axes: Any) -> None:
 def write(path: Path) -> None:
     """Write everything that is made from one machine's results."""
     results = json.loads(path.read_text())
-    if path.name.startswith("family-"):  # of another machine than the others
-        text = f"{targets_table(results)}\n\n{machine_line(results)}"
-        put_between_markers(ROOT / "bench/README.md", "bench-family", text)
-        return
     if is_of_gpu(results):
         markers, own = GPU, targets_table(results)
     else:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, field
 from types import CodeType
@@ -51,11 +50,14 @@ class Formula:
     name: str
     make: Callable[[Any], Functions]
     prox: bool = True
-    digest: str = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "digest", _digest(self.make.__code__))
         FORMULAS[self.name] = self
+
+    @property
+    def digest(self) -> str:
+        """What tells its functions from others, wherever they stand: kernels are kept by it."""
+        return _digest(self.make.__code__)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by name: formulas are compared by identity, and a copy would compile kernels of its own."""
@@ -69,8 +71,10 @@ def _formula(name: str) -> Formula:
     return FORMULAS[name]
 
 
+@functools.cache
 def _digest(code: CodeType) -> str:
-    """Return what tells a function's code from others, wherever it stands."""
+    import hashlib  # here: 5 ms, which no import needs
+
     parts = [code.co_code.hex(), repr(code.co_names), repr(code.co_freevars), repr(code.co_varnames)]
     parts += [_digest(each) if isinstance(each, CodeType) else repr(each) for each in code.co_consts]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
@@ -85,7 +89,8 @@ class Elements:
 class Norms:
     """The Euclidean norms of groups: a group is what one index of the kept axes selects.
 
-    The CPU's kernels know ABS, the sum of norms, and no other function of them; those for CUDA devices know all.
+    The CPU's kernels know ABS, the sum of norms, and those for CUDA devices all functions of them; libraries' own
+    operations evaluate the others.
 
     Attributes:
         axes: those that are kept, which count from the last where they are negative.

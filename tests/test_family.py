@@ -168,7 +168,7 @@ def in_dask(x):
     return pytest.importorskip("dask.array").from_array(x, chunks=(2, 3, 6))
 
 
-LIBRARIES = {"torch": in_torch, "jax": in_jax, "tensorflow": in_tensorflow, "dask": in_dask}
+LIBRARIES = {"numpy": lambda x: x, "torch": in_torch, "jax": in_jax, "tensorflow": in_tensorflow, "dask": in_dask}
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -334,8 +334,24 @@ def test_three_stages_of_a_proximal_operator():
         assert all(objective(z + scale * RNG.standard_normal(x.shape)) >= best for _ in range(50))
 
 
-def test_formulas_that_a_view_has_no_kernels_for():
-    """A group MCP, for instance: libraries evaluate it by their own operations, of which NumPy has none here."""
+def _by_dynamo(function):
+    import torch
+
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+
+COMPILED = {
+    "numpy": lambda function: function,
+    "dask": lambda function: function,
+    "torch": _by_dynamo,
+    "tensorflow": lambda function: pytest.importorskip("tensorflow").function(function),
+    "jax": lambda function: pytest.importorskip("jax").jit(function),
+}
+
+
+def test_formulas_that_a_view_has_no_kernels_for(monkeypatch):
+    """A group MCP, for instance: libraries evaluate it by their own operations, in programs as well."""
     from regkern.regularizers import PenaltyRegularizer
     from regkern.regularizers.mcp import MINIMAX_CONCAVE
     from regkern.terms import Norms, Products, Term
@@ -347,20 +363,42 @@ def test_formulas_that_a_view_has_no_kernels_for():
         _terms = ((Term(MINIMAX_CONCAVE, Products()), (1.0, 0.0, 0.4, 3.0)),)
 
     x = array()
-    for reg, y in ((Groups(), x), (Angles(), x[0])):
-        for call in (reg, reg.value_and_grad, reg.grad):
-            with pytest.raises(NotImplementedError, match=r"^x: expected a library that evaluates mcp over "):
-                call(y)
     expected = mcp(np.sqrt((x**2).sum((1, 2))), 0.4, 3.0).sum()
-    for library in ("torch", "tensorflow", "jax"):
+    monkeypatch.setattr("regkern.arrays.tensorflow_graph.LEAST", 1)
+    slope = LIBRARIES["torch"](x).requires_grad_()
+    Groups()(slope).backward()
+    for library, compiled in COMPILED.items():
         y = LIBRARIES[library](x)
         np.testing.assert_allclose(np.asarray(Groups()(y)), expected, rtol=1e-5)
-        value, gradient = Groups().value_and_grad(y)
-        np.testing.assert_allclose(np.asarray(value), expected, rtol=1e-5)
-        assert np.asarray(gradient).shape == x.shape
+        for each in (Groups().value_and_grad, compiled(Groups().value_and_grad)):
+            value, gradient = each(y)
+            np.testing.assert_allclose(np.asarray(value), expected, rtol=1e-5)
+            np.testing.assert_allclose(np.asarray(gradient), slope.grad, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(np.asarray(compiled(Groups())(y)), expected, rtol=1e-5)
         assert np.isfinite(np.asarray(Angles()(y[0])))
-    small = LIBRARIES["torch"](0.01 * x)
-    np.testing.assert_array_equal(Groups().prox(small, 0.5).numpy(), 0)  # norms below the threshold
+        assert np.isfinite(np.asarray(compiled(Angles())(y[0])))
+    for library in ("numpy", "torch"):
+        small = LIBRARIES[library](0.01 * x)
+        np.testing.assert_array_equal(Groups().prox(small, 0.5), 0)  # norms below the threshold
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_numpys_operations_are_as_the_kernels(dtype):
+    """Of the group lasso, which has both."""
+    from regkern.arrays.numpy import ADAPTER, EXPRESSIONS
+    from regkern.terms import OPERATIONS
+
+    ((term, p),), x = rk.GroupLasso(0.3)._terms, array(dtype)
+    x[1], epsilon = 0, float(np.finfo(dtype).eps)
+    for operation in OPERATIONS:
+        found, expected = (
+            each.run(operation, term, p, x, np.ones_like(x) if operation.adds else None)
+            for each in (EXPRESSIONS, ADAPTER)
+        )
+        for ours, theirs in zip(found, expected, strict=True):
+            assert (type(ours), np.asarray(ours).dtype) == (type(theirs), np.asarray(theirs).dtype)
+            if theirs is not None:
+                np.testing.assert_allclose(np.float64(ours), np.float64(theirs), rtol=2 * epsilon, atol=2 * epsilon)
 
 
 BY_FACTOR = {

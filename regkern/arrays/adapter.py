@@ -214,6 +214,18 @@ class KernelAdapter(Adapter):
         """Raise ValueError unless kernels can load the elements of an array from where they are."""
         return None
 
+    @abstractmethod
+    def serves(self, term: Term) -> bool:
+        """Whether there are kernels for a penalty."""
+
+    def elsewhere(self, term: Term) -> Adapter | None:
+        """Return the library's own operations for a penalty that has no kernels; None where it has."""
+        if self.serves(term):
+            return None
+        adapter = self.expressions()
+        assert adapter is not None, "an adapter without operations is asked for what it serves alone"
+        return adapter
+
     def plans(self, term: Term, x: Any) -> bool:
         """Whether a plan can evaluate a penalty of an array."""
         return term.view is ELEMENTS
@@ -310,14 +322,6 @@ def no_distance(x: Any) -> TypeError:
     return TypeError(
         f"x: expected an array of NumPy, CuPy, PyTorch, JAX, TensorFlow or Keras for a distance to a reference; "
         f"got {type(x).__name__}; call the regularizer on the difference."
-    )
-
-
-def no_view(term: Term) -> NotImplementedError:
-    """Return the error that says that a library has no way to evaluate a penalty."""
-    return NotImplementedError(
-        f"x: expected a library that evaluates {term.formula.name} over {type(term.view).__name__.lower()}; got one "
-        "that does not; pass an array of NumPy, PyTorch, JAX, TensorFlow or Keras, or write it as another penalty."
     )
 
 

@@ -19,7 +19,7 @@ from regkern.arrays.layout import Strides, check_alike
 from regkern.arrays.namespace import NamespaceExpressions
 from regkern.arrays.numpy import ADAPTER as NUMPY
 from regkern.dtypes import BFLOAT16, DTYPES, DType, complex_advice
-from regkern.terms import Operation, Parameters, Products, Term
+from regkern.terms import Products, Term
 
 _CPU = 1  # DLPack's device type
 
@@ -49,10 +49,8 @@ class Memory(HostAdapter):
         super().__init__()
         self._xp, self._device = xp, device
 
-    def run(self, operation: Operation, term: Term, p: Parameters, x: Any, out: Any = None) -> tuple[Any, Any]:
-        if not self.serves(term):
-            return BY_EXPRESSIONS.run(operation, term, p, x, out)
-        return super().run(operation, term, p, x, out)
+    def expressions(self) -> Adapter:
+        return BY_EXPRESSIONS
 
     def memory(self, x: Any) -> tuple[int, int, DType, bool]:
         return NUMPY.memory(np.from_dlpack(x))

@@ -15,8 +15,6 @@ from regkern.arrays.numpy import dtypes
 from regkern.dtypes import DType
 from regkern.kernels.cuda.driver import driver
 from regkern.kernels.cuda.launch import Place, place_of
-from regkern.kernels.cuda.sums import NULL
-from regkern.terms import Operation, Parameters, Term
 
 require("cupy", cupy.__version__, (13, 6))
 
@@ -31,15 +29,6 @@ class CupyAdapter(DeviceAdapter):
 
     def owns(self, array_type: type) -> bool:
         return issubclass(array_type, cupy.ndarray)
-
-    def run(
-        self, operation: Operation, term: Term, p: Parameters, x: Any, out: Any = None, *, scale: int = NULL
-    ) -> tuple[Any, Any]:
-        if self.serves(term):
-            return super().run(operation, term, p, x, out, scale=scale)
-        if out is not None:
-            self.check_out(x, out)
-        return EXPRESSIONS.run(operation, term, p, x, out)
 
     def masked(self, x: Any, mask: Any) -> Any:
         return cupy.where(mask, x, cupy.zeros((), x.dtype))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from regkern.arrays.adapter import KernelAdapter, no_partial, no_view
+from regkern.arrays.adapter import KernelAdapter, no_partial
 from regkern.arrays.device_gram import Matrices, Target, matrices_of, mean
 from regkern.arrays.device_plan import DevicePlan
 from regkern.arrays.layout import Strides, View, check_alike, check_memory, walk
@@ -123,7 +123,6 @@ class DeviceAdapter(KernelAdapter):
         check_memory(shape, dtype.itemsize, (address, strides), (target.address, target.strides))
 
     def serves(self, term: Term) -> bool:
-        """Whether there are kernels for a penalty; else the library's own operations serve."""
         view = term.view
         return not isinstance(view, Products) or view.unit or (term.formula is SQUARE and not view.centred)
 
@@ -147,14 +146,12 @@ class DeviceAdapter(KernelAdapter):
         self, operation: Operation, term: Term, p: Parameters, x: Any, out: Any = None, *, scale: int = NULL
     ) -> tuple[Any, Any]:
         """Do an operation, as `Adapter.run` describes it; the scale is an address on the device, as for `launch`."""
-        if not self.serves(term):
-            raise no_view(term)
-        target = None
         if out is not None:
             self.check_out(x, out)
-            target = out
-        elif operation.writes:
-            target = self.empty_like(x)
+        other = self.elsewhere(term)
+        if other is not None:
+            return other.run(operation, term, p, x, out)
+        target = self.empty_like(x) if out is None and operation.writes else out
         if isinstance(term.view, Products):
             value = self._products(operation, term, p, x, target, scale)
         else:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from regkern.arrays.adapter import KernelAdapter, no_view
+from regkern.arrays.adapter import KernelAdapter
 from regkern.arrays.layout import check_alike, check_memory, group_loops, locate_matrices, loops
 from regkern.arrays.plan import HostPlan, Member, Plan
 from regkern.dtypes import DType
@@ -62,7 +62,6 @@ class HostAdapter(KernelAdapter):
         check_memory(x.shape, dtype.itemsize, (address, self.strides(x)), (self.memory(out)[0], self.strides(out)))
 
     def serves(self, term: Term) -> bool:
-        """Whether there are kernels for a penalty; else the library's own operations may serve."""
         if isinstance(term.view, Norms):
             return term.formula is ABS
         if isinstance(term.view, Products):
@@ -83,6 +82,9 @@ class HostAdapter(KernelAdapter):
     def run(self, operation: Operation, term: Term, p: Parameters, x: Any, out: Any = None) -> tuple[Any, Any]:
         if out is not None:
             self.check_out(x, out)
+        other = None if term.view is ELEMENTS else self.elsewhere(term)
+        if other is not None:
+            return other.run(operation, term, p, x, out)
         target = self._new(term, x) if out is None and operation.writes else out
         sum0, sum1, dtype = _ENGINES[type(term.view)](self, operation, term, p, x, target)
         if out is not None:
@@ -159,8 +161,6 @@ def _norms(
 ) -> tuple[float, float, DType]:
     """Run over groups and return the sum of their norms."""
     assert isinstance(term.view, Norms)
-    if not adapter.serves(term):
-        raise no_view(term)
     address, size, dtype, _ = adapter.memory(x)
     if size == 0:
         return 0.0, 0.0, dtype
@@ -179,8 +179,6 @@ def _products(
     """Run over pairs of rows and return the mean of their products, or for partial sums their sum, over matrices."""
     view, fold = term.view, gram.fold(term)
     assert isinstance(view, Products)
-    if not adapter.serves(term):
-        raise no_view(term)
     flat = adapter.matrices(view, x)  # may be a copy, which must live as long as its address is used
     dtype, matrices, lengths, strides = adapter.located(view, flat)
     if operation.writes:

@@ -1,4 +1,7 @@
-"""NumPy arrays, memory maps and other subclasses that keep their elements as ndarray does."""
+"""NumPy arrays, memory maps and other subclasses that keep their elements as ndarray does.
+
+Kernels evaluate them, and NumPy's own operations what has none.
+"""
 
 import bisect
 import ctypes
@@ -8,10 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from regkern.arrays.adapter import Adapter
 from regkern.arrays.host import HostAdapter
 from regkern.arrays.layout import Strides
+from regkern.arrays.namespace import NamespaceExpressions
 from regkern.dtypes import DTYPES, FLOAT64, DType, complex_advice
 from regkern.kernels.cpu.watch import first_changed
+from regkern.terms import PARTIAL, SUMS, Operation, Parameters, Term
 
 
 class _ArrayHeader(ctypes.Structure):
@@ -72,6 +78,9 @@ class NumpyAdapter(HostAdapter):
     def held(self, number: Any) -> float | None:
         return float(number)
 
+    def expressions(self) -> Adapter:
+        return EXPRESSIONS
+
     def empty_like(self, x: Any) -> Any:
         return np.empty_like(x, subok=False)
 
@@ -123,4 +132,39 @@ class _DTypes(dict[Any, DType]):
 
 
 dtypes = _DTypes({np.dtype(name): dtype for name, dtype in DTYPES.items() if hasattr(np, name)})
+
+
+class Expressions(NamespaceExpressions):
+    """NumPy's own operations, in float64 as the kernels' sums, by arrays as large as x."""
+
+    xp = np
+
+    def run(self, operation: Operation, term: Term, p: Parameters, x: Any, out: Any = None) -> tuple[Any, Any]:
+        result = np.dtype(dtypes[x.dtype].result).type
+        with np.errstate(all="ignore"):  # NaN and infinities pass through, as through kernels
+            value, written = super().run(operation, term, p, x, out)
+        if operation is PARTIAL or not operation.sums:
+            return value, written
+        return tuple(map(result, value)) if operation is SUMS else result(value), written
+
+    def result_type(self, x: Any) -> Any:
+        return np.float64
+
+    def widen(self, x: Any) -> Any:
+        return np.asarray(x, np.float64)
+
+    def narrow(self, value: Any, x: Any) -> Any:
+        return value.astype(x.dtype)
+
+    def write(self, value: Any, out: Any, accumulate: bool) -> Any:
+        if out is None:
+            return value
+        out[...] = out + value if accumulate else value
+        return out
+
+    def exact(self, sums: Sequence[Any], x: Any) -> Any:
+        return np.array(sums, np.float64)
+
+
+EXPRESSIONS = Expressions()
 ADAPTER = NumpyAdapter()

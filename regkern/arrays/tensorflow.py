@@ -180,7 +180,7 @@ class InGraphs(Operations):
 
     def value(self, term: Term, p: Parameters, x: Any) -> Any:
         # Of L2, the sum of squares and its gradient are one fast operation each.
-        if term == SQUARE_SUM or not all(type(each) is float for each in p):
+        if term == SQUARE_SUM or not VIEWS.serves(term) or not all(type(each) is float for each in p):
             return super().value(term, p, x)
         return graph.evaluate(graph.Call(VALUE, term, p, OPERATIONS), x, _results[x.dtype])
 

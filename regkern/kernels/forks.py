@@ -5,7 +5,6 @@ import os
 import sys
 import threading
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
-from pathlib import Path
 
 # After so many seconds, a fork goes ahead of whoever is still loading.
 _PATIENCE = 60.0
@@ -24,7 +23,8 @@ def _inherited() -> bool:
     except (AttributeError, ValueError):  # Numba is being imported, or has started none
         return False
     try:
-        status = Path("/proc/self/stat").read_text()
+        with open("/proc/self/stat") as file:
+            status = file.read()
     except OSError:  # no Linux: GNU OpenMP, which ends such a child, is only there
         return False
     return bool(int(status.rpartition(")")[2].split()[6]) & _PF_FORKNOEXEC)

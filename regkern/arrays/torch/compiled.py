@@ -16,20 +16,20 @@ class Compiled(Expressions):
     """The operators for tensors in the host's memory, torch's own operations for others and for proximal operators."""
 
     def sums(self, term: Term, p: Parameters, x: Tensor) -> tuple[Tensor, Tensor]:
-        if not _on_host(x):
+        if not _has_kernels(term, x):
             return super().sums(term, p, x)
         sums = torch.ops.regkern.sums(x, term.text, _stacked(p)).to(result_of(x))
         return sums[0], sums[1]
 
     def value(self, term: Term, p: Parameters, x: Tensor) -> Tensor:
-        if not _on_host(x):
+        if not _has_kernels(term, x):
             return super().value(term, p, x)
         sums = torch.ops.regkern.sums(x, term.text, _stacked(p))
         return (p[0] * sums[0] + p[1] * sums[1]).to(result_of(x))
 
     def value_and_grad(self, term: Term, p: Parameters, x: Tensor) -> tuple[Tensor, Tensor]:
         x = x.detach()
-        if not _on_host(x):
+        if not _has_kernels(term, x):
             return super().value_and_grad(term, p, x)
         return self.value(term, p, x), torch.ops.regkern.gradient(x, term.text, _stacked(p))
 
@@ -39,11 +39,11 @@ class Compiled(Expressions):
         return super().prox(term, (p0, p1, p2, p3), x)
 
 
-def _on_host(x: Tensor) -> bool:
-    """Whether the kernels can serve a tensor of this kind."""
+def _has_kernels(term: Term, x: Tensor) -> bool:
+    """Whether the kernels can serve a penalty of a tensor of this kind."""
     check_layout(x)
     result_of(x)
-    return x.device.type == "cpu"
+    return x.device.type == "cpu" and KERNELS.serves(term)
 
 
 def _stacked(p: Parameters) -> Tensor:
