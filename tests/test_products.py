@@ -53,8 +53,8 @@ def slopes(reg, x, step=1e-6):
 # Of what is loaded as another dtype, one formula stands for the others; each has kernels of its own for float64.
 KINDS = [
     *(("float32", name) for name in PRODUCTS),
-    ("float64", "soft"),
-    *(slow_unless(False, *each) for each in [("float64", "squares"), ("float64", "covariance"), ("float16", "soft")]),
+    *(slow_unless(False, "float64", name) for name in ("squares", "soft", "covariance")),
+    slow_unless(False, "float16", "soft"),
 ]
 
 
