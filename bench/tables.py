@@ -202,9 +202,11 @@ STYLES = {  # one colour for each library, after Paul Tol's palettes
     "bare Gram product": {"color": INK, "marker": "D"},
     "machine's limit": LIMIT,
 }
-SHARED = dict.fromkeys(BARE_PRODUCTS, "bare Gram product") | dict.fromkeys(
-    ("bare read", "bare copy", "peak FMA"), "machine's limit"
-)
+SHARED = {
+    **dict.fromkeys(BARE_PRODUCTS, "bare Gram product"),
+    **dict.fromkeys(("bare read", "bare copy", "peak FMA"), "machine's limit"),
+    **dict.fromkeys(("torch, smaller Gram", "torch, larger Gram"), "torch"),
+}
 
 
 def _dots(peers: dict[str, dict[str, float]]) -> dict[str, float]:
@@ -224,9 +226,9 @@ def plot(results: Results, path: Path) -> None:
     from matplotlib import pyplot, rc_context
 
     rows = [
-        (case.name, _dots(peers))
+        (case.name, dots)
         for case, peers in _measured_cases(results)
-        if case.layout == "C" and case.kind != "gram_columns"
+        if case.layout == "C" and STYLES.keys() & (dots := _dots(peers))
     ]
     colours = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
     with rc_context(colours | {"svg.hashsalt": "regkern"}):  # the same file for the same results
