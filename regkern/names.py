@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 _SHOWN = 3
@@ -22,6 +21,8 @@ def nearest(glob: str, names: Sequence[str]) -> str:
         >>> nearest("lstm.*", ["head.weight", "head.bias"])
         "the names are 'head.weight', 'head.bias'"
     """
+    from difflib import get_close_matches  # here, for an error: an import of regkern does without
+
     meant = re.sub(r"[*?\[\]!]", "", glob).strip("./")
     parts: dict[str, list[str]] = {}
     for name in names:
