@@ -33,11 +33,11 @@ def test_a_factor_moves_in_compiled_steps(per):
     for _ in range(2):  # once more: nothing is left of the first
         seen = []
         moving = rk.keras.FactorSchedule(factor, lambda count, seen=seen: seen.append(count) or 0.01 * count, per=per)
-        history = model.fit(X[:BATCH], Y[:BATCH], epochs=20, verbose=0, shuffle=False, callbacks=[moving]).history
-        assert seen == list(range(20))
+        history = model.fit(X[:BATCH], Y[:BATCH], epochs=100, verbose=0, shuffle=False, callbacks=[moving]).history
+        assert seen == list(range(100))
         losses = np.array([float(loss) for loss in history["loss"]])  # Keras gives tensors of torch
         differences = losses - losses[0]
-        np.testing.assert_allclose(differences, 0.01 * 6 * np.arange(20), rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(differences, 0.01 * 6 * np.arange(100), rtol=1e-3, atol=1e-4)
     assert BACKEND == "torch" or regularizer.calls <= 3, "torch compiles nothing here"
     assert data > 0
 

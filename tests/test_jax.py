@@ -112,9 +112,7 @@ AS_THEY_ARE = {
     "columns": functools.partial(rk.SoftOrthogonal, mode="columns"),
     "covariance": rk.Covariance,
 }
-
-
-AS_THEY_ARE_CASES = covering(NUMPY_DTYPES, AS_THEY_ARE, [(33, 70), (70, 33), (1, 5), (5, 1)])
+AS_THEY_ARE_CASES = covering(NUMPY_DTYPES, AS_THEY_ARE, [(33, 70), (70, 33), (9, 9), (1, 5), (5, 1)])
 
 
 @pytest.mark.parametrize(
